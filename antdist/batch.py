@@ -1,0 +1,97 @@
+"""What one training step consumes: item ids on the wire (law 5), features by item, nothing padded.
+
+Neutral ground between the rooms: the stream makes a `GlobalBatch`, each rank deals itself a `Batch`,
+the feature tables give `ItemFeatures`, the model reads both.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+MODALITIES = ("text", "image", "price")
+
+IntArray = NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class GlobalBatch:
+    """The predictions of one step over all ranks: a function of (fingerprint, seed, epoch, index) alone (law 1).
+
+    A *window* is a run of one user's items, oldest first, read in one causal pass; a *prediction* reads the state at one
+    token and names the item that came next. In `prefix` mode a window makes one prediction, at its last token; in
+    `sequence` mode it makes one at each of its tokens (of a longer user's later windows, at the new ones).
+
+    Shapes: W windows, T tokens, P predictions. Item ids are global: a domain's item index plus its offset.
+    """
+
+    epoch: int
+    index: int
+    items: IntArray  # (T,) item ids of all windows, one window after the other
+    offsets: IntArray  # (W + 1,) where each window starts in `items`
+    predict_at: IntArray  # (P,) increasing positions in `items`
+    targets: IntArray  # (P,) item ids
+    users: IntArray  # (W,) global user of each window, for the ledger
+
+    @property
+    def windows(self) -> int:
+        return len(self.offsets) - 1
+
+    @property
+    def predictions(self) -> int:
+        return len(self.targets)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One rank's share of a global (micro-)batch, with the items of the whole of it.
+
+    `item_ids` is the same on every rank: the distinct items of the global batch, or the whole catalogue. This rank
+    embeds rows `share[0]:share[1]` of it and receives the others from its peers, so each distinct item is embedded
+    once a step over all ranks (law 5), and candidates are the same for any number of ranks (law 2).
+
+    Shapes: N distinct items, T tokens, W windows, P predictions of this rank, C candidates.
+    """
+
+    item_ids: Tensor  # (N,) int64, sorted, distinct, global item ids
+    share: tuple[int, int]  # the rows of `item_ids` that this rank embeds
+    tokens: Tensor  # (T,) int64, row in `item_ids` of each token
+    offsets: Tensor  # (W + 1,) int64
+    predict_at: Tensor  # (P,) int64, positions in `tokens`
+    targets: Tensor  # (P,) int64, position in `candidates` of each prediction's next item
+    candidates: Tensor  # (C,) int64, rows in `item_ids` of the softmax's candidates; no item twice
+    counts: Tensor  # (C,) float32, how often each candidate is a next item in the global batch (0 if only sampled)
+    bias: Tensor | None  # (C,) float32, added to each candidate's logit except where it is the target; None: zeros
+    target_bias: Tensor | None  # (C,) float32, added to a candidate's logit where it is the target; None: zeros
+    predictions: int  # of the global (micro-)batch over all ranks: the loss is divided by it
+    longest: int  # tokens in the longest window of this share
+
+    def to(self, device: torch.device | str) -> Batch:
+        moved = {
+            name: value.to(device, non_blocking=True) for name, value in vars(self).items() if isinstance(value, Tensor)
+        }
+        return replace(self, **moved)
+
+
+@dataclass(frozen=True)
+class ItemFeatures:
+    """Frozen features of N items, in rows: the item tower's only input (spec, section 2).
+
+    `values[m]` is (N, d_m) floating; `present[m]` is (N,) bool; a missing feature is a row of zeros with `present`
+    False. `index` is (N,) int64, the items' ids: read by the learned item embeddings of ANT_t alone.
+    """
+
+    values: dict[str, Tensor]
+    present: dict[str, Tensor]
+    index: Tensor
+
+    def to(self, device: torch.device | str) -> ItemFeatures:
+        return ItemFeatures(
+            {m: v.to(device, non_blocking=True) for m, v in self.values.items()},
+            {m: v.to(device, non_blocking=True) for m, v in self.present.items()},
+            self.index.to(device, non_blocking=True),
+        )

@@ -1,0 +1,197 @@
+"""Typed configuration, one class a component. Every key has a default that the demo would accept; unknown keys are refused."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+Modality = Literal["text", "image", "price"]
+Strategy = Literal["scratch", "finetune", "finetune_all", "relearn"]
+Positive = Annotated[int, Field(gt=0)]
+Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
+
+
+class Component(BaseModel):
+    """Base of all configuration: immutable, no unknown keys, no silent conversion of text to numbers."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+class ModelConfig(Component):
+    """The recommender (spec, sections 3 and 4). Feature dimensions are not here: they come from the feature tables."""
+
+    modalities: list[Modality] = Field(
+        ["text", "image", "price"], description="what the item tower reads; leave one out to ablate it"
+    )
+    dim: Positive = Field(256, description="width of item and user embeddings")
+    experts: Positive = Field(8, description="experts a modality")
+    mixture: bool = Field(True, description="false: one linear layer with bias a modality (ablation without MoE)")
+    fusion: bool = Field(True, description="false: no text-image synergy (ablation)")
+    beta: float = Field(0.1, description="weight of the text-image synergy")
+    item_dropout: Fraction = Field(0.2, description="dropout on features before the experts")
+    missing: Literal["mask", "reference"] = Field(
+        "mask", description="mask: a missing modality adds nothing; reference: its zero feature passes the tower"
+    )
+    layers: Positive = 2
+    heads: Positive = 2
+    inner: Positive = Field(256, description="width of the feed-forward layer")
+    dropout: Fraction = Field(0.5, description="hidden and attention dropout of the transformer")
+    max_length: Positive = Field(50, description="most recent interactions that a prediction sees")
+    temperature: Annotated[float, Field(gt=0)] = 0.07
+    initialisation: Literal["normal", "xavier", "reference"] = Field(
+        "normal",
+        description="of the experts, fresh weights alike in every strategy: normal N(0, 0.02) or xavier; reference: normal, but re-learning draws xavier",
+    )
+    item_embeddings: bool = Field(
+        False, description="ANT_t: a learned embedding for each target item, added to the item's embedding"
+    )
+    activation_checkpointing: bool = Field(False, description="recompute the transformer's layers in the backward pass")
+
+    @model_validator(mode="after")
+    def _consistent(self) -> ModelConfig:
+        if self.dim % self.heads:
+            raise ValueError(f"dim {self.dim} is not a multiple of heads {self.heads}")
+        if not self.modalities or len(set(self.modalities)) != len(self.modalities):
+            raise ValueError("modalities must name at least one modality, and each once")
+        return self
+
+
+class LossConfig(Component):
+    """The next-item softmax and the text-image alignment (spec, sections 5 and 6)."""
+
+    negatives: Literal["in_batch", "catalogue", "sampled"] = "in_batch"
+    samples: Positive = Field(1024, description="candidates drawn a step, for negatives=sampled")
+    log_q: bool = Field(False, description="subtract the log of each candidate's sampling probability from its logit")
+    alignment: Annotated[float, Field(ge=0)] = Field(1e-3, description="weight of the text-image alignment loss")
+    chunk: Positive = Field(8192, description="candidates a chunk of the softmax")
+
+
+class StreamConfig(Component):
+    """The order of training examples (architecture, law 1)."""
+
+    mode: Literal["sequence", "prefix"] = Field(
+        "sequence",
+        description="sequence: one causal pass predicts at every position; prefix: each prefix is one example (the paper's)",
+    )
+    batch_size: Positive = Field(
+        2048, description="predictions a step over all ranks; in sequence mode the mean, as whole users are taken"
+    )
+    mixing: Annotated[float, Field(ge=0.0, le=1.0)] = Field(
+        1.0, description="exponent on domain sizes: 1 proportional, 0 all domains alike"
+    )
+    batches: Literal["mixed", "single_domain"] = Field("mixed", description="whether a batch may hold several domains")
+    streams: Positive = Field(
+        4, description="canonical streams a domain; at most this many workers can read disjoint shards"
+    )
+    window_shards: Positive = Field(4, description="shards whose blocks are shuffled together")
+    window_blocks: Positive = Field(16, description="blocks whose examples are shuffled together")
+
+
+class ScheduleConfig(Component):
+    """Learning rate over time. `decay`: the reference's, times `factor` each epoch; `cosine`: after a linear warm-up; `step`: times `factor` after each of `milestones` (epochs)."""
+
+    kind: Literal["constant", "decay", "cosine", "step"] = "decay"
+    factor: Annotated[float, Field(gt=0, le=1)] = 0.995
+    warmup_steps: Annotated[int, Field(ge=0)] = 0
+    milestones: list[Positive] = Field(default_factory=list)
+    floor: Annotated[float, Field(ge=0)] = Field(
+        0.0, description="cosine's last learning rate, as a share of the first"
+    )
+
+
+class TrainingConfig(Component):
+    """The loop."""
+
+    epochs: Positive = 300
+    learning_rate: Annotated[float, Field(gt=0)] = 1e-3
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    schedule: ScheduleConfig = Field(default_factory=lambda: ScheduleConfig())
+    accumulation: Positive = Field(1, description="micro-batches a step; negatives are those of the micro-batch")
+    clip: Annotated[float, Field(gt=0)] | None = Field(None, description="largest norm of the gradient")
+    precision: Literal["fp32", "bf16", "fp16"] = Field(
+        "fp32", description="of matrix products; losses, norms, master weights and optimizer state are float32"
+    )
+    engine: Literal["deepspeed", "plain"] = Field("deepspeed", description="plain: torch alone, the tested twin")
+    zero_stage: Annotated[int, Field(ge=0, le=3)] = 1
+    deepspeed: dict[str, Any] = Field(default_factory=dict, description="passed through to the DeepSpeed engine")
+    validate_every: Positive = Field(1, description="epochs")
+    validation_users: Positive | None = Field(
+        None, description="at most this many validation users a domain; null: all"
+    )
+    patience: Positive | None = Field(None, description="stop after this many validations without a better Recall@10")
+    checkpoint_every: Positive | None = Field(None, description="steps; null: at the end of each epoch")
+    keep_checkpoints: Annotated[int, Field(ge=2)] = 2
+    stop_after: Positive | None = Field(None, description="steps after which this session ends; the run can be resumed")
+    log_every: Positive = Field(10, description="steps between two points of the training curves")
+
+
+class DataConfig(Component):
+    """Prepared domains below one folder."""
+
+    root: str = Field("data", description="folder that holds a folder a domain")
+    domains: list[str] = Field(default_factory=list, description="auxiliary domains of the pre-training")
+    feature_dtype: Literal["float32", "float16"] = "float32"
+
+
+class RayConfig(Component):
+    """What Ray Train is asked for."""
+
+    workers: Positive = 1
+    cpus_per_worker: Positive = 1
+    gpus_per_worker: Annotated[float, Field(ge=0)] = 0
+    address: str | None = Field(None, description="null: RAY_ADDRESS, else a local Ray started by the command")
+    storage: str = Field("runs", description="folder for runs and checkpoints, shared by all nodes")
+    max_failures: Annotated[int, Field(ge=-1)] = 3
+
+
+class TrackingConfig(Component):
+    """MLflow. With no `uri`, MLFLOW_TRACKING_URI, else SQLite and files below the runs' folder."""
+
+    uri: str | None = None
+    experiment: str = "antdist"
+    registered_model: str | None = Field(None, description="name in the registry; null: the run's name")
+
+
+class PretrainConfig(Component):
+    """A pre-training run (spec, section 5)."""
+
+    name: str = Field("pretrain", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    seed: Annotated[int, Field(ge=0)] = 0
+    resume: str | None = Field(None, description="MODEL whose training state this run goes on from")
+    data: DataConfig = Field(default_factory=lambda: DataConfig())
+    model: ModelConfig = Field(default_factory=lambda: ModelConfig())
+    loss: LossConfig = Field(default_factory=lambda: LossConfig())
+    stream: StreamConfig = Field(default_factory=lambda: StreamConfig())
+    training: TrainingConfig = Field(default_factory=lambda: TrainingConfig())
+    ray: RayConfig = Field(default_factory=lambda: RayConfig())
+    tracking: TrackingConfig = Field(default_factory=lambda: TrackingConfig())
+
+
+Variant = Literal["learn_input_norm", "keep_price_bias", "redraw_positions"]
+
+
+class RelearnConfig(Component):
+    """Adaptation to one target (spec, section 6)."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, validate_by_name=True, validate_by_alias=True)
+
+    name: str = Field("relearn", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    target: str | None = Field(None, description="domain below data.root to adapt to")
+    strategy: Strategy | Literal["auto"] = Field(
+        "relearn", description="auto: run scratch, finetune and relearn, take the best on validation"
+    )
+    parent: str | None = Field(None, alias="from", description="MODEL to adapt; not needed for scratch")
+    seeds: list[Annotated[int, Field(ge=0)]] = Field(default_factory=lambda: [0], min_length=1)
+    variants: list[Variant] = Field(
+        default_factory=list, description="deviations of the reference code (spec, section 6)"
+    )
+    data: DataConfig = Field(default_factory=lambda: DataConfig())
+    model: ModelConfig = Field(default_factory=lambda: ModelConfig())
+    loss: LossConfig = Field(default_factory=lambda: LossConfig(negatives="catalogue", alignment=0.0))
+    stream: StreamConfig = Field(default_factory=lambda: StreamConfig())
+    training: TrainingConfig = Field(
+        default_factory=lambda: TrainingConfig(epochs=100, schedule=ScheduleConfig(factor=0.99))
+    )
+    ray: RayConfig = Field(default_factory=lambda: RayConfig())
+    tracking: TrackingConfig = Field(default_factory=lambda: TrackingConfig())

@@ -1,0 +1,42 @@
+"""Progress of anything long: a live bar on a terminal, a quiet line now and then elsewhere."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterable, Iterator
+from typing import TypeVar
+
+T = TypeVar("T")
+QUIET_SECONDS = 15.0
+
+
+def say(message: str) -> None:
+    """One line to standard error, where progress and notices go; results go to standard output."""
+    print(message, file=sys.stderr, flush=True)
+
+
+def track(iterable: Iterable[T], description: str, total: int | None = None) -> Iterator[T]:
+    """Iterate with a bar (terminal) or a line every 15 seconds (log): items done, rate, time left."""
+    if sys.stderr.isatty():
+        yield from _bar(iterable, description, total)
+    else:
+        yield from _lines(iterable, description, total)
+
+
+def _bar(iterable: Iterable[T], description: str, total: int | None) -> Iterator[T]:
+    from rich.console import Console
+    from rich.progress import track as rich_track
+
+    yield from rich_track(iterable, description=description, total=total, console=Console(stderr=True), transient=True)
+
+
+def _lines(iterable: Iterable[T], description: str, total: int | None) -> Iterator[T]:
+    start = last = time.monotonic()
+    for done, element in enumerate(iterable):
+        now = time.monotonic()
+        if now - last >= QUIET_SECONDS:
+            last, rate = now, done / (now - start)
+            left = f", {(total - done) / rate:.0f} s left" if total and rate else ""
+            say(f"{description}: {done}{f' of {total}' if total else ''}, {rate:.1f}/s{left}")
+        yield element
