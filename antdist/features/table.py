@@ -1,0 +1,423 @@
+"""Feature tables: what the frozen encoders said about each item, on disk, memory-mapped, and looked up by item id.
+
+`DATA/NAME/features/<modality>.json` says what made the table and lists its parts; part k holds the items of item shard
+k: `<modality>-00000.npy` (n, dim) and `<modality>-00000.present.npy` (n,) bool. The meta file is written last: a
+table exists when it does. A table of which no item has the modality has no parts at all.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
+
+from antdist.batch import IntArray, ItemFeatures
+from antdist.errors import UserError
+
+if TYPE_CHECKING:
+    from antdist.data.domain import Domain
+
+SCHEMA_VERSION = 1
+
+Dtype = Literal["float32", "float16"]
+PartName = Annotated[str, StringConstraints(pattern=r"^(text|image|price)-[0-9]{5,9}$")]
+
+
+class Part(BaseModel):
+    """The rows of one item shard: items `first` to `first + items - 1`; files `name.npy` and `name.present.npy`."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    name: PartName
+    first: int
+    items: int
+    present: int  # items that have the modality
+    bytes: int
+    sha256: str
+    present_bytes: int
+    present_sha256: str
+
+
+class FeatureMeta(BaseModel):
+    """What made a feature table, and its parts.
+
+    `encoder` holds `name` (for people) and everything that shapes the features: digest, pooling, max_length, scale ...
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    schema_version: int = SCHEMA_VERSION
+    modality: Literal["text", "image", "price"]
+    encoder: dict[str, str | int | float | None]
+    dim: Annotated[int, Field(gt=0)]
+    dtype: Dtype
+    items: int
+    fingerprint: str  # of the manifest whose items were encoded
+    present: int
+    broken: int = 0  # images that could not be read
+    parts: list[Part]
+
+    @property
+    def identity(self) -> str:
+        """Tables of equal identity may be mixed: same encoder, pooling and dimension, whatever it was called, whatever
+        the domain and the stored type."""
+        return encoder_identity(self.modality, self.encoder, self.dim)
+
+    @property
+    def encoder_name(self) -> str:
+        return str(self.encoder.get("name", "?"))
+
+
+def encoder_identity(modality: str, encoder: Mapping[str, str | int | float | None], dim: int) -> str:
+    """A line that two tables share exactly if the same encoder made them, e.g. `text dim=384 digest=0f3c... pooling=mean`."""
+    said = {key: value for key, value in encoder.items() if key != "name"} | {"dim": dim}
+    if isinstance(said.get("digest"), str):
+        said["digest"] = str(said["digest"])[:16]
+    return " ".join([modality, *(f"{key}={said[key]}" for key in sorted(said))])
+
+
+# ------------------------------------------------------------------------------------------------------ writing
+
+
+def features_folder(domain: Domain) -> Path:
+    return domain.folder / "features"
+
+
+def write_part(
+    folder: Path, modality: str, number: int, *, first: int, values: NDArray[Any], present: NDArray[np.bool_]
+) -> Part:
+    """Write one part, each file under a temporary name that is then renamed, and describe it."""
+    name = f"{modality}-{number:05d}"
+    size, digest = _write_array(folder / f"{name}.npy", values)
+    present_size, present_digest = _write_array(folder / f"{name}.present.npy", present)
+    return Part(
+        name=name,
+        first=first,
+        items=len(values),
+        present=int(present.sum()),
+        bytes=size,
+        sha256=digest,
+        present_bytes=present_size,
+        present_sha256=present_digest,
+    )
+
+
+def _write_array(path: Path, array: NDArray[Any]) -> tuple[int, str]:
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with temporary.open("wb") as file:
+        np.save(file, np.ascontiguousarray(array), allow_pickle=False)
+        file.flush()
+        os.fsync(file.fileno())
+    size, digest = temporary.stat().st_size, file_sha256(temporary)
+    temporary.replace(path)
+    return size, digest
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """Write JSON so that a reader sees the whole file or none."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary.write_text(json.dumps(content, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+    temporary.replace(path)
+
+
+def write_meta(folder: Path, meta: FeatureMeta) -> None:
+    write_json(folder / f"{meta.modality}.json", meta.model_dump())
+
+
+def file_sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def part_is_whole(folder: Path, part: Part) -> bool:
+    """Whether both files of a part have the size and digest that were recorded."""
+    wanted = {f"{part.name}.npy": (part.bytes, part.sha256)}
+    wanted[f"{part.name}.present.npy"] = (part.present_bytes, part.present_sha256)
+    return all(
+        (folder / name).is_file() and (folder / name).stat().st_size == size and file_sha256(folder / name) == digest
+        for name, (size, digest) in wanted.items()
+    )
+
+
+# ------------------------------------------------------------------------------------------------------ reading
+
+
+@dataclass(frozen=True)
+class FeatureTable:
+    """One modality of one domain, memory-mapped, so that all processes of a node share its pages."""
+
+    folder: Path
+    meta: FeatureMeta
+
+    @property
+    def modality(self) -> str:
+        return self.meta.modality
+
+    @cached_property
+    def _bounds(self) -> IntArray:
+        return np.array([part.first for part in self.meta.parts] + [self.meta.items], dtype=np.int64)
+
+    @cached_property
+    def _parts(self) -> list[NDArray[Any]]:
+        # A plain view of each map: numpy's memmap class costs more at each look-up than the look-up itself.
+        return [
+            np.asarray(np.load(self.folder / f"{part.name}.npy", mmap_mode="r", allow_pickle=False))
+            for part in self.meta.parts
+        ]
+
+    @cached_property
+    def present(self) -> NDArray[np.bool_]:
+        """(items,) bool, in memory: a byte an item."""
+        if not self.meta.parts:
+            return np.zeros(self.meta.items, dtype=bool)
+        files = [self.folder / f"{part.name}.present.npy" for part in self.meta.parts]
+        return np.concatenate([np.load(file, allow_pickle=False) for file in files])
+
+    def rows(self, indices: IntArray) -> tuple[NDArray[Any], NDArray[np.bool_]]:
+        """The features (n, dim), in the stored type, and presence (n,) of items by index in the domain."""
+        if not self.meta.parts:
+            values: NDArray[Any] = np.zeros((len(indices), self.meta.dim), dtype=self.meta.dtype)
+        elif len(self._parts) == 1:
+            values = self._parts[0][indices]
+        else:
+            values = np.empty((len(indices), self.meta.dim), dtype=self.meta.dtype)
+            for number, chosen in _groups(indices, self._bounds):
+                values[chosen] = self._parts[number][indices[chosen] - self._bounds[number]]
+        return values, self.present[indices]
+
+    def verify(self) -> None:
+        """Read every byte: sizes and digests. Raises UserError naming the part that is damaged."""
+        for part in self.meta.parts:
+            if not part_is_whole(self.folder, part):
+                raise UserError(
+                    "this part of the feature table is damaged: its size or digest is not what was recorded",
+                    where=self.folder / f"{part.name}.npy",
+                    remedy=_advice(self.folder.parent, self.modality),
+                )
+
+
+def _groups(ids: IntArray, bounds: IntArray) -> Iterator[tuple[int, slice | IntArray]]:
+    """Which of `ids` fall in each range [bounds[k], bounds[k + 1]): pairs (k, selector), only ranges that are met."""
+    if len(ids) == 0:
+        return
+    if np.all(ids[1:] >= ids[:-1]):
+        cuts = np.searchsorted(ids, bounds)
+        for k in np.flatnonzero(cuts[1:] > cuts[:-1]):
+            yield int(k), slice(int(cuts[k]), int(cuts[k + 1]))
+        return
+    owner = np.searchsorted(bounds, ids, side="right") - 1
+    order = np.argsort(owner, kind="stable")
+    cuts = np.searchsorted(owner[order], np.arange(len(bounds)))
+    for k in np.flatnonzero(cuts[1:] > cuts[:-1]):
+        yield int(k), order[cuts[k] : cuts[k + 1]]
+
+
+def has_table(domain: Domain, modality: str) -> bool:
+    return (features_folder(domain) / f"{modality}.json").is_file()
+
+
+def open_table(domain: Domain, modality: str) -> FeatureTable:
+    """Open the feature table of a domain; cheap: sizes and shapes are checked, digests are not.
+
+    Raises:
+        UserError: no table, a meta file that cannot be read, a table of another manifest or number of items, a part
+            missing, cut short or of another shape than the meta file says.
+    """
+    folder = features_folder(domain)
+    path = folder / f"{modality}.json"
+    again = _advice(domain.folder, modality)
+    if not path.is_file():
+        raise UserError(f"domain {domain.name} has no {modality} features", where=path, remedy=again)
+    meta = _read_meta(path, again)
+    if meta.modality != modality:
+        raise UserError(f"this file describes {meta.modality} features, not {modality}", where=path, remedy=again)
+    if meta.fingerprint != domain.fingerprint:
+        raise UserError(
+            f"the {modality} features of domain {domain.name} were made for another manifest "
+            f"(fingerprint {meta.fingerprint[:12]}, the domain has {domain.fingerprint[:12]})",
+            where=path,
+            remedy=again,
+        )
+    ends = [part.first + part.items for part in meta.parts]
+    if meta.items != domain.manifest.items or (
+        meta.parts and [part.first for part in meta.parts] + [meta.items] != [0, *ends]
+    ):
+        raise UserError(
+            f"the parts do not make up the domain's {domain.manifest.items} items", where=path, remedy=again
+        )
+    for part in meta.parts:
+        _check_part(folder, meta, part, again)
+    return FeatureTable(folder, meta)
+
+
+def _read_meta(path: Path, again: str) -> FeatureMeta:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        meta = FeatureMeta.model_validate(content)
+    except (ValidationError, ValueError, OSError) as error:
+        first = str(error).splitlines()[0]
+        raise UserError(f"not a description of a feature table ({first})", where=path, remedy=again) from None
+    if meta.schema_version != SCHEMA_VERSION:
+        raise UserError(
+            f"feature table of schema version {meta.schema_version}; this antdist reads {SCHEMA_VERSION}",
+            where=path,
+            remedy=again,
+        )
+    return meta
+
+
+def _check_part(folder: Path, meta: FeatureMeta, part: Part, again: str) -> None:
+    for name, size in ((f"{part.name}.npy", part.bytes), (f"{part.name}.present.npy", part.present_bytes)):
+        file = folder / name
+        if not file.is_file():
+            raise UserError("this part of the feature table is missing", where=file, remedy=again)
+        if file.stat().st_size != size:
+            raise UserError(
+                f"this part of the feature table has {file.stat().st_size} bytes where {size} were written",
+                where=file,
+                remedy=again,
+            )
+    file = folder / f"{part.name}.npy"
+    try:
+        array = np.load(file, mmap_mode="r", allow_pickle=False)
+    except (ValueError, OSError, EOFError) as error:
+        raise UserError(f"not an array ({error})", where=file, remedy=again) from None
+    if array.shape != (part.items, meta.dim) or array.dtype != np.dtype(meta.dtype):
+        raise UserError(
+            f"an array of shape {array.shape} and type {array.dtype} where the table says "
+            f"{(part.items, meta.dim)} and {meta.dtype}",
+            where=file,
+            remedy=again,
+        )
+
+
+def _advice(folder: Path, modality: str) -> str:
+    return f"run `antdist featurize {folder} --{modality} ENCODER`"
+
+
+# ---------------------------------------------------------------------------------------------------- catalogue
+
+
+class Catalogue:
+    """The items of one or several domains under global ids: a domain's offset + the item's index in it.
+
+    Args:
+        domains: in the order that gives the offsets.
+        modalities: which features to look up.
+        dtype: `float16` rounds what is looked up (the reference's features were); values are handed out as float32.
+        dims, identities: of the model that will read the features, by modality, where there is one already. Tables
+            must then match them, and a modality that no domain has is zeros of that dimension, instead of refused.
+
+    A domain without a table for a modality counts as missing there only if none of its items has it in the source.
+
+    Raises:
+        UserError: what `open_table` raises; tables of different encoders (law: features must be comparable), saying
+            which domain has which; a modality that no domain has.
+    """
+
+    def __init__(
+        self,
+        domains: Sequence[Domain],
+        modalities: Sequence[str],
+        dtype: Dtype = "float32",
+        *,
+        dims: Mapping[str, int] | None = None,
+        identities: Mapping[str, str] | None = None,
+    ) -> None:
+        assert domains, "a catalogue of no domains"
+        self.domains = list(domains)
+        self.modalities = list(modalities)
+        self.dtype: Dtype = dtype
+        self.offsets: IntArray = np.concatenate([[0], np.cumsum([d.manifest.items for d in domains])]).astype(np.int64)
+        self.dims: dict[str, int] = {}
+        self.identities: dict[str, str] = {}
+        self._tables: dict[str, list[FeatureTable | None]] = {}
+        for modality in self.modalities:
+            tables = [_table_if_any(domain, modality) for domain in domains]
+            filled = [(d, t) for d, t in zip(domains, tables, strict=True) if t is not None and t.meta.present]
+            wanted = (identities or {}).get(modality)
+            _refuse_mixture(modality, filled, wanted)
+            if filled:
+                self.dims[modality] = filled[0][1].meta.dim
+                self.identities[modality] = filled[0][1].meta.identity
+            elif dims is not None and modality in dims:
+                self.dims[modality] = dims[modality]
+                if wanted is not None:
+                    self.identities[modality] = wanted
+            else:
+                raise UserError(
+                    f"no item of {', '.join(d.name for d in domains)} has {modality} features",
+                    where="model.modalities",
+                    remedy=f"leave {modality} out of model.modalities, or use domains that have it",
+                )
+            self._tables[modality] = [table if table and table.meta.present else None for table in tables]
+
+    @property
+    def size(self) -> int:
+        return int(self.offsets[-1])
+
+    def features(self, item_ids: IntArray) -> ItemFeatures:
+        """Look up N items by global id: one gather a modality a domain; float32 tensors on the CPU."""
+        import torch
+
+        item_ids = np.asarray(item_ids, dtype=np.int64)
+        assert item_ids.ndim == 1
+        assert not len(item_ids) or (item_ids.min() >= 0 and item_ids.max() < self.size), "item id out of range"
+        groups = list(_groups(item_ids, self.offsets))
+        values: dict[str, torch.Tensor] = {}
+        present: dict[str, torch.Tensor] = {}
+        for modality in self.modalities:
+            rows, mask = self._gather(modality, item_ids, groups)
+            values[modality], present[modality] = torch.from_numpy(rows), torch.from_numpy(mask)
+        return ItemFeatures(values, present, torch.from_numpy(item_ids.copy()))
+
+    def _gather(
+        self, modality: str, item_ids: IntArray, groups: list[tuple[int, slice | IntArray]]
+    ) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
+        rows = np.zeros((len(item_ids), self.dims[modality]), dtype=np.float32)
+        mask = np.zeros(len(item_ids), dtype=bool)
+        for number, chosen in groups:
+            table = self._tables[modality][number]
+            if table is not None:
+                found, mask[chosen] = table.rows(item_ids[chosen] - self.offsets[number])
+                rows[chosen] = found.astype(self.dtype, copy=False)
+        return rows, mask
+
+
+def _table_if_any(domain: Domain, modality: str) -> FeatureTable | None:
+    if has_table(domain, modality) or source_has(domain, modality):
+        return open_table(domain, modality)
+    return None
+
+
+def source_has(domain: Domain, modality: str) -> bool:
+    """Whether any item of the domain has this modality in the source. Reads items up to the first that has."""
+    for item in domain.items():
+        if modality == "text" and item.text and item.text.strip():
+            return True
+        if (modality == "price" and item.price is not None) or (modality == "image" and item.images):
+            return True
+    return False
+
+
+def _refuse_mixture(modality: str, tables: Sequence[tuple[Domain, FeatureTable]], wanted: str | None) -> None:
+    made = {domain.name: table.meta for domain, table in tables}
+    different = {meta.identity for meta in made.values()} | ({wanted} if wanted is not None and made else set())
+    if len(different) < 2:
+        return
+    by_domain = "; ".join(f"{name} has {meta.encoder_name} ({meta.identity})" for name, meta in made.items())
+    model = f"; the model was trained on ({wanted})" if wanted is not None else ""
+    raise UserError(
+        f"{modality} features of different encoders cannot be mixed: {by_domain}{model}",
+        where="features",
+        remedy=f"run `antdist featurize` on all of them with the same --{modality} encoder and options, in one call",
+    )
