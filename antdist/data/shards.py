@@ -1,0 +1,255 @@
+"""Shards: tar files with the same bytes for the same content, and their safe reading through webdataset.
+
+An item sample has a 9-digit key, a JSON member and image members; a sequence sample is a *block* of many users in
+columns (architecture, *Formats*). Nothing here knows of manifests; digests are taken while writing.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import re
+import tarfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from types import TracebackType
+from typing import IO, Any, cast
+
+import numpy as np
+from numpy.typing import NDArray
+
+from antdist.errors import UserError
+
+TORN = "find out what is wrong with `antdist verify`, or prepare the domain again"
+Sample = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class ItemRecord:
+    """One item of a domain; `images` are the bytes of JPEG or PNG files, at most a handful."""
+
+    index: int
+    item_id: str
+    text: str | None
+    price: float | None
+    images: list[bytes]
+
+
+@dataclass(frozen=True)
+class UserBlock:
+    """Consecutive users in columns: `offsets` (U + 1,) int64, `items` (T,) int32, `times` (T,) int64."""
+
+    offsets: NDArray[np.int64]
+    items: NDArray[np.int32]
+    times: NDArray[np.int64]
+
+
+# ---------------------------------------------------------------------------------------------------------- writing
+
+
+class ShardWriter:
+    """Writes one tar file; equal members give equal bytes on any machine. A context manager."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.bytes = 0
+        self._digest = hashlib.sha256()
+        self._file = path.open("wb")
+        self._tar = tarfile.TarFile(fileobj=cast("IO[bytes]", self), mode="w", format=tarfile.USTAR_FORMAT)
+
+    def write(self, data: bytes) -> int:
+        """The tar's file interface: pass on, count and digest."""
+        self._digest.update(data)
+        self.bytes += len(data)
+        return self._file.write(data)
+
+    def tell(self) -> int:
+        return self.bytes
+
+    def add(self, name: str, data: bytes) -> None:
+        """Append one member."""
+        info = tarfile.TarInfo(name)
+        info.size, info.mode = len(data), 0o644  # mtime, uid, gid are 0 and the names empty by default
+        self._tar.addfile(info, io.BytesIO(data))
+
+    @property
+    def sha256(self) -> str:
+        """Digest of the whole file, once closed."""
+        return self._digest.hexdigest()
+
+    def __enter__(self) -> ShardWriter:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._tar.close()
+        self._file.close()
+
+
+def npy_bytes(array: NDArray[Any]) -> bytes:
+    """An array as the bytes of an `.npy` file."""
+    buffer = io.BytesIO()
+    np.lib.format.write_array(buffer, np.ascontiguousarray(array), version=(1, 0), allow_pickle=False)
+    return buffer.getvalue()
+
+
+def item_members(item: ItemRecord) -> list[tuple[str, bytes]]:
+    """The tar members of an item, JSON first."""
+    key = f"{item.index:09d}"
+    fields = {"item_id": item.item_id, "text": item.text, "price": item.price, "images": len(item.images)}
+    members = [(f"{key}.json", json.dumps(fields, ensure_ascii=False, allow_nan=False).encode())]
+    return members + [(f"{key}.{n}.{image_extension(data)}", data) for n, data in enumerate(item.images)]
+
+
+def image_extension(data: bytes) -> str:
+    """`jpg` or `png`, by content."""
+    if data.startswith(b"\xff\xd8"):
+        return "jpg"
+    assert data.startswith(b"\x89PNG"), "images in shards are JPEG or PNG"
+    return "png"
+
+
+def block_members(key: str, block: UserBlock, user_ids: list[str]) -> list[tuple[str, bytes]]:
+    """The tar members of a block of users."""
+    assert len(user_ids) == len(block.offsets) - 1 and block.offsets[0] == 0
+    return [
+        (f"{key}.offsets.npy", npy_bytes(block.offsets.astype("<i8"))),
+        (f"{key}.items.npy", npy_bytes(block.items.astype("<i4"))),
+        (f"{key}.times.npy", npy_bytes(block.times.astype("<i8"))),
+        (f"{key}.users.json", json.dumps(user_ids, ensure_ascii=False).encode()),
+    ]
+
+
+# ---------------------------------------------------------------------------------------------------------- reading
+
+
+def member_names(path: Path) -> list[str]:
+    """Names of a tar's members in order, from the headers alone.
+
+    Raises:
+        UserError: the file is missing, cut short or no tar, or holds a member that is not a plain file with a plain
+            relative name (absolute, `..`, link, device): such a shard was not written by antdist.
+    """
+    names = []
+    try:
+        with tarfile.open(path, "r:") as tar:
+            for member in tar:
+                if not member.isreg():
+                    what = f"holds {member.name!r}, which is a link, folder or device"
+                    raise UserError(what, where=path, remedy="do not use this shard; prepare the domain again")
+                check_member_name(member.name, path)
+                names.append(member.name)
+    except FileNotFoundError:
+        raise UserError("the shard is missing", where=path, remedy=TORN) from None
+    except (tarfile.TarError, OSError) as error:
+        raise UserError(f"the shard is cut short or no tar file ({error})", where=path, remedy=TORN) from None
+    return names
+
+
+def check_member_name(name: str, path: Path) -> None:
+    """Refuse a member name that could lead out of a folder."""
+    if name.startswith("/") or "\\" in name or ".." in PurePosixPath(name).parts:
+        what = f"holds a member named {name!r}, which leaves the folder"
+        raise UserError(what, where=path, remedy="do not use this shard; prepare the domain again")
+
+
+def read_samples(path: Path, keys: list[str], select: Callable[[str], bool] | None = None) -> Iterator[Sample]:
+    """The samples of one shard through webdataset, in file order: `{"__key__": ..., extension: bytes, ...}`.
+
+    Members are checked first (`member_names`), so a shard that is torn, or does not hold exactly the samples `keys`,
+    is told before its first sample is used.
+
+    Args:
+        path: the tar file.
+        keys: the samples that it must hold, in order.
+        select: which members to read, by name; None: all.
+
+    Raises:
+        UserError: see above; the message names the shard.
+    """
+    from webdataset.tariterators import group_by_keys, tar_file_expander
+
+    found = list(dict.fromkeys(name.partition(".")[0] for name in member_names(path)))
+    if found != keys:
+        raise UserError(_difference(found, keys), where=path, remedy=TORN)
+    try:
+        with path.open("rb") as stream:
+            source = [{"url": str(path), "stream": stream}]
+            yield from group_by_keys(tar_file_expander(source, select_files=select))
+    except (tarfile.TarError, OSError, ValueError) as error:
+        raise UserError(f"the shard cannot be read ({error})", where=path, remedy=TORN) from None
+
+
+def _difference(found: list[str], keys: list[str]) -> str:
+    for have, want in zip(found, keys, strict=False):
+        if have != want:
+            return f"the shard holds sample {have} where the manifest has {want}"
+    return f"the shard holds {len(found)} samples, the manifest {len(keys)}"
+
+
+def npy_array(data: bytes, dtype: str, where: str) -> NDArray[Any]:
+    """A one-dimensional array on the bytes of an `.npy` file, without a copy (read-only).
+
+    Raises:
+        UserError: the bytes are no `.npy` of this dtype, or too few.
+    """
+    stream = io.BytesIO(data)
+    try:
+        version = np.lib.format.read_magic(stream)
+        if version != (1, 0):
+            raise ValueError(f"npy version {version}")
+        shape, _, found = np.lib.format.read_array_header_1_0(stream)
+        if found != np.dtype(dtype) or len(shape) != 1 or stream.tell() + shape[0] * found.itemsize != len(data):
+            raise ValueError(f"{found} of shape {shape} in {len(data)} bytes, one dimension of {dtype} was due")
+        return np.frombuffer(data, found, shape[0], stream.tell())
+    except ValueError as error:
+        raise UserError(f"a column cannot be read ({error})", where=where, remedy=TORN) from None
+
+
+def decode_block(sample: Sample, where: Path, users: int, interactions: int) -> UserBlock:
+    """The columns of a block; sizes are checked against the manifest's.
+
+    Raises:
+        UserError: a column is missing or has another size than the manifest says.
+    """
+    place = f"{where} ({sample['__key__']})"
+    columns = {}
+    for name, dtype, length in (
+        ("offsets", "<i8", users + 1),
+        ("items", "<i4", interactions),
+        ("times", "<i8", interactions),
+    ):
+        data = sample.get(f"{name}.npy")
+        if data is None:
+            raise UserError(f"the block has no column {name}", where=place, remedy=TORN)
+        columns[name] = npy_array(data, dtype, place)
+        if len(columns[name]) != length:
+            what = f"column {name} has {len(columns[name])} entries, {length} by the manifest"
+            raise UserError(what, where=place, remedy=TORN)
+    return UserBlock(**columns)
+
+
+def decode_item(sample: Sample, where: Path) -> ItemRecord:
+    """An item from its members.
+
+    Raises:
+        UserError: its JSON is malformed or an image is missing.
+    """
+    key = sample["__key__"]
+    place = f"{where} ({key})"
+    try:
+        fields = json.loads(sample["json"])
+        count = fields["images"]
+        return ItemRecord(int(key), fields["item_id"], fields["text"], fields["price"], _images(sample, count))
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(f"the item's members do not fit together ({error!r})", where=place, remedy=TORN) from None
+
+
+def _images(sample: Sample, count: int) -> list[bytes]:
+    found = [name for name in sample if re.fullmatch(r"\d+\.(jpg|png)", name)]
+    if len(found) != count:
+        raise ValueError(f"{len(found)} images, {count} stated")
+    return [sample[f"{n}.jpg"] if f"{n}.jpg" in sample else sample[f"{n}.png"] for n in range(count)]
