@@ -1,0 +1,217 @@
+"""The DeepSpeed engine: ZeRO stages 0 to 3, its state taken out and put back whole.
+
+DeepSpeed's own checkpoints know the number of ranks and the stage; ours must not (architecture, law 6), so weights and
+moments are gathered by parameter name here.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from antdist.config.schema import TrainingConfig
+from antdist.errors import UserError
+from antdist.training.engine import MOMENTS, EngineState, optimizer_for
+from antdist.training.world import World, agree
+
+OURS = {
+    "train_batch_size": "stream.batch_size",
+    "train_micro_batch_size_per_gpu": "stream.batch_size",
+    "gradient_accumulation_steps": "training.accumulation",
+    "gradient_clipping": "training.clip",
+    "optimizer": "training.learning_rate and training.weight_decay",
+    "scheduler": "training.schedule",
+    "bf16": "training.precision",
+    "fp16": "training.precision",
+    "torch_autocast": "training.precision",
+}
+
+
+def check_passthrough(section: dict[str, Any]) -> None:
+    """Refuse keys of `training.deepspeed` that another key of ours decides. Raises UserError."""
+    for key in sorted(section.keys() & OURS.keys()):
+        raise UserError(
+            "this is decided elsewhere in the configuration",
+            where=f"training.deepspeed.{key}",
+            remedy=f"remove it and set {OURS[key]}",
+        )
+    if "stage" in section.get("zero_optimization", {}):
+        raise UserError(
+            "this is decided elsewhere in the configuration",
+            where="training.deepspeed.zero_optimization.stage",
+            remedy="remove it and set training.zero_stage",
+        )
+
+
+def deepspeed_config(config: TrainingConfig) -> dict[str, Any]:
+    """DeepSpeed's configuration for ours, with the `deepspeed:` section merged in."""
+    check_passthrough(config.deepspeed)
+    ours: dict[str, Any] = {
+        # what a "sample" is, is our stream's business; DeepSpeed only needs numbers that multiply
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": config.accumulation,
+        "gradient_clipping": config.clip or 0.0,
+        "steps_per_print": 1 << 40,
+        "zero_allow_untested_optimizer": True,
+        "zero_optimization": {"stage": config.zero_stage},
+    }
+    if config.precision != "fp32":
+        dtype = {"bf16": "bfloat16", "fp16": "float16"}[config.precision]
+        ours["torch_autocast"] = {"enabled": True, "dtype": dtype}
+    for key, value in config.deepspeed.items():
+        ours[key] = {**ours[key], **value} if isinstance(value, dict) and isinstance(ours.get(key), dict) else value
+    return ours
+
+
+class DeepSpeedEngine:
+    """Implements `antdist.training.engine.Engine`; needs the process group that Ray Train or a test has set up."""
+
+    def __init__(self, model: nn.Module, config: TrainingConfig, world: World) -> None:
+        import deepspeed
+
+        self.config, self.world = config, world
+        _adopt_process_group(world)
+        model.to(world.device)
+        self.engine, self.optimizer, _, _ = deepspeed.initialize(
+            model=model,
+            optimizer=optimizer_for(model, config, world.device),
+            config=deepspeed_config(config),
+            dist_init_required=False,
+        )
+        self.model: nn.Module = self.engine.module
+
+    def forward(self, *args: object) -> object:
+        return self.engine(*args)
+
+    def backward(self, loss: Tensor, last: bool) -> None:
+        # DeepSpeed averages over ranks and micro-batches; ours are contributions to a sum
+        self.engine.set_gradient_accumulation_boundary(last)
+        self.engine.backward(loss * (self.world.size * self.config.accumulation))
+
+    def update(self, learning_rate: float) -> Tensor | None:
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate
+        self.engine.step()
+        norm = self.engine.get_global_grad_norm()
+        return norm if norm is None or isinstance(norm, Tensor) else torch.tensor(float(norm))
+
+    # -- state, whole and by name ------------------------------------------------------------------------------------
+
+    @property
+    def _adam(self) -> torch.optim.Optimizer:
+        """The torch optimizer inside whatever DeepSpeed wrapped around it."""
+        return getattr(self.optimizer, "optimizer", self.optimizer)
+
+    def _updates(self) -> int:
+        counters = [state["step"] for state in self._adam.state.values() if "step" in state]
+        return int(counters[0]) if counters else 0
+
+    def state(self) -> EngineState:
+        from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
+
+        updates = self._updates()
+        whole = EngineState(moments={moment: {} for moment in MOMENTS}, updates=updates)
+        for name, parameter in self.model.named_parameters():
+            weight = safe_get_full_fp32_param(parameter) if parameter.requires_grad else None
+            weight = self._gathered(parameter) if weight is None else weight
+            moments: dict[str, Tensor | None] = {}
+            if parameter.requires_grad:
+                for moment in MOMENTS:
+                    if not updates:
+                        moments[moment] = torch.zeros_like(weight)
+                    elif self.config.zero_stage == 0:
+                        moments[moment] = self._adam.state[parameter][moment]
+                    else:
+                        moments[moment] = safe_get_full_optimizer_state(parameter, moment)
+            if self.world.leader:
+                whole.weights[name] = weight.detach().float().cpu().clone()
+                for moment, value in moments.items():
+                    assert value is not None, f"DeepSpeed kept no {moment} of {name}"
+                    whole.moments[moment][name] = value.detach().float().cpu().reshape(weight.shape).clone()
+        scaler = getattr(self.optimizer, "loss_scaler", None)
+        if self.config.precision == "fp16" and scaler is not None:
+            whole.scale = float(scaler.cur_scale if hasattr(scaler, "cur_scale") else scaler.loss_scale)
+        return whole if self.world.leader else EngineState()
+
+    def _gathered(self, parameter: nn.Parameter) -> Tensor:
+        """A parameter's value, whole, also under stage 3."""
+        import deepspeed
+
+        with deepspeed.zero.GatheredParameters([parameter], enabled=self.config.zero_stage == 3):
+            return parameter.detach().clone()
+
+    def load(self, state: EngineState) -> None:
+        state = agree(self.world, state)
+        if state.updates and self.config.zero_stage:
+            self._make_moments(state.updates)
+        for name, parameter in self.model.named_parameters():
+            weight = state.weights[name].to(self.world.device)
+            self._set_weight(parameter, weight)
+            if not parameter.requires_grad:
+                continue
+            self._set_partition(parameter, weight, None)
+            for moment in MOMENTS if state.updates else ():
+                self._set_partition(parameter, state.moments[moment][name].to(self.world.device), moment)
+            if state.updates and not self.config.zero_stage:
+                self._adam.state[parameter]["step"] = torch.tensor(float(state.updates), device=self.world.device)
+        scaler = getattr(self.optimizer, "loss_scaler", None)
+        if state.scale is not None and hasattr(scaler, "cur_scale"):
+            scaler.cur_scale = state.scale
+
+    def _set_weight(self, parameter: nn.Parameter, weight: Tensor) -> None:
+        """The weight that the forward pass reads."""
+        import deepspeed
+
+        partitioned = self.config.zero_stage == 3
+        with torch.no_grad(), deepspeed.zero.GatheredParameters([parameter], modifier_rank=0, enabled=partitioned):
+            if not partitioned or self.world.leader:
+                parameter.copy_(weight)
+
+    def _set_partition(self, parameter: nn.Parameter, value: Tensor, moment: str | None) -> None:
+        """This rank's part of the master weight (`moment` None) or of one of Adam's moments."""
+        from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
+        from deepspeed.utils.tensor_fragment import safe_set_local_fp32_param, safe_set_local_optimizer_state
+
+        if self.config.zero_stage == 0:
+            if moment is not None:
+                self._adam.state[parameter][moment] = value.clone()
+        elif self.config.zero_stage == 3:
+            # the whole-value setter of stage 3 fails where a parameter does not divide by the ranks
+            part = parameter.partition_numel()
+            padded = torch.nn.functional.pad(value.flatten(), (0, part * self.world.size - value.numel()))
+            local = padded[self.world.rank * part : (self.world.rank + 1) * part]
+            if moment is None:
+                safe_set_local_fp32_param(parameter, local)
+            else:
+                safe_set_local_optimizer_state(parameter, local, moment)
+        elif moment is None:
+            safe_set_full_fp32_param(parameter, value)
+        else:
+            safe_set_full_optimizer_state(parameter, value, moment)
+
+    def _make_moments(self, updates: int) -> None:
+        """Adam makes its state in its first step; a fresh one that is to be loaded needs it before."""
+        # stage 3 hands its flat partitions to Adam only while it steps
+        partitions = getattr(self.optimizer, "fp32_partitioned_groups_flat", None)
+        if partitions is None:
+            partitions = [flat for group in self._adam.param_groups for flat in group["params"]]
+        for flat in partitions:
+            self._adam.state[flat] = {
+                "step": torch.tensor(float(updates), device=flat.device),
+                **{moment: torch.zeros_like(flat) for moment in MOMENTS},
+            }
+        link = getattr(self.optimizer, "_lazy_init_hp_params_optimizer_state", None)
+        if link is not None:
+            link()
+
+
+def _adopt_process_group(world: World) -> None:
+    import deepspeed
+    import deepspeed.ops
+
+    # its shared-memory helper for CPU would be compiled for 45 s
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    if not deepspeed.comm.is_initialized():
+        deepspeed.init_distributed("nccl" if world.device.type == "cuda" else "gloo", verbose=False)

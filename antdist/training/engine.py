@@ -1,0 +1,160 @@
+"""What turns losses into weight updates: the interface, and the plain-torch engine (the tested twin of DeepSpeed's).
+
+Both hold the full-precision weights and Adam's moments; both give them out whole, by parameter name, on rank 0, so that a
+checkpoint knows nothing of ranks or ZeRO stages.
+"""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from antdist.config.schema import TrainingConfig
+from antdist.training.world import World, agree
+
+BETAS = (0.9, 0.999)
+EPSILON = 1e-8
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+@dataclass
+class EngineState:
+    """Everything an engine must get back to go on, free of topology; on the leader only (empty elsewhere).
+
+    `weights` are float32, `moments[name of moment][parameter]` likewise; `updates` counts optimizer steps; `scale` is the
+    loss scale of fp16, None otherwise.
+    """
+
+    weights: dict[str, Tensor] = field(default_factory=dict)
+    moments: dict[str, dict[str, Tensor]] = field(default_factory=dict)
+    updates: int = 0
+    scale: float | None = None
+
+
+class Engine(Protocol):
+    """One micro-batch: `forward`, then `backward`; after the last one of a step: `update`."""
+
+    model: nn.Module
+
+    def forward(self, *args: object) -> object:
+        """The model's forward pass, in the configured precision."""
+
+    def backward(self, loss: Tensor, last: bool) -> None:
+        """Add the gradient of this rank's contribution to the loss; the sum over micro-batches and ranks is the step's."""
+
+    def update(self, learning_rate: float) -> Tensor | None:
+        """One optimizer step. Returns the gradient's norm before clipping, where it is known."""
+
+    def state(self) -> EngineState:
+        """Collective: all ranks call it."""
+
+    def load(self, state: EngineState) -> None:
+        """Collective: all ranks call it; only the leader's `state` counts."""
+
+
+def autocast(precision: str, device: torch.device) -> AbstractContextManager[object]:
+    """Matrix products in `precision`; what needs float32 stays there ("fused precision")."""
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision, torch.float32)
+    return torch.autocast(device.type, dtype=dtype, enabled=precision != "fp32")
+
+
+def optimizer_for(model: nn.Module, config: TrainingConfig, device: torch.device) -> torch.optim.Optimizer:
+    """Adam with decoupled weight decay over the learned parameters, fused where the device has it."""
+    learned = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    return torch.optim.AdamW(
+        learned,
+        lr=config.learning_rate,
+        betas=BETAS,
+        eps=EPSILON,
+        weight_decay=config.weight_decay,
+        fused=device.type in ("cpu", "cuda"),
+    )
+
+
+class PlainEngine:
+    """Torch alone: gradients are summed over the ranks of the process group, if there is one."""
+
+    def __init__(self, model: nn.Module, config: TrainingConfig, world: World) -> None:
+        self.model = model.to(world.device)
+        self.config, self.world = config, world
+        self.optimizer = optimizer_for(model, config, world.device)
+        self.scaler = torch.amp.GradScaler(world.device.type, enabled=config.precision == "fp16")
+        if world.size > 1:
+            for parameter in model.parameters():
+                dist.broadcast(parameter.data, src=0)
+
+    def forward(self, *args: object) -> object:
+        with autocast(self.config.precision, self.world.device):
+            return self.model(*args)
+
+    def backward(self, loss: Tensor, last: bool) -> None:
+        self.scaler.scale(loss).backward()
+
+    def update(self, learning_rate: float) -> Tensor | None:
+        learned = self._learned()
+        for parameter in learned.values():
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+        if self.world.size > 1:
+            self._sum_gradients(list(learned.values()))
+        self.scaler.unscale_(self.optimizer)
+        gradients = [parameter.grad for parameter in learned.values() if parameter.grad is not None]
+        norm = torch.nn.utils.get_total_norm(gradients)
+        if self.config.clip is not None:
+            torch.nn.utils.clip_grads_with_norm_(learned.values(), self.config.clip, norm)
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
+        return norm
+
+    def _updates(self) -> int:
+        """Optimizer steps taken; fp16 skips those whose gradients overflow."""
+        counters = [state["step"] for state in self.optimizer.state.values() if "step" in state]
+        return int(counters[0]) if counters else 0
+
+    def _learned(self) -> dict[str, nn.Parameter]:
+        return {name: parameter for name, parameter in self.model.named_parameters() if parameter.requires_grad}
+
+    @staticmethod
+    def _sum_gradients(parameters: list[nn.Parameter]) -> None:
+        flat = torch.cat([p.grad.reshape(-1) for p in parameters if p.grad is not None])
+        dist.all_reduce(flat)
+        start = 0
+        for parameter in parameters:
+            assert parameter.grad is not None
+            parameter.grad.copy_(flat[start : start + parameter.numel()].view_as(parameter))
+            start += parameter.numel()
+
+    def state(self) -> EngineState:
+        if not self.world.leader:
+            return EngineState()
+        moments: dict[str, dict[str, Tensor]] = {moment: {} for moment in MOMENTS}
+        for name, parameter in self._learned().items():
+            for moment in MOMENTS:
+                kept = self.optimizer.state.get(parameter, {}).get(moment)
+                moments[moment][name] = torch.zeros_like(parameter) if kept is None else kept
+        return EngineState(
+            {name: weight.detach().cpu().clone() for name, weight in self.model.named_parameters()},
+            {moment: {name: v.detach().cpu().clone() for name, v in kept.items()} for moment, kept in moments.items()},
+            self._updates(),
+            self.scaler.get_scale() if self.scaler.is_enabled() else None,
+        )
+
+    def load(self, state: EngineState) -> None:
+        state = agree(self.world, state)
+        with torch.no_grad():
+            for name, parameter in self.model.named_parameters():
+                parameter.copy_(state.weights[name])
+        for name, parameter in self._learned().items():
+            moments = {moment: state.moments[moment][name].to(parameter.device).clone() for moment in MOMENTS}
+            counter = torch.tensor(float(state.updates), device=parameter.device)
+            self.optimizer.state[parameter] = {"step": counter, **moments}
+        if state.scale is not None and self.scaler.is_enabled():
+            self.scaler = torch.amp.GradScaler(self.world.device.type, init_scale=state.scale)

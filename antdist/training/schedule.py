@@ -1,0 +1,30 @@
+"""The learning rate as a function of the step: nothing to save, nothing to resume."""
+
+from __future__ import annotations
+
+import math
+
+from antdist.config.schema import ScheduleConfig
+
+
+def learning_rate(config: ScheduleConfig, base: float, step: int, steps_per_epoch: int, epochs: int) -> float:
+    """The learning rate of global step `step` (from 0), with `base` the configured one.
+
+    `decay` is the reference's: times `factor` after each epoch (spec, sections 5 and 6). A warm-up of `warmup_steps`,
+    linear from 0, precedes any kind.
+    """
+    if step < config.warmup_steps:
+        return base * (step + 1) / config.warmup_steps
+    epoch = step // steps_per_epoch
+    match config.kind:
+        case "constant":
+            return base
+        case "decay":
+            return base * config.factor**epoch
+        case "step":
+            return base * config.factor ** sum(epoch >= milestone for milestone in config.milestones)
+        case "cosine":
+            last = max(epochs * steps_per_epoch - 1, config.warmup_steps + 1)
+            share = (step - config.warmup_steps) / (last - config.warmup_steps)
+            low = config.floor * base
+            return low + (base - low) * 0.5 * (1 + math.cos(math.pi * min(share, 1.0)))

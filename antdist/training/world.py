@@ -1,0 +1,107 @@
+"""The ranks of a run: who we are, and the few collectives that training and evaluation need.
+
+All of them are the identity for one rank without a process group, so the same code runs in one plain process.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+T = TypeVar("T")
+Gather = Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among its peers. Collectives use the default process group."""
+
+    rank: int = 0
+    size: int = 1
+    device: torch.device = torch.device("cpu")
+
+    @property
+    def leader(self) -> bool:
+        return self.rank == 0
+
+
+def current_world() -> World:
+    """The world of the process group that is set up, on its local GPU where there is one; else one rank."""
+    if not dist.is_available() or not dist.is_initialized():
+        return World(device=torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    on_gpu = dist.get_backend() == "nccl"
+    device = torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")
+    return World(dist.get_rank(), dist.get_world_size(), device)
+
+
+def row_ranges(rows: int, parts: int) -> list[tuple[int, int]]:
+    """`rows` cut into `parts` contiguous ranges of even size, the first ones longer by one where it does not divide."""
+    size, extra = divmod(rows, parts)
+    starts = [part * size + min(part, extra) for part in range(parts + 1)]
+    return list(zip(starts[:-1], starts[1:], strict=True))
+
+
+def row_gather(world: World, rows: int) -> Gather:
+    """A function from this rank's (n_r, w) rows to all (rows, w), differentiable: the gradient of a row is summed over the
+    ranks that used it and goes back to the rank that computed it (law 2)."""
+    if world.size == 1:
+        return lambda local: local
+    return lambda local: _GatherRows.apply(local, world, rows)
+
+
+class _GatherRows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, local: Tensor, world: World, rows: int) -> Tensor:  # type: ignore[no-untyped-def]
+        ctx.world, ctx.rows = world, rows
+        ranges = row_ranges(rows, world.size)
+        longest = ranges[0][1] - ranges[0][0]
+        padded = local.new_zeros(longest, local.shape[1])
+        padded[: len(local)] = local
+        parts = [torch.empty_like(padded) for _ in ranges]
+        dist.all_gather(parts, padded)
+        return torch.cat([parts[rank][: stop - start] for rank, (start, stop) in enumerate(ranges)])
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[no-untyped-def, override]
+        start, stop = row_ranges(ctx.rows, ctx.world.size)[ctx.world.rank]
+        # gloo has no reduce-scatter; a copy, since autograd may hand the same tensor to others
+        total = gradient.contiguous().clone()
+        dist.all_reduce(total)
+        return total[start:stop], None, None
+
+
+def sum_over_ranks(world: World, value: Tensor) -> Tensor:
+    """The elementwise sum of `value` over all ranks, in a new tensor."""
+    total = value.detach().clone()
+    if world.size > 1:
+        dist.all_reduce(total)
+    return total
+
+
+def gather_objects(world: World, value: T) -> list[T]:
+    """Every rank's `value`, in rank order. Trusted peers only: torch sends it pickled within the job."""
+    if world.size == 1:
+        return [value]
+    values: list[T | None] = [None] * world.size
+    dist.all_gather_object(values, value)
+    return values  # type: ignore[return-value]
+
+
+def agree(world: World, value: T) -> T:
+    """The leader's `value`, on all ranks: decisions are taken together."""
+    if world.size == 1:
+        return value
+    box: list[T | None] = [value if world.leader else None]
+    dist.broadcast_object_list(box, src=0)
+    return box[0]  # type: ignore[return-value]
+
+
+def barrier(world: World) -> None:
+    """Wait for all ranks."""
+    if world.size > 1:
+        dist.barrier()

@@ -1,0 +1,130 @@
+"""The DeepSpeed engine and the plain one are twins: same weights after the same steps, at any stage; their state moves freely."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from antdist.config.schema import TrainingConfig
+from antdist.errors import UserError
+from antdist.training.deepspeed_engine import DeepSpeedEngine, check_passthrough, deepspeed_config
+from antdist.training.engine import EngineState, PlainEngine
+from antdist.training.world import current_world, row_gather, row_ranges
+from tests.ranks import on_ranks
+
+STEPS = 4
+
+
+def small_model() -> torch.nn.Module:
+    torch.manual_seed(5)
+    model = torch.nn.Sequential(torch.nn.Linear(6, 8), torch.nn.GELU(), torch.nn.Linear(8, 8), torch.nn.Linear(8, 1))
+    model[2].requires_grad_(False)  # as the frozen transformer of re-learning
+    return model
+
+
+def arrays(state: EngineState) -> dict[str, Any]:
+    return {
+        "weights": {name: value.numpy() for name, value in state.weights.items()},
+        "moments": {m: {name: value.numpy() for name, value in kept.items()} for m, kept in state.moments.items()},
+        "updates": state.updates,
+    }
+
+
+def run(kind: str, stage: int, first: int, last: int, start: dict[str, Any] | None, clip: float | None) -> dict[str, Any]:
+    """Train steps first..last on this rank's half of a fixed batch; accumulate two micro-batches."""
+    world = current_world()
+    config = TrainingConfig(zero_stage=stage, accumulation=2, clip=clip, learning_rate=0.05)
+    engine: Any = (DeepSpeedEngine if kind == "deepspeed" else PlainEngine)(small_model(), config, world)
+    if start is not None:
+        engine.load(
+            EngineState(
+                {name: torch.from_numpy(value) for name, value in start["weights"].items()},
+                {
+                    m: {name: torch.from_numpy(value) for name, value in kept.items()}
+                    for m, kept in start["moments"].items()
+                },
+                start["updates"],
+            )
+        )
+    for step in range(first, last):
+        generator = torch.Generator().manual_seed(step)
+        x = torch.randn(2, 12, 6, generator=generator)
+        for micro in range(2):
+            begin, end = row_ranges(12, world.size)[world.rank]
+            loss = (engine.forward(x[micro, begin:end]) - 1).square().sum() / 24
+            engine.backward(loss, last=micro == 1)
+        engine.update(0.05 / (step + 1))
+    return arrays(engine.state())
+
+
+def close(a: dict[str, Any], b: dict[str, Any], tolerance: float) -> None:
+    assert a["updates"] == b["updates"] > 0
+    assert a["weights"].keys() == b["weights"].keys()
+    for name in a["weights"]:
+        np.testing.assert_allclose(a["weights"][name], b["weights"][name], rtol=tolerance, atol=tolerance, err_msg=name)
+    for moment in a["moments"]:
+        assert a["moments"][moment].keys() == b["moments"][moment].keys()
+        for name in a["moments"][moment]:
+            np.testing.assert_allclose(a["moments"][moment][name], b["moments"][moment][name], rtol=1e-4, atol=tolerance)
+
+
+def everything(stage: int) -> list[dict[str, Any]]:
+    """In one process group, to start processes once: plain, DeepSpeed straight, DeepSpeed in two halves."""
+    plain = run("plain", 0, 0, STEPS, None, 0.1)
+    straight = run("deepspeed", stage, 0, STEPS, None, 0.1)
+    half = run("deepspeed", stage, 0, STEPS // 2, None, 0.1)
+    resumed = run("deepspeed", stage, STEPS // 2, STEPS, half, 0.1)
+    return [plain, straight, half, resumed]
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_deepspeed_equals_plain_and_its_state_is_whole(stage: int) -> None:
+    plain, straight, half, resumed = on_ranks(2, everything, stage)[0]
+    one_rank = run("plain", 0, 0, STEPS, None, 0.1)
+    close(straight, plain, 1e-6)
+    close(one_rank, plain, 1e-6)
+    close(run("plain", 0, STEPS // 2, STEPS, half, 0.1), plain, 1e-6)  # two ranks' state goes on in one
+    for kind in ("weights",):
+        for name in straight[kind]:
+            np.testing.assert_array_equal(resumed[kind][name], straight[kind][name], err_msg=name)
+    for moment in straight["moments"]:
+        for name in straight["moments"][moment]:
+            np.testing.assert_array_equal(resumed["moments"][moment][name], straight["moments"][moment][name])
+
+
+def gathered_gradient() -> tuple[np.ndarray, np.ndarray]:
+    world = current_world()
+    whole = torch.arange(15.0).reshape(5, 3)
+    start, stop = row_ranges(5, world.size)[world.rank]
+    local = whole[start:stop].clone().requires_grad_(True)
+    rows = row_gather(world, 5)(local)
+    (rows.square().sum() * (world.rank + 1)).backward()
+    assert local.grad is not None
+    return rows.detach().numpy(), local.grad.numpy()
+
+
+@pytest.mark.parametrize("size", [2, 3])
+def test_rows_are_gathered_with_their_gradient(size: int) -> None:
+    whole = np.arange(15.0).reshape(5, 3)
+    results = on_ranks(size, gathered_gradient)
+    for rows, _ in results:
+        np.testing.assert_array_equal(rows, whole)
+    factor = sum(range(1, size + 1))
+    np.testing.assert_allclose(np.concatenate([gradient for _, gradient in results]), 2 * whole * factor)
+
+
+def test_a_passed_through_key_that_we_decide_is_refused() -> None:
+    with pytest.raises(UserError, match=r"training.deepspeed.optimizer: .*Remove it and set training.learning_rate"):
+        check_passthrough({"optimizer": {"type": "Adam"}})
+    with pytest.raises(UserError, match="training.zero_stage"):
+        check_passthrough({"zero_optimization": {"stage": 3}})
+
+
+def test_the_deepspeed_section_is_merged() -> None:
+    config = TrainingConfig(zero_stage=2, deepspeed={"zero_optimization": {"overlap_comm": False}, "wall_clock_breakdown": True})
+    merged = deepspeed_config(config)
+    assert merged["zero_optimization"] == {"stage": 2, "overlap_comm": False}
+    assert merged["wall_clock_breakdown"] is True
