@@ -1,0 +1,152 @@
+"""A global batch dealt to ranks: whole windows, tokens balanced, the same items and candidates on every rank (law 2)."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from antdist.batch import Batch, GlobalBatch, IntArray
+from antdist.data.windows import ranges, starts_of
+
+FloatArray = NDArray[np.float64]
+
+
+def assign(lengths: IntArray, parts: int) -> IntArray:
+    """Which part each window goes to, (W,): longest first, there and back again over the parts.
+
+    With W >= parts every part gets a window, and the tokens of two parts differ by no more than the longest window.
+    """
+    rank = np.empty(len(lengths), dtype=np.int64)
+    rank[np.argsort(-lengths, kind="stable")] = np.arange(len(lengths))
+    row, column = np.divmod(rank, parts)
+    return np.where(row % 2 == 0, column, parts - 1 - column)
+
+
+def select(batch: GlobalBatch, windows: IntArray) -> GlobalBatch:
+    """Some windows of a batch (increasing numbers) with their predictions; none is allowed."""
+    begin = batch.offsets[windows]
+    lengths = batch.offsets[windows + 1] - begin
+    offsets = starts_of(lengths)
+    bounds = np.searchsorted(batch.predict_at, batch.offsets)
+    counts = bounds[windows + 1] - bounds[windows]
+    predictions = ranges(bounds[windows], counts)
+    return GlobalBatch(
+        epoch=batch.epoch,
+        index=batch.index,
+        items=batch.items[ranges(begin, lengths)],
+        offsets=offsets,
+        predict_at=batch.predict_at[predictions] + np.repeat(offsets[:-1] - begin, counts),
+        targets=batch.targets[predictions],
+        users=batch.users[windows],
+    )
+
+
+def split(batch: GlobalBatch, parts: int) -> list[GlobalBatch]:
+    """Micro-batches: whole windows in their order, tokens balanced. With fewer windows than parts some are empty."""
+    if parts == 1:
+        return [batch]
+    part = assign(np.diff(batch.offsets), parts)
+    return [select(batch, np.flatnonzero(part == p)) for p in range(parts)]
+
+
+def deal(
+    batch: GlobalBatch,
+    *,
+    rank: int,
+    world_size: int,
+    candidates: Literal["in_batch", "catalogue", "sampled"],
+    catalogue_size: int,
+    samples: int = 0,
+    log_q: bool = False,
+    popularity: IntArray | None = None,
+    seed: int = 0,
+    step: int = 0,
+) -> Batch:
+    """This rank's share of a global (micro-)batch. All but the share is the same on every rank.
+
+    With n_c how often item c is a next item in the global batch, m_c how often it was drawn, and
+    q_c = (popularity_c + 1) / sum(popularity + 1), the candidates and what is added to their logits are
+
+    - `in_batch`: the distinct next items. bias = log n_c, so that the logsumexp over distinct candidates is that over all
+      other predictions' next items; with `log_q` bias = log n_c - log q_c and target_bias = -log q_c.
+    - `catalogue`: all items, no bias.
+    - `sampled`: the distinct next items and the distinct of `samples` draws with replacement, from q with `log_q`, else
+      uniformly. bias = log m_c, minus log(samples q_c) with `log_q`; -inf for an item that was not drawn (it is a
+      candidate of its own predictions only); target_bias = -log(samples q_c) with `log_q`, else none.
+
+    Args:
+        popularity: (catalogue_size,) counts, needed with `log_q` only.
+        seed, step: of the draws of `sampled`; give each micro-batch a step of its own.
+    """
+    assert not log_q or popularity is not None or candidates == "catalogue"
+    mine = select(batch, np.flatnonzero(assign(np.diff(batch.offsets), world_size) == rank))
+    counts = np.bincount(batch.targets, minlength=catalogue_size)
+    bias: FloatArray | None = None
+    target_bias: FloatArray | None = None
+    if candidates == "catalogue":
+        item_ids = chosen = np.arange(catalogue_size)
+    else:
+        wanted = counts > 0
+        draws = None
+        if candidates == "sampled":
+            drawn = _draw(samples, catalogue_size, popularity if log_q else None, seed, step)
+            draws = np.bincount(drawn, minlength=catalogue_size)
+            wanted |= draws > 0
+        chosen = np.flatnonzero(wanted)
+        bias, target_bias = _biases(chosen, counts, draws, popularity if log_q else None)
+        wanted[batch.items] = True
+        item_ids = np.flatnonzero(wanted)
+    return Batch(
+        item_ids=torch.from_numpy(item_ids),
+        share=share(len(item_ids), rank, world_size),
+        tokens=torch.from_numpy(_positions(mine.items, item_ids, catalogue_size)),
+        offsets=torch.from_numpy(mine.offsets),
+        predict_at=torch.from_numpy(mine.predict_at),
+        targets=torch.from_numpy(_positions(mine.targets, chosen, catalogue_size)),
+        candidates=torch.from_numpy(_positions(chosen, item_ids, catalogue_size)),
+        counts=torch.from_numpy(counts[chosen].astype(np.float32)),
+        bias=None if bias is None else torch.from_numpy(bias.astype(np.float32)),
+        target_bias=None if target_bias is None else torch.from_numpy(target_bias.astype(np.float32)),
+        predictions=batch.predictions,
+        longest=int(np.diff(mine.offsets).max(initial=0)),
+    )
+
+
+def share(rows: int, rank: int, world_size: int) -> tuple[int, int]:
+    """Which of `rows` rows are this rank's: even runs, the first ranks get one more where it does not divide."""
+    each, over = divmod(rows, world_size)
+    begin = rank * each + min(rank, over)
+    return begin, begin + each + (rank < over)
+
+
+def _positions(ids: IntArray, within: IntArray, catalogue_size: int) -> IntArray:
+    """Where each id stands in the sorted, distinct `within`, which holds it."""
+    if len(within) == catalogue_size:
+        return ids
+    table = np.empty(catalogue_size, dtype=np.int64)  # only the rows of `within` are ever written or read
+    table[within] = np.arange(len(within))
+    return table[ids]
+
+
+def _draw(samples: int, catalogue_size: int, popularity: IntArray | None, seed: int, step: int) -> IntArray:
+    random = np.random.default_rng([seed, step])
+    if popularity is None:
+        return random.integers(catalogue_size, size=samples)
+    heaps = np.cumsum(popularity + 1)
+    return np.searchsorted(heaps, random.integers(heaps[-1], size=samples), side="right")
+
+
+def _biases(
+    chosen: IntArray, counts: IntArray, draws: IntArray | None, popularity: IntArray | None
+) -> tuple[FloatArray, FloatArray | None]:
+    with np.errstate(divide="ignore"):  # log 0 = -inf is meant: never drawn, so nobody's negative
+        bias = np.log((counts if draws is None else draws)[chosen].astype(np.float64))
+    if popularity is None:
+        return bias, None
+    expected = (popularity[chosen] + 1.0) / (popularity.sum() + len(popularity))
+    if draws is not None:
+        expected = expected * draws.sum()
+    return bias - np.log(expected), -np.log(expected)
