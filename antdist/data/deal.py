@@ -82,32 +82,35 @@ def deal(
         seed, step: of the draws of `sampled`; give each micro-batch a step of its own.
     """
     assert not log_q or popularity is not None or candidates == "catalogue"
+    popularity = popularity if log_q else None
     mine = select(batch, np.flatnonzero(assign(np.diff(batch.offsets), world_size) == rank))
-    counts = np.bincount(batch.targets, minlength=catalogue_size)
     bias: FloatArray | None = None
     target_bias: FloatArray | None = None
     if candidates == "catalogue":
         item_ids = chosen = np.arange(catalogue_size)
+        rows = item_ids
+        counts = np.bincount(batch.targets, minlength=catalogue_size)
     else:
-        wanted = counts > 0
-        draws = None
+        draws = np.empty(0, dtype=np.int64)
         if candidates == "sampled":
-            drawn = _draw(samples, catalogue_size, popularity if log_q else None, seed, step)
-            draws = np.bincount(drawn, minlength=catalogue_size)
-            wanted |= draws > 0
-        chosen = np.flatnonzero(wanted)
-        bias, target_bias = _biases(chosen, counts, draws, popularity if log_q else None)
-        wanted[batch.items] = True
-        item_ids = np.flatnonzero(wanted)
+            draws = _draw(samples, catalogue_size, popularity, seed, step)
+        item_ids = _distinct(catalogue_size, batch.items, batch.targets, draws)
+        rows = np.empty(catalogue_size, dtype=np.int64)  # where an id stands in item_ids; no other place is read
+        rows[item_ids] = np.arange(len(item_ids))
+        chosen, counts, drawn = _tally(rows[batch.targets], rows[draws], len(item_ids))
+        repeats = drawn if candidates == "sampled" else counts
+        bias, target_bias = _biases(repeats, item_ids[chosen], popularity, samples=max(1, len(draws)))
+    places = np.empty(len(item_ids), dtype=np.int64)  # where a row stands in the candidates
+    places[chosen] = np.arange(len(chosen))
     return Batch(
         item_ids=torch.from_numpy(item_ids),
         share=share(len(item_ids), rank, world_size),
-        tokens=torch.from_numpy(_positions(mine.items, item_ids, catalogue_size)),
+        tokens=torch.from_numpy(rows[mine.items]),
         offsets=torch.from_numpy(mine.offsets),
         predict_at=torch.from_numpy(mine.predict_at),
-        targets=torch.from_numpy(_positions(mine.targets, chosen, catalogue_size)),
-        candidates=torch.from_numpy(_positions(chosen, item_ids, catalogue_size)),
-        counts=torch.from_numpy(counts[chosen].astype(np.float32)),
+        targets=torch.from_numpy(places[rows[mine.targets]]),
+        candidates=torch.from_numpy(chosen),
+        counts=torch.from_numpy(counts.astype(np.float32)),
         bias=None if bias is None else torch.from_numpy(bias.astype(np.float32)),
         target_bias=None if target_bias is None else torch.from_numpy(target_bias.astype(np.float32)),
         predictions=batch.predictions,
@@ -122,13 +125,19 @@ def share(rows: int, rank: int, world_size: int) -> tuple[int, int]:
     return begin, begin + each + (rank < over)
 
 
-def _positions(ids: IntArray, within: IntArray, catalogue_size: int) -> IntArray:
-    """Where each id stands in the sorted, distinct `within`, which holds it."""
-    if len(within) == catalogue_size:
-        return ids
-    table = np.empty(catalogue_size, dtype=np.int64)  # only the rows of `within` are ever written or read
-    table[within] = np.arange(len(within))
-    return table[ids]
+def _distinct(catalogue_size: int, *ids: IntArray) -> IntArray:
+    """The distinct ids, sorted: without a sort, at a byte an item of the catalogue."""
+    seen = np.zeros(catalogue_size, dtype=np.bool_)
+    for some in ids:
+        seen[some] = True
+    return np.flatnonzero(seen)
+
+
+def _tally(targets: IntArray, draws: IntArray, rows: int) -> tuple[IntArray, IntArray, IntArray]:
+    """The rows that are target or drawn, and how often each is the one and the other."""
+    counts, drawn = np.bincount(targets, minlength=rows), np.bincount(draws, minlength=rows)
+    chosen = np.flatnonzero(counts + drawn)
+    return chosen, counts[chosen], drawn[chosen]
 
 
 def _draw(samples: int, catalogue_size: int, popularity: IntArray | None, seed: int, step: int) -> IntArray:
@@ -140,13 +149,13 @@ def _draw(samples: int, catalogue_size: int, popularity: IntArray | None, seed: 
 
 
 def _biases(
-    chosen: IntArray, counts: IntArray, draws: IntArray | None, popularity: IntArray | None
+    repeats: IntArray, ids: IntArray, popularity: IntArray | None, samples: int
 ) -> tuple[FloatArray, FloatArray | None]:
     with np.errstate(divide="ignore"):  # log 0 = -inf is meant: never drawn, so nobody's negative
-        bias = np.log((counts if draws is None else draws)[chosen].astype(np.float64))
+        bias = np.log(repeats.astype(np.float64))
     if popularity is None:
         return bias, None
-    expected = (popularity[chosen] + 1.0) / (popularity.sum() + len(popularity))
-    if draws is not None:
-        expected = expected * draws.sum()
-    return bias - np.log(expected), -np.log(expected)
+    # Each item counts once more than it occurs, so that no probability is 0.
+    chance = (popularity[ids] + 1.0) / (popularity.sum() + len(popularity))
+    correction = np.log(samples * chance)
+    return bias - correction, -correction
