@@ -1,0 +1,231 @@
+"""Full ranking of a catalogue by cosine, by counting: nothing is sorted, no users x items mask is built (spec, section 7)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.nn import functional
+
+from antdist.batch import IntArray
+from antdist.errors import UserError
+
+if TYPE_CHECKING:
+    from antdist.data.domain import Sequences
+    from antdist.features.table import Catalogue
+    from antdist.model.recommender import Recommender
+
+# Scores closer than this are the same score. Matrix products of other shapes round a float32 cosine differently
+# (1e-7), so without it an item with the very features of the target would tie or not by how the work was cut.
+TIE = 1e-6
+
+
+@dataclass(frozen=True)
+class Queries:
+    """What is asked of U users: their history, the item that came next, and the items left out of the ranking.
+
+    Items are indices into the rows of the embeddings that are ranked: a domain's own item indices.
+    """
+
+    users: IntArray  # (U,) user index in the domain, each once
+    items: IntArray  # (T,) histories, oldest first, one user after the other; at most max_length a user
+    offsets: IntArray  # (U + 1,)
+    targets: IntArray  # (U,)
+    exclude_items: IntArray  # (E,) all of a user's history, uncut; an item may stand there twice
+    exclude_offsets: IntArray  # (U + 1,)
+
+    def __len__(self) -> int:
+        return len(self.users)
+
+    @property
+    def seen(self) -> NDArray[np.bool_]:
+        """(U,) whether the target stands in the user's history already: a miss by definition."""
+        again = self.exclude_items == np.repeat(self.targets, np.diff(self.exclude_offsets))
+        rows = np.repeat(np.arange(len(self)), np.diff(self.exclude_offsets))
+        return np.bincount(rows[again], minlength=len(self)) > 0
+
+    def select(self, rows: IntArray) -> Queries:
+        """The queries at `rows`, in that order."""
+        items, offsets = _segments(self.items, self.offsets[rows], self.offsets[rows + 1])
+        exclude = _segments(self.exclude_items, self.exclude_offsets[rows], self.exclude_offsets[rows + 1])
+        return Queries(self.users[rows], items, offsets, self.targets[rows], *exclude)
+
+    def shard(self, rank: int, world_size: int) -> Queries:
+        """This rank's share: every world_size-th user. `merge` puts the ranks of all shares together again."""
+        return self.select(np.arange(rank, len(self), world_size))
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """Where each user's target came: 1 is the top. A target seen before is a miss, at catalogue size + 1."""
+
+    users: IntArray  # (U,) as in the queries
+    ranks: IntArray  # (U,)
+    seen: NDArray[np.bool_]  # (U,)
+
+
+def merge(shares: Sequence[Ranks]) -> Ranks:
+    """The ranks of all shares, by increasing user."""
+    users, ranks, seen = (np.concatenate([getattr(s, name) for s in shares]) for name in ("users", "ranks", "seen"))
+    order = np.argsort(users)
+    return Ranks(users[order], ranks[order], seen[order])
+
+
+def validation_queries(sequences: Sequences, max_length: int, *, limit: int | None = None, seed: int = 0) -> Queries:
+    """From each user's training part to the second last item. `limit`: at most so many users, drawn by `seed`."""
+    return _queries(sequences, max_length, 2, limit, seed)
+
+
+def test_queries(sequences: Sequences, max_length: int, *, limit: int | None = None, seed: int = 0) -> Queries:
+    """From each user's training part and validation item to the last item. `limit` as in `validation_queries`."""
+    return _queries(sequences, max_length, 1, limit, seed)
+
+
+def _queries(sequences: Sequences, max_length: int, from_end: int, limit: int | None, seed: int) -> Queries:
+    count = len(sequences.offsets) - 1
+    users = np.arange(count)
+    if limit is not None and limit < count:
+        users = np.sort(np.random.default_rng(seed).choice(count, limit, replace=False))
+    starts, ends = sequences.offsets[users], sequences.offsets[users + 1] - from_end
+    assert (ends > starts).all(), "a prepared user has at least three interactions"
+    items, offsets = _segments(sequences.items, np.maximum(starts, ends - max_length), ends)
+    exclude = _segments(sequences.items, starts, ends)
+    return Queries(users, items, offsets, sequences.items[ends].astype(np.int64), *exclude)
+
+
+def _segments(values: IntArray, starts: IntArray, ends: IntArray) -> tuple[IntArray, IntArray]:
+    """The stretches `values[starts[i]:ends[i]]` one after the other, and their offsets."""
+    lengths = ends - starts
+    offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
+    positions = np.arange(offsets[-1]) + np.repeat(starts - offsets[:-1], lengths)
+    return values[positions].astype(np.int64), offsets
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode without gradients; afterwards each module is in the mode it was in (parts may be frozen)."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+def embed_catalogue(
+    model: Recommender, catalogue: Catalogue, item_ids: IntArray | None = None, chunk: int = 4096
+) -> Tensor:
+    """Item embeddings (N, d), not normalised, of all items or of `item_ids`; no gradient, on the model's device.
+
+    Raises:
+        UserError: the model has a learned embedding for each item of another catalogue (ANT_t), so it cannot rank this.
+    """
+    if model.item_embeddings is not None and model.catalogue_size != catalogue.size:
+        raise UserError(
+            f"the model has learned embeddings for {model.catalogue_size} items (ANT_t), the catalogue has "
+            f"{catalogue.size}: it cannot rank items that it was not trained with",
+            remedy="use a model without item_embeddings for new items, or re-learn on this catalogue",
+        )
+    ids = np.arange(catalogue.size) if item_ids is None else item_ids
+    device = next(model.parameters()).device
+    with evaluating(model):
+        parts = [
+            model.embed_items(catalogue.features(ids[first : first + chunk]).to(device)).item
+            for first in range(0, len(ids), chunk)
+        ]
+    return torch.cat(parts)
+
+
+def encode_histories(model: Recommender, item_embeddings: Tensor, items: IntArray, offsets: IntArray) -> Tensor:
+    """The preference vector (U, d) of each history: the output at its last item (spec, section 4)."""
+    device = item_embeddings.device
+    bounds = torch.from_numpy(offsets).to(device)
+    with evaluating(model):
+        tokens = torch.from_numpy(items).to(device)
+        states: Tensor = model.encode_users(item_embeddings, tokens, bounds, int(np.diff(offsets).max()))
+        return states[bounds[1:] - 1]
+
+
+def unit(vectors: Tensor, what: str) -> Tensor:
+    """float32 rows of length 1 (a row of zeros stays), so that products are cosines. UserError if not all finite."""
+    if not bool(torch.isfinite(vectors).all()):
+        raise UserError(
+            f"the model gives {what} that are not finite numbers",
+            remedy="the training diverged: take an earlier checkpoint, or train with a lower learning rate or clipping",
+        )
+    return functional.normalize(vectors.float(), dim=-1)
+
+
+@contextmanager
+def exact_products(device: torch.device) -> Iterator[None]:
+    """Matrix products in true float32, whatever the training around it has set (autocast, TF32)."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        with torch.autocast(device.type, enabled=False):
+            yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+def rank_targets(
+    model: Recommender, item_embeddings: Tensor, queries: Queries, *, chunk_users: int = 512, chunk_items: int = 4096
+) -> Ranks:
+    """Rank each user's target among all items that are not in the user's history, by cosine (spec, section 7).
+
+    rank = 1 + number of other candidates whose score is not below the target's: ties count against the model.
+    Holds chunk_users x chunk_items scores at a time.
+
+    Args:
+        item_embeddings: (N, d) of the whole catalogue, as `embed_catalogue` gives them.
+
+    Raises:
+        UserError: an embedding or a user's vector is not finite.
+    """
+    size = len(item_embeddings)
+    assert not len(queries) or max(int(queries.targets.max()), int(queries.exclude_items.max())) < size
+    ranks = np.empty(len(queries), np.int64)
+    by_length = np.argsort(np.diff(queries.offsets), kind="stable")
+    catalogue = unit(item_embeddings, "item embeddings")
+    for first in range(0, len(queries), chunk_users):
+        rows = by_length[first : first + chunk_users]
+        asked = queries.select(rows)
+        vectors = unit(encode_histories(model, item_embeddings, asked.items, asked.offsets), "user vectors")
+        ranks[rows] = 1 + _rivals(vectors, catalogue, asked, chunk_items).cpu().numpy()
+    seen = queries.seen
+    return Ranks(queries.users, np.where(seen, size + 1, ranks), seen)
+
+
+def _rivals(vectors: Tensor, catalogue: Tensor, queries: Queries, chunk: int) -> Tensor:
+    """(U,) how many candidates other than the target score at least as high as it."""
+    device = vectors.device
+    rows, items = _no_candidates(queries)
+    bounds = np.searchsorted(items, np.arange(0, len(catalogue) + chunk, chunk)).tolist()
+    row, item = torch.from_numpy(rows).to(device), torch.from_numpy(items).to(device)
+    count = torch.zeros(len(vectors), dtype=torch.int64, device=device)
+    with exact_products(device):
+        targets = catalogue[torch.from_numpy(queries.targets).to(device)]
+        threshold = (vectors * targets).sum(1, keepdim=True) - TIE
+        for number, first in enumerate(range(0, len(catalogue), chunk)):
+            scores = vectors @ catalogue[first : first + chunk].T
+            here = slice(bounds[number], bounds[number + 1])
+            scores[row[here], item[here] - first] = -torch.inf
+            count += (scores >= threshold).count_nonzero(1)
+    return count
+
+
+def _no_candidates(queries: Queries) -> tuple[IntArray, IntArray]:
+    """(row, item) pairs that do not compete: each user's history and the target itself; by increasing item."""
+    users = np.arange(len(queries))
+    rows = np.concatenate([users, np.repeat(users, np.diff(queries.exclude_offsets))])
+    items = np.concatenate([queries.targets, queries.exclude_items])
+    order = np.argsort(items, kind="stable")
+    return rows[order], items[order]

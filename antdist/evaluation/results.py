@@ -1,0 +1,102 @@
+"""Per-user results on disk, with the key that says what they may be compared with."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import zipfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from antdist.config.schema import RelearnConfig
+from antdist.errors import UserError
+from antdist.evaluation.ranking import Ranks
+
+# What of the training section does not change what is learned.
+_OPERATION = {"engine", "zero_stage", "checkpoint_every", "keep_checkpoints", "stop_after", "log_every"}
+
+
+class RunKey(BaseModel):
+    """All that two runs must share for their difference to be due to the strategy alone."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    target: str
+    manifest: str  # fingerprint of the target's manifest
+    features: dict[str, str]  # identity of the frozen encoder, by modality
+    seeds: tuple[int, ...]
+    epochs: int
+    budget: str  # digest of the rest of the configuration, as `budget_digest` makes it
+    split: Literal["validation", "test"]
+
+
+@dataclass(frozen=True)
+class Run:
+    """One strategy's results: a ranking of the same users for each seed."""
+
+    key: RunKey
+    ranks: list[Ranks]  # in the order of key.seeds
+
+
+def budget_digest(config: RelearnConfig) -> str:
+    """A digest of what a strategy was given to learn with: model, loss, stream, training. Not the strategy, its
+    parent, the seeds, nor how the work was spread and logged."""
+    sections = {
+        "model": config.model.model_dump(exclude={"activation_checkpointing"}),
+        "loss": config.loss.model_dump(exclude={"chunk"}),
+        "stream": config.stream.model_dump(),
+        "training": config.training.model_dump(exclude=_OPERATION),
+        "feature_dtype": config.data.feature_dtype,
+    }
+    return hashlib.sha256(json.dumps(sections, sort_keys=True).encode()).hexdigest()
+
+
+def pool(runs: Sequence[Run]) -> Run:
+    """Runs of one strategy that differ in their seeds alone, as one run by increasing seed."""
+    by_seed = sorted(((seed, r) for run in runs for seed, r in zip(run.key.seeds, run.ranks, strict=True)), key=_seed)
+    key = runs[0].key.model_copy(update={"seeds": tuple(seed for seed, _ in by_seed)})
+    assert all(run.key.model_copy(update={"seeds": key.seeds}) == key for run in runs), "other than in their seeds"
+    assert len(set(key.seeds)) == len(key.seeds), "a seed twice"
+    return Run(key, [ranks for _, ranks in by_seed])
+
+
+def _seed(pair: tuple[int, Ranks]) -> int:
+    return pair[0]
+
+
+def save_ranks(path: str | Path, run: Run) -> None:
+    """Write `run` as an .npz file (no pickle): `ranks` (S, U), `users` and `seen` (U,), `key` as JSON text."""
+    first, path = run.ranks[0], Path(path)
+    assert len(run.ranks) == len(run.key.seeds)
+    assert all(np.array_equal(r.users, first.users) and np.array_equal(r.seen, first.seen) for r in run.ranks)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    half_written = path.with_name(f".{path.name}.part")
+    with half_written.open("wb") as file:
+        np.savez_compressed(
+            file,
+            ranks=np.stack([r.ranks for r in run.ranks]),
+            users=first.users,
+            seen=first.seen,
+            key=np.array(run.key.model_dump_json()),
+        )
+    half_written.replace(path)
+
+
+def load_ranks(path: str | Path) -> Run:
+    """Read what `save_ranks` wrote. UserError if there is no such file or it is something else."""
+    try:
+        with np.load(path) as file:
+            ranks, users, seen = file["ranks"], file["users"], file["seen"]
+            key = RunKey.model_validate_json(str(file["key"]))
+    except FileNotFoundError:
+        raise UserError("no per-user results here", where=path, remedy="run `antdist relearn` first") from None
+    except (OSError, EOFError, KeyError, ValueError, zipfile.BadZipFile, ValidationError) as error:
+        raise UserError(f"not per-user results ({error})", where=path, remedy="evaluate the model again") from error
+    if ranks.shape != (len(key.seeds), len(users)) or seen.shape != users.shape:
+        raise UserError("shapes of per-user results disagree", where=path, remedy="evaluate the model again")
+    return Run(key, [Ranks(users, of_seed, seen) for of_seed in ranks])

@@ -1,0 +1,28 @@
+"""Popularity against a loop over items."""
+
+from __future__ import annotations
+
+import numpy as np
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from antdist.data.domain import Sequences, training_popularity
+from antdist.evaluation import ranking
+from antdist.evaluation.baseline import rank_by_popularity
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(0, 2**32 - 1), st.integers(1, 20), st.integers(1, 25))
+def test_equal_to_counting_one_by_one(seed: int, users: int, items: int) -> None:
+    rng = np.random.default_rng(seed)
+    offsets = np.concatenate([[0], np.cumsum(rng.integers(3, 12, users))]).astype(np.int64)
+    sequence = rng.integers(0, items, offsets[-1])
+    sequences = Sequences(offsets, sequence, np.arange(len(sequence)))
+    popularity = training_popularity(sequences, items)
+    queries = ranking.test_queries(sequences, 4)
+    got = rank_by_popularity(popularity, queries)
+    for user in range(users):
+        *history, target = sequence[offsets[user] : offsets[user + 1]].tolist()
+        rivals = [i for i in range(items) if i != target and i not in history and popularity[i] >= popularity[target]]
+        assert got.seen[user] == (target in history)
+        assert got.ranks[user] == (items + 1 if target in history else 1 + len(rivals))

@@ -1,0 +1,79 @@
+"""Per-user results survive the disk, and say when a file is something else."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from antdist.config.schema import RelearnConfig
+from antdist.errors import UserError
+from antdist.evaluation.ranking import Ranks
+from antdist.evaluation.results import Run, RunKey, budget_digest, load_ranks, pool, save_ranks
+
+
+def make_run(seeds: tuple[int, ...], users: int = 5, **key: object) -> Run:
+    fields = {"target": "scientific", "manifest": "ab", "features": {"text": "t"}, "epochs": 3, "budget": "b"}
+    rng = np.random.default_rng(sum(seeds))
+    seen = np.arange(users) == 1
+    ranks = [Ranks(np.arange(users), rng.integers(1, 99, users), seen) for _ in seeds]
+    return Run(RunKey.model_validate(fields | {"seeds": seeds, "split": "test"} | key), ranks)
+
+
+def test_round_trip(tmp_path: Path) -> None:
+    run, path = make_run((0, 7)), tmp_path / "deep" / "ranks.npz"
+    save_ranks(path, run)
+    again = load_ranks(path)
+    assert again.key == run.key
+    for ours, theirs in zip(again.ranks, run.ranks, strict=True):
+        assert all(np.array_equal(getattr(ours, name), value) for name, value in vars(theirs).items())
+    assert [p.name for p in path.parent.iterdir()] == ["ranks.npz"]
+
+
+def test_what_is_no_result_is_told(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no per-user results here"):
+        load_ranks(tmp_path / "none.npz")
+    path = tmp_path / "text.npz"
+    path.write_text("hello")
+    with pytest.raises(UserError, match=r"text\.npz: not per-user results"):
+        load_ranks(path)
+    np.savez(path, ranks=np.ones((1, 2)))
+    with pytest.raises(UserError, match="not per-user results"):
+        load_ranks(path)
+    whole = tmp_path / "whole.npz"
+    save_ranks(whole, make_run((0,)))
+    path.write_bytes(whole.read_bytes()[:-40])
+    with pytest.raises(UserError, match="not per-user results"):
+        load_ranks(path)
+
+
+def test_a_pickle_is_not_loaded(tmp_path: Path) -> None:
+    path = tmp_path / "ranks.npz"
+    np.savez(path, ranks=np.array([print], dtype=object))
+    with pytest.raises(UserError, match="not per-user results"):
+        load_ranks(path)
+
+
+def test_pool_joins_seeds_in_order() -> None:
+    one, two = make_run((5,)), make_run((1, 3))
+    pooled = pool([one, two])
+    assert pooled.key.seeds == (1, 3, 5)
+    assert pooled.ranks == [*two.ranks, *one.ranks]
+    with pytest.raises(AssertionError):
+        pool([one, make_run((2,), epochs=4)])
+    with pytest.raises(AssertionError):
+        pool([one, make_run((5,))])
+
+
+def test_budget_is_what_was_learned_with_not_how_it_ran() -> None:
+    def digest(**changes: object) -> str:
+        return budget_digest(RelearnConfig.model_validate(changes))
+
+    plain = digest()
+    assert digest(strategy="scratch", seeds=[1, 2], target="x", variants=["keep_price_bias"]) == plain
+    training = RelearnConfig().training.model_dump()
+    assert digest(training=training | {"engine": "plain", "log_every": 3}) == plain
+    assert digest(training=training | {"learning_rate": 0.5}) != plain
+    assert digest(model={"dropout": 0.1}) != plain
+    assert digest(stream={"mode": "prefix"}) != plain
