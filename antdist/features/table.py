@@ -22,6 +22,7 @@ from pydantic import BaseModel, ConfigDict, Field, StringConstraints, Validation
 
 from antdist.batch import IntArray, ItemFeatures
 from antdist.errors import UserError
+from antdist.features.source import source_has
 
 if TYPE_CHECKING:
     from antdist.data.domain import Domain
@@ -397,16 +398,6 @@ def _table_if_any(domain: Domain, modality: str) -> FeatureTable | None:
     if has_table(domain, modality) or source_has(domain, modality):
         return open_table(domain, modality)
     return None
-
-
-def source_has(domain: Domain, modality: str) -> bool:
-    """Whether any item of the domain has this modality in the source. Reads items up to the first that has."""
-    for item in domain.items():
-        if modality == "text" and item.text and item.text.strip():
-            return True
-        if (modality == "price" and item.price is not None) or (modality == "image" and item.images):
-            return True
-    return False
 
 
 def _refuse_mixture(modality: str, tables: Sequence[tuple[Domain, FeatureTable]], wanted: str | None) -> None:
