@@ -6,12 +6,14 @@ All of them are the identity for one rank without a process group, so the same c
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from antdist.data.deal import share
 
 T = TypeVar("T")
 Gather = Callable[[Tensor], Tensor]
@@ -23,7 +25,7 @@ class World:
 
     rank: int = 0
     size: int = 1
-    device: torch.device = torch.device("cpu")
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
 
     @property
     def leader(self) -> bool:
@@ -40,10 +42,8 @@ def current_world() -> World:
 
 
 def row_ranges(rows: int, parts: int) -> list[tuple[int, int]]:
-    """`rows` cut into `parts` contiguous ranges of even size, the first ones longer by one where it does not divide."""
-    size, extra = divmod(rows, parts)
-    starts = [part * size + min(part, extra) for part in range(parts + 1)]
-    return list(zip(starts[:-1], starts[1:], strict=True))
+    """`rows` cut into `parts` contiguous ranges, as `deal` shares items among ranks."""
+    return [share(rows, part, parts) for part in range(parts)]
 
 
 def row_gather(world: World, rows: int) -> Gather:

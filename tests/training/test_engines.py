@@ -33,7 +33,9 @@ def arrays(state: EngineState) -> dict[str, Any]:
     }
 
 
-def run(kind: str, stage: int, first: int, last: int, start: dict[str, Any] | None, clip: float | None) -> dict[str, Any]:
+def run(
+    kind: str, stage: int, first: int, last: int, start: dict[str, Any] | None, clip: float | None
+) -> dict[str, Any]:
     """Train steps first..last on this rank's half of a fixed batch; accumulate two micro-batches."""
     world = current_world()
     config = TrainingConfig(zero_stage=stage, accumulation=2, clip=clip, learning_rate=0.05)
@@ -68,7 +70,9 @@ def close(a: dict[str, Any], b: dict[str, Any], tolerance: float) -> None:
     for moment in a["moments"]:
         assert a["moments"][moment].keys() == b["moments"][moment].keys()
         for name in a["moments"][moment]:
-            np.testing.assert_allclose(a["moments"][moment][name], b["moments"][moment][name], rtol=1e-4, atol=tolerance)
+            np.testing.assert_allclose(
+                a["moments"][moment][name], b["moments"][moment][name], rtol=1e-4, atol=tolerance
+            )
 
 
 def everything(stage: int) -> list[dict[str, Any]]:
@@ -119,12 +123,14 @@ def test_rows_are_gathered_with_their_gradient(size: int) -> None:
 def test_a_passed_through_key_that_we_decide_is_refused() -> None:
     with pytest.raises(UserError, match=r"training.deepspeed.optimizer: .*Remove it and set training.learning_rate"):
         check_passthrough({"optimizer": {"type": "Adam"}})
-    with pytest.raises(UserError, match="training.zero_stage"):
+    with pytest.raises(UserError, match=r"training\.zero_stage"):
         check_passthrough({"zero_optimization": {"stage": 3}})
 
 
 def test_the_deepspeed_section_is_merged() -> None:
-    config = TrainingConfig(zero_stage=2, deepspeed={"zero_optimization": {"overlap_comm": False}, "wall_clock_breakdown": True})
+    config = TrainingConfig(
+        zero_stage=2, deepspeed={"zero_optimization": {"overlap_comm": False}, "wall_clock_breakdown": True}
+    )
     merged = deepspeed_config(config)
     assert merged["zero_optimization"] == {"stage": 2, "overlap_comm": False}
     assert merged["wall_clock_breakdown"] is True

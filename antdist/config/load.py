@@ -1,0 +1,116 @@
+"""From a YAML file and dotted overrides to a checked configuration; every mistake names its key and the nearest known one."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from antdist.errors import UserError
+
+Config = TypeVar("Config", bound=BaseModel)
+
+
+def load_config(kind: type[Config], file: Path | None, overrides: Sequence[str] = ()) -> Config:
+    """Read `file` (None: all defaults), apply `key.sub=value` overrides, check.
+
+    Raises UserError: missing file, no YAML, unknown key, wrong type, contradicting values.
+    """
+    tree = _read(file) if file is not None else {}
+    where = str(file) if file is not None else "configuration"
+    for override in overrides:
+        _set(tree, override)
+    return check_config(kind, tree, where)
+
+
+def check_config(kind: type[Config], tree: dict[str, Any], where: str = "configuration") -> Config:
+    """Build `kind` from nested dictionaries. Raises UserError that names the first wrong key."""
+    try:
+        return kind.model_validate(tree)
+    except ValidationError as error:
+        raise _told(kind, error, where) from None
+
+
+def dump_config(config: BaseModel) -> str:
+    """The resolved configuration as YAML that `load_config` reads back."""
+    return yaml.safe_dump(config.model_dump(by_alias=True), sort_keys=False)
+
+
+def _read(file: Path) -> dict[str, Any]:
+    try:
+        tree = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError("no such file", where=file, remedy="give --config the path of a YAML file") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"cannot be read ({error})", where=file) from None
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f":{mark.line + 1}" if mark is not None else ""
+        problem = getattr(error, "problem", None) or "malformed"
+        raise UserError(f"not valid YAML: {problem}", where=f"{file}{line}") from None
+    if tree is None:
+        return {}
+    if not isinstance(tree, dict):
+        raise UserError("a configuration is a mapping of keys to values", where=file)
+    return tree
+
+
+def _set(tree: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals or not key or key.startswith("-"):
+        raise UserError("not of the form key=value", where=override, remedy="write for example training.epochs=10")
+    try:
+        value = yaml.safe_load(text) if text else None
+    except yaml.YAMLError as error:
+        raise UserError(f"the value is not valid YAML ({error})", where=override) from None
+    # YAML 1.1 takes 1e-3 for text
+    if isinstance(value, str):
+        try:
+            value = float(value) if any(c in "eE" for c in value) else value
+        except ValueError:
+            value = text.strip()
+    node = tree
+    *parents, last = key.split(".")
+    for parent in parents:
+        child = node.setdefault(parent, {})
+        if not isinstance(child, dict):
+            raise UserError(f"{parent} holds a value, not keys", where=override)
+        node = child
+    node[last] = value
+
+
+def _told(kind: type[BaseModel], error: ValidationError, where: str) -> UserError:
+    first = error.errors()[0]
+    path = [str(part) for part in first["loc"]]
+    key = ".".join(path)
+    if first["type"] == "extra_forbidden":
+        known = known_keys(kind)
+        near = difflib.get_close_matches(key, known, n=1, cutoff=0.5) or [
+            k for k in known if k.rsplit(".", 1)[-1] == path[-1]
+        ]
+        siblings = ", ".join(sorted(k for k in known if k.rpartition(".")[0] == ".".join(path[:-1])))
+        remedy = f"did you mean {near[0]}" if near else f"known keys here: {siblings}"
+        return UserError(f"unknown key {key}", where=where, remedy=remedy)
+    message = str(first["msg"]).removeprefix("Value error, ")
+    given = first.get("input")
+    shown = (
+        f", not {given!r}"
+        if isinstance(given, str | int | float | bool | None) and first["type"] != "value_error"
+        else ""
+    )
+    return UserError(f"{key + ': ' if key else ''}{message[0].lower()}{message[1:]}{shown}", where=where)
+
+
+def known_keys(kind: type[BaseModel], prefix: str = "") -> list[str]:
+    """All dotted keys of a configuration class."""
+    keys: list[str] = []
+    for name, entry in kind.model_fields.items():
+        key = prefix + (entry.alias or name)
+        keys.append(key)
+        if isinstance(entry.annotation, type) and issubclass(entry.annotation, BaseModel):
+            keys.extend(known_keys(entry.annotation, f"{key}."))
+    return keys

@@ -1,0 +1,287 @@
+"""The training loop: pre-training and re-learning alike, one process a rank.
+
+    resume, or begin
+    while epochs remain:
+        for each batch left of the epoch:  step; log now and then; checkpoint if due; stop if asked
+        validate if due  ->  keep the best weights, count validations without a better one
+        checkpoint
+
+All state that survives is in `Progress` and the engine; order, noise and learning rate are functions of the step.
+"""
+
+from __future__ import annotations
+
+import math
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from antdist.config.schema import TrainingConfig
+from antdist.data.stream import StreamState
+from antdist.errors import UserError
+from antdist.progress import say
+from antdist.training.checkpoint import Checkpoint, load_latest, save_checkpoint
+from antdist.training.engine import Engine, EngineState
+from antdist.training.feed import Feed, StepInput
+from antdist.training.noise import seed_noise
+from antdist.training.schedule import learning_rate
+from antdist.training.world import World, agree, barrier, row_gather, sum_over_ranks
+
+CHOSEN_BY = "Recall@10"  # on validation users (spec, section 7)
+Metrics = dict[str, float]
+
+
+@dataclass
+class Progress:
+    """Where a run stands: all that a checkpoint holds beside weights and moments. Plain JSON."""
+
+    step: int = 0  # the next optimizer step: epoch times steps an epoch, plus batch
+    epoch: int = 0  # the epoch that the next step belongs to
+    batch: int = 0  # the next step's batch in it
+    epoch_loss: float = 0.0  # predictions times loss, so far in this epoch
+    epoch_predictions: int = 0
+    best: float | None = None  # the best validation's metric
+    best_epoch: int | None = None
+    worse: int = 0  # validations since then
+    history: list[dict[str, float]] = field(default_factory=list)  # one entry an epoch
+    finished: str | None = None  # why, once nothing is left to do
+
+
+@dataclass(frozen=True)
+class Job:
+    """One training run on this rank.
+
+    `validate` is collective and returns the same metrics on every rank; `report` gets curves on the leader. `start` is a
+    state to begin from where `folder` has no checkpoint of its own.
+    """
+
+    engine: Engine
+    feed: Feed
+    config: TrainingConfig
+    world: World
+    folder: Path
+    seed: int
+    validate: Callable[[], Metrics]
+    report: Callable[[Metrics, int], None]
+    name: str = "training"
+    start: Checkpoint | None = None
+
+
+def train(job: Job) -> Progress:
+    """Run until the last epoch, `patience` or `stop_after`. The best weights are then in `best_weights(job.folder, ...)`."""
+    progress = _resume(job)
+    meter = Meter(job, progress.step)
+    stop_at = None if job.config.stop_after is None else progress.step + job.config.stop_after
+    while progress.finished is None and (stop_at is None or progress.step < stop_at):
+        if _train_epoch(job, progress, meter, stop_at):
+            _end_epoch(job, progress)
+        _checkpoint(job, progress)
+    return progress
+
+
+def _resume(job: Job) -> Progress:
+    """Take up the newest whole checkpoint of the folder, else `job.start`, else begin. The leader decides for all."""
+    found = (load_latest(job.folder / "checkpoints") or job.start) if job.world.leader else None
+    document = agree(job.world, found.progress if found else None)
+    if document is None:
+        return Progress()
+    job.feed.stream.check(StreamState(**document["stream"]))
+    job.engine.load(found.state if found else EngineState())
+    progress = Progress(**document["progress"])
+    # a longer run than the one that finished goes on
+    if progress.epoch < job.config.epochs and progress.finished == "all epochs done":
+        progress.finished = None
+    if job.world.leader:
+        assert found is not None
+        say(f"{job.name}: goes on at step {progress.step}, epoch {progress.epoch + 1}, from {found.folder}")
+        _bring_best(job, found.folder, progress)
+    barrier(job.world)
+    return progress
+
+
+def _train_epoch(job: Job, progress: Progress, meter: Meter, stop_at: int | None) -> bool:
+    """The rest of the epoch. False if `stop_after` ended it early."""
+    job.engine.model.train()
+    for step_input in meter.timed(job.feed.epoch(progress.epoch, progress.batch)):
+        losses = train_step(job, step_input)
+        progress.step, progress.batch = step_input.step + 1, step_input.whole.index + 1
+        meter.add(progress, losses, step_input.whole.predictions)
+        if progress.step == stop_at and progress.batch < job.feed.stream.steps_per_epoch:
+            meter.flush(progress)
+            return False
+        if job.config.checkpoint_every and progress.step % job.config.checkpoint_every == 0:
+            meter.flush(progress)
+            _checkpoint(job, progress)
+    meter.flush(progress)
+    return True
+
+
+def train_step(job: Job, step_input: StepInput) -> Tensor:
+    """One optimizer step. Returns (total, recommendation, alignment) of the global batch: this rank's part of the sum."""
+    parts = torch.zeros(3, device=job.world.device)
+    for index, micro in enumerate(step_input.micros):
+        batch, features = micro.batch.to(job.world.device), micro.features.to(job.world.device)
+        seed_noise(job.seed, step_input.step, index, job.world.rank)
+        losses: Any = job.engine.forward(features, batch, row_gather(job.world, len(batch.item_ids)), job.feed.loss)
+        job.engine.backward(losses.total * micro.weight, last=index == len(step_input.micros) - 1)
+        parts += torch.stack([losses.total, losses.recommendation, losses.alignment]).detach().float() * micro.weight
+    rate = learning_rate(
+        job.config.schedule,
+        job.config.learning_rate,
+        step_input.step,
+        job.feed.stream.steps_per_epoch,
+        job.config.epochs,
+    )
+    job.engine.update(rate)
+    return parts
+
+
+def _end_epoch(job: Job, progress: Progress) -> None:
+    entry: dict[str, float] = {"epoch": progress.epoch + 1, "loss": progress.epoch_loss / progress.epoch_predictions}
+    last = progress.epoch + 1 == job.config.epochs
+    if (progress.epoch + 1) % job.config.validate_every == 0 or last:
+        job.engine.model.eval()
+        metrics = job.validate()
+        entry |= {f"validation/{name}": value for name, value in metrics.items()}
+        _judge(job, progress, metrics[CHOSEN_BY])
+    progress.history.append(entry)
+    progress.epoch, progress.batch = progress.epoch + 1, 0
+    progress.epoch_loss, progress.epoch_predictions = 0.0, 0
+    if progress.epoch >= job.config.epochs:
+        progress.finished = "all epochs done"
+    elif job.config.patience is not None and progress.worse >= job.config.patience:
+        progress.finished = f"no better validation {CHOSEN_BY} in {progress.worse} validations"
+    if job.world.leader:
+        shown = ", ".join(f"{name} {value:.4f}" for name, value in entry.items() if name != "epoch")
+        say(f"{job.name}: epoch {progress.epoch} of {job.config.epochs}: {shown}")
+        job.report({**{k: v for k, v in entry.items() if k != "epoch"}, "epoch": progress.epoch}, progress.step)
+
+
+def _judge(job: Job, progress: Progress, metric: float) -> None:
+    """Keep the weights of the best validation; the earlier epoch wins a tie."""
+    if progress.best is not None and metric <= progress.best:
+        progress.worse += 1
+        return
+    progress.best, progress.best_epoch, progress.worse = metric, progress.epoch + 1, 0
+    state = job.engine.state()
+    if job.world.leader:
+        from safetensors.torch import save_file
+
+        path = best_weights(job.folder, progress.best_epoch)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_suffix(".partial")
+        save_file({name: value.contiguous() for name, value in state.weights.items()}, partial)
+        partial.rename(path)
+
+
+def best_weights(folder: Path, epoch: int | None) -> Path:
+    """Where the weights after `epoch` (counted from 1), the best on validation so far, are kept."""
+    return folder / "best" / f"epoch-{epoch:05d}.safetensors"
+
+
+def _bring_best(job: Job, checkpoint: Path, progress: Progress) -> None:
+    """A run that goes on elsewhere brings the best weights so far along (they lie beside the checkpoints)."""
+    if progress.best_epoch is None:
+        return
+    here, there = (
+        best_weights(job.folder, progress.best_epoch),
+        best_weights(checkpoint.parent.parent, progress.best_epoch),
+    )
+    if here.is_file():
+        return
+    if not there.is_file():
+        raise UserError(f"the best weights (epoch {progress.best_epoch}) are missing", where=there)
+    here.parent.mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(there, here)
+
+
+def _checkpoint(job: Job, progress: Progress) -> None:
+    state = job.engine.state()
+    if job.world.leader:
+        position = job.feed.stream.state(progress.epoch, progress.batch)
+        document = {"progress": asdict(progress), "stream": asdict(position)}
+        save_checkpoint(job.folder / "checkpoints", progress.step, state, document, job.config.keep_checkpoints)
+        for path in (job.folder / "best").glob("*.safetensors"):
+            if path != best_weights(job.folder, progress.best_epoch):
+                path.unlink()
+    barrier(job.world)
+
+
+class Meter:
+    """Curves without a synchronisation a step: losses stay on the device until a point is due."""
+
+    def __init__(self, job: Job, step: int) -> None:
+        self.job, self.pending = job, list[tuple[Tensor, int]]()
+        self.waited, self.since = 0.0, time.perf_counter()
+        self.first, self.begun = step, time.perf_counter()
+        self.told = self.begun
+
+    def timed(self, inputs: Any) -> Any:
+        """The same inputs; counts the time that the step waits for them."""
+        inputs = iter(inputs)
+        while True:
+            asked = time.perf_counter()
+            step_input = next(inputs, None)
+            self.waited += time.perf_counter() - asked
+            if step_input is None:
+                return
+            yield step_input
+
+    def add(self, progress: Progress, losses: Tensor, predictions: int) -> None:
+        self.pending.append((losses, predictions))
+        if progress.step % self.job.config.log_every == 0:
+            self.flush(progress)
+
+    def flush(self, progress: Progress) -> None:
+        """Sum the pending losses over ranks, into the epoch's mean and the curves. Collective."""
+        if not self.pending:
+            return
+        losses = sum_over_ranks(self.job.world, torch.stack([losses for losses, _ in self.pending]))
+        counts = torch.tensor([count for _, count in self.pending], dtype=torch.float64)
+        # one copy from the device for all pending steps
+        means = (losses.double().cpu() * counts[:, None]).sum(0) / counts.sum()
+        total, recommendation, alignment = means.tolist()
+        if not math.isfinite(total):
+            bad = [int(i) for i in torch.nonzero(~losses.isfinite().all(1).cpu()).flatten()]
+            step = progress.step - len(self.pending) + bad[0] if bad else progress.step
+            raise UserError(
+                f"the loss is {total} since step {step + 1} (epoch {progress.epoch + 1})",
+                where=self.job.name,
+                remedy="lower training.learning_rate, set training.clip, or run in fp32; then start again: it goes on "
+                "from the last checkpoint",
+            )
+        progress.epoch_loss += total * float(counts.sum())
+        progress.epoch_predictions += int(counts.sum())
+        elapsed = time.perf_counter() - self.since
+        self._tell(progress, total, float(counts.sum()) / elapsed, self.waited / elapsed)
+        if self.job.world.leader:
+            self.job.report(
+                {
+                    "train/loss": total,
+                    "train/recommendation": recommendation,
+                    "train/alignment": alignment,
+                    "train/predictions_per_s": float(counts.sum()) / elapsed,
+                    "train/data_wait": self.waited / elapsed,
+                },
+                progress.step,
+            )
+        self.pending.clear()
+        self.waited, self.since = 0.0, time.perf_counter()
+
+    def _tell(self, progress: Progress, loss: float, rate: float, wait: float) -> None:
+        now = time.perf_counter()
+        if not self.job.world.leader or now - self.told < 10:
+            return
+        self.told = now
+        steps = self.job.config.epochs * self.job.feed.stream.steps_per_epoch
+        left = (steps - progress.step) * (now - self.begun) / (progress.step - self.first)
+        say(
+            f"{self.job.name}: step {progress.step} of {steps}, loss {loss:.4f}, {rate:,.0f} predictions/s, "
+            f"waited {wait:.1%} for data, {left / 60:.1f} min left"
+        )

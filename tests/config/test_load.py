@@ -1,0 +1,81 @@
+"""A mistake in a configuration costs seconds: each is told with its key and what would be right."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from antdist.config.load import check_config, dump_config, known_keys, load_config
+from antdist.config.schema import PretrainConfig, RelearnConfig
+from antdist.errors import UserError
+
+
+def write(tmp_path: Path, text: str) -> Path:
+    file = tmp_path / "run.yaml"
+    file.write_text(text)
+    return file
+
+
+def message(file: Path | None, *overrides: str) -> str:
+    with pytest.raises(UserError) as caught:
+        load_config(PretrainConfig, file, overrides)
+    return str(caught.value)
+
+
+def test_overrides_win_over_the_file_and_the_file_over_defaults(tmp_path: Path) -> None:
+    file = write(tmp_path, "training: {epochs: 7, learning_rate: 0.01}\n")
+    config = load_config(
+        PretrainConfig, file, ["training.epochs=9", "training.learning_rate=1e-4", "model.modalities=[text]"]
+    )
+    assert (config.training.epochs, config.training.learning_rate) == (9, 1e-4)
+    assert config.model.modalities == ["text"]
+    assert config.training.keep_checkpoints == 2
+
+
+def test_a_resolved_configuration_reads_back_as_itself() -> None:
+    config = RelearnConfig.model_validate({"from": "models:/a/1", "target": "t"})
+    import yaml
+
+    again = check_config(RelearnConfig, yaml.safe_load(dump_config(config)))
+    assert again == config and again.parent == "models:/a/1"
+
+
+def test_an_unknown_key_names_the_nearest_known_one(tmp_path: Path) -> None:
+    told = message(write(tmp_path, "training:\n  epoch: 3\n"))
+    assert "run.yaml: unknown key training.epoch. Did you mean training.epochs." == told.split("/")[-1]
+    assert "unknown key model.zzz. Known keys here: model.activation_checkpointing, model.beta" in message(
+        None, "model.zzz=3"
+    )
+
+
+def test_a_wrong_type_names_key_and_value() -> None:
+    told = message(None, "training.epochs=many")
+    assert "training.epochs" in told and "valid integer" in told and "'many'" in told
+    assert "training.epochs" in message(None, "training.epochs=-1")
+
+
+def test_contradicting_values_are_refused() -> None:
+    assert "dim 255 is not a multiple of heads 2" in message(None, "model.dim=255")
+    assert "each once" in message(None, "model.modalities=[text, text]")
+
+
+def test_a_missing_file_a_broken_one_and_a_list_are_told(tmp_path: Path) -> None:
+    assert "no such file" in message(tmp_path / "absent.yaml")
+    assert "run.yaml:2: not valid YAML" in message(write(tmp_path, "a: [1,\nb: 2: 3\n"))
+    assert "mapping" in message(write(tmp_path, "- 1\n"))
+
+
+def test_an_override_that_is_none_is_told() -> None:
+    assert "not of the form key=value" in message(None, "training.epochs")
+    assert "name holds a value" in message(None, "name=a", "name.b=2")
+
+
+def test_known_keys_carry_aliases() -> None:
+    assert "from" in known_keys(RelearnConfig) and "training.schedule.kind" in known_keys(RelearnConfig)
+
+
+@pytest.mark.parametrize("file", sorted((Path(__file__).parents[2] / "configs").glob("*.yaml")), ids=lambda f: f.name)
+def test_every_shipped_configuration_is_valid(file: Path) -> None:
+    kind = RelearnConfig if "target" in file.read_text() else PretrainConfig
+    load_config(kind, file)

@@ -1,0 +1,87 @@
+"""What each strategy takes from its parent and what it learns, against the table of the spec, section 6."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from antdist.config.schema import ModelConfig
+from antdist.errors import UserError
+from antdist.model.recommender import build_recommender, parameter_groups
+from antdist.training.adaptation import adapt
+
+CONFIG = ModelConfig(dim=8, experts=2, inner=8, max_length=5)
+DIMS = {"text": 6, "image": 5, "price": 4}
+
+# group -> (from the parent, learned), written out from the spec once more
+EXPECTED = {
+    "scratch": {"theta": (False, True), "positions": (False, True), "phi": (False, True)},
+    "finetune": {"theta": (True, True), "positions": (True, False), "phi": (True, False)},
+    "finetune_all": {"theta": (True, True), "positions": (True, True), "phi": (True, True)},
+    "relearn": {"theta": (False, True), "positions": (False, True), "phi": (True, False)},
+}
+
+
+def parent() -> torch.nn.Module:
+    model = build_recommender(CONFIG, DIMS, seed=1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter))
+    return model
+
+
+@pytest.mark.parametrize("strategy", list(EXPECTED))
+def test_each_group_comes_from_where_the_table_says(strategy: str) -> None:
+    source = parent()
+    model = adapt(strategy, CONFIG, DIMS, parent=source, seed=2)
+    fresh = build_recommender(CONFIG, DIMS, seed=2)
+    expected = EXPECTED[strategy]
+    for group, names in parameter_groups(model).items():
+        inherited, learned = (
+            expected[{"price_bias": "theta", "input_norm": "phi"}.get(group, group)] if names else (0, 0)
+        )
+        for name in names:
+            origin = source if inherited else fresh
+            assert torch.equal(model.get_parameter(name), origin.get_parameter(name)), name
+            assert model.get_parameter(name).requires_grad is learned, name
+
+
+def test_the_reference_variants_move_one_group_each() -> None:
+    source = parent()
+    norm = adapt("relearn", CONFIG, DIMS, parent=source, variants=["learn_input_norm"])
+    assert norm.get_parameter("encoder.input_norm.weight").requires_grad
+    assert not any(norm.get_parameter(n).requires_grad for n in parameter_groups(norm)["phi"])
+    price = adapt("relearn", CONFIG, DIMS, parent=source, variants=["keep_price_bias"])
+    assert torch.equal(price.get_parameter("tower.price.bias"), source.get_parameter("tower.price.bias"))
+    positions = adapt("finetune", CONFIG, DIMS, parent=source, variants=["redraw_positions"])
+    assert not torch.equal(positions.positions.weight, source.positions.weight)
+    assert positions.positions.weight.requires_grad
+
+
+def test_the_reference_initialisation_redraws_experts_for_relearning_alone() -> None:
+    config = CONFIG.model_copy(update={"initialisation": "reference"})
+    scratch = adapt("scratch", config, DIMS, parent=None, seed=3)
+    relearn = adapt("relearn", config, DIMS, parent=parent(), seed=3)
+    assert 0.015 < scratch.get_parameter("tower.text.weight").std() < 0.025
+    assert relearn.get_parameter("tower.text.weight").std() > 0.2  # Xavier-normal of 6 x 8
+    ours = adapt("relearn", CONFIG, DIMS, parent=parent(), seed=3)
+    assert torch.equal(ours.get_parameter("tower.text.weight"), scratch.get_parameter("tower.text.weight"))
+
+
+def test_item_embeddings_are_fresh_and_learned() -> None:
+    config = CONFIG.model_copy(update={"item_embeddings": True})
+    model = adapt("relearn", config, DIMS, parent=parent(), catalogue_size=7)
+    assert model.item_embeddings is not None and model.item_embeddings.weight.shape == (7, 8)
+    assert model.item_embeddings.weight.requires_grad
+
+
+def test_a_missing_or_misfitting_parent_is_told() -> None:
+    with pytest.raises(
+        UserError, match=r"from: strategy relearn starts from a pre-trained model.*from=models:/NAME/latest"
+    ):
+        adapt("relearn", CONFIG, DIMS, parent=None)
+    wider = CONFIG.model_copy(update={"inner": 16})
+    with pytest.raises(
+        UserError, match=r"model: the parent's encoder.* the configuration asks for .*Leave the keys of model"
+    ):
+        adapt("relearn", wider, DIMS, parent=parent())

@@ -1,0 +1,188 @@
+"""The loop's laws, on the core alone: any number of ranks gives the same losses (law 2); stop and resume is exact (law 3)."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from antdist.config.schema import LossConfig, ModelConfig, ScheduleConfig, StreamConfig, TrainingConfig
+from antdist.data.domain import open_domain
+from antdist.data.stream import Stream
+from antdist.errors import UserError
+from antdist.features.table import Catalogue
+from antdist.model.recommender import build_recommender
+from antdist.training.checkpoint import load_checkpoint, load_latest
+from antdist.training.deepspeed_engine import DeepSpeedEngine
+from antdist.training.engine import PlainEngine
+from antdist.training.feed import Feed
+from antdist.training.loop import Job, best_weights, train
+from antdist.training.world import current_world
+from tests.ranks import on_ranks
+from tests.worlds import make_domains
+
+NAMES = ["one", "three"]
+
+
+def run(
+    data: Path,
+    folder: Path,
+    *,
+    noise: bool = False,
+    engine: str = "plain",
+    negatives: str = "in_batch",
+    mode: str = "sequence",
+    start: Path | None = None,
+    loss: dict[str, Any] | None = None,
+    **training: Any,
+) -> dict[str, Any]:
+    """Train a small model on two domains; give the curve, the last weights and the progress."""
+    world = current_world()
+    domains = [open_domain(data / name) for name in NAMES]
+    rate = 0.1 if noise else 0.0
+    model_config = ModelConfig(dim=8, experts=2, inner=8, max_length=6, item_dropout=rate, dropout=rate)
+    catalogue = Catalogue(domains, model_config.modalities)
+    config = TrainingConfig(
+        **{"epochs": 3, "learning_rate": 0.01, "log_every": 1, "schedule": ScheduleConfig(factor=0.9), **training}
+    )
+    stream = Stream(
+        domains, StreamConfig(batch_size=60, mode=mode, streams=2), max_length=model_config.max_length, seed=3
+    )
+    model = build_recommender(model_config, catalogue.dims, seed=4)
+    if not noise:
+        silence_routing(model)
+    curve: list[tuple[int, float]] = []
+
+    def report(metrics: dict[str, float], step: int) -> None:
+        if "train/loss" in metrics:
+            curve.append((step, metrics["train/loss"]))
+
+    popularity = np.concatenate([domain.popularity() for domain in domains])
+    losses = LossConfig(**{"negatives": negatives, "samples": 20, "alignment": 0.1, **(loss or {})})
+    job = Job(
+        engine=(DeepSpeedEngine if engine == "deepspeed" else PlainEngine)(model, config, world),
+        feed=Feed(stream, catalogue, losses, popularity, config.accumulation, 3, world),
+        config=config,
+        world=world,
+        folder=folder,
+        seed=3,
+        validate=lambda: {"Recall@10": 0.1 if stream else 0.0},
+        report=report,
+        start=load_checkpoint(start) if start else None,
+    )
+    progress = train(job)
+    state = job.engine.state()
+    return {
+        "curve": curve,
+        "weights": {name: value.numpy() for name, value in state.weights.items()},
+        "gradients": {name: value.numpy() for name, value in state.moments.get("exp_avg", {}).items()},
+        "progress": progress,
+        "history": progress.history,
+    }
+
+
+def silence_routing(model: torch.nn.Module) -> None:
+    """No routing noise: sigma is softplus of a very negative number plus 0.01, so take the 0.01 as well."""
+    for module in model.modules():
+        if hasattr(module, "route"):
+            module.route = lambda x, gate=module.gate: (x @ gate).float().softmax(-1)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("data")
+    make_domains(folder, NAMES)
+    return folder
+
+
+def assert_same(a: dict[str, Any], b: dict[str, Any], tolerance: float = 0.0) -> None:
+    """The same curve and, with no tolerance, the very same weights; else the same running mean of gradients, as Adam
+    makes steps of full size out of rounding errors where the true gradient is zero (the biases of attention's keys)."""
+    steps_a, losses_a = zip(*a["curve"], strict=True)
+    steps_b, losses_b = zip(*b["curve"], strict=True)
+    assert steps_a == steps_b
+    np.testing.assert_allclose(losses_a, losses_b, rtol=tolerance, atol=tolerance)
+    kind = "gradients" if tolerance else "weights"
+    assert a[kind].keys() == b[kind].keys() and a[kind]
+    for name, value in a[kind].items():
+        np.testing.assert_allclose(value, b[kind][name], rtol=tolerance * 10, atol=tolerance, err_msg=name)
+
+
+@pytest.mark.parametrize("negatives", ["in_batch", "catalogue", "sampled"])
+def test_any_number_of_ranks_gives_the_same_losses_and_weights(data: Path, tmp_path: Path, negatives: str) -> None:
+    """Law 2."""
+    options = {"negatives": negatives, "accumulation": 2, "epochs": 2}
+    alone = run(data, tmp_path / "1", **options)
+    assert len(alone["curve"]) > 6
+    for size in (2, 3):
+        together = on_ranks(size, _run, data, tmp_path / str(size), options)
+        assert_same(alone, together[0], 1e-5)
+        for peer in together[1:]:
+            np.testing.assert_array_equal(peer["progress"].best, alone["progress"].best)
+
+
+def _run(data: Path, folder: Path, options: dict[str, Any]) -> dict[str, Any]:
+    return run(data, folder, **options)
+
+
+def test_the_deepspeed_engine_gives_the_plain_engines_losses(data: Path, tmp_path: Path) -> None:
+    plain = run(data, tmp_path / "plain", epochs=2)
+    twin = on_ranks(2, _run, data, tmp_path / "twin", {"engine": "deepspeed", "epochs": 2, "zero_stage": 1})
+    assert_same(plain, twin[0], 1e-5)
+
+
+@pytest.mark.parametrize("mode", ["sequence", "prefix"])
+def test_stopped_and_resumed_equals_uninterrupted_bit_for_bit(data: Path, tmp_path: Path, mode: str) -> None:
+    """Law 3, with dropout and routing noise on, stops in mid-epoch and across epoch ends."""
+    straight = run(data, tmp_path / "straight", noise=True, mode=mode)
+    steps = len(straight["curve"])
+    first = run(data, tmp_path / "parts", noise=True, mode=mode, stop_after=2)
+    second = run(data, tmp_path / "parts", noise=True, mode=mode, stop_after=steps // 2)
+    third = run(data, tmp_path / "parts", noise=True, mode=mode)
+    assert (len(first["curve"]), len(second["curve"])) == (2, steps // 2)
+    whole = {**third, "curve": first["curve"] + second["curve"] + third["curve"]}
+    assert_same(straight, whole)
+    assert third["history"] == straight["history"]
+
+
+def test_noise_is_on_in_that_test(data: Path, tmp_path: Path) -> None:
+    silent, noisy = run(data, tmp_path / "a", epochs=1), run(data, tmp_path / "b", epochs=1, noise=True)
+    assert silent["curve"] != noisy["curve"]
+
+
+def test_a_run_goes_on_elsewhere_from_another_runs_checkpoint(data: Path, tmp_path: Path) -> None:
+    straight = run(data, tmp_path / "straight", noise=True, epochs=2)
+    run(data, tmp_path / "first", noise=True, epochs=2, stop_after=5)
+    found = load_latest(tmp_path / "first" / "checkpoints")
+    assert found is not None
+    elsewhere = run(data, tmp_path / "second", noise=True, epochs=2, start=found.folder)
+    assert_same({**straight, "curve": straight["curve"][5:]}, elsewhere)
+
+
+def test_resuming_with_another_stream_is_refused(data: Path, tmp_path: Path) -> None:
+    run(data, tmp_path / "a", epochs=1)
+    with pytest.raises(UserError, match=r"stream\.mode was 'sequence', is 'prefix'"):
+        run(data, tmp_path / "a", epochs=2, mode="prefix")
+
+
+def test_a_diverged_loss_stops_the_run_with_advice(data: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"the loss is nan since step \d+ .*[Ll]ower training.learning_rate"):
+        run(data, tmp_path / "a", epochs=3, learning_rate=1e30)
+
+
+def test_patience_ends_the_run_and_the_best_weights_stay(data: Path, tmp_path: Path) -> None:
+    done = run(data, tmp_path / "a", epochs=9, patience=2)
+    progress = done["progress"]
+    assert (progress.epoch, progress.best_epoch) == (3, 1)  # the constant metric is best at first
+    assert progress.finished == "no better validation Recall@10 in 2 validations"
+    kept = list((tmp_path / "a" / "best").iterdir())
+    assert kept == [best_weights(tmp_path / "a", 1)]
+
+
+def test_all_candidates_sampled_with_correction_train(data: Path, tmp_path: Path) -> None:
+    done = run(data, tmp_path / "a", negatives="sampled", epochs=3, loss={"log_q": True})
+    losses = [loss for _, loss in done["curve"]]
+    assert losses[-1] < losses[0]
