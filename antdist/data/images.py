@@ -1,0 +1,73 @@
+"""Image files on their way into shards: checked, decoded once, made modest; nothing that cannot be shown gets in."""
+
+from __future__ import annotations
+
+import io
+import warnings
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+LARGEST_FILE = 64 << 20  # bytes; larger files are not read at all
+MOST_PIXELS = 64_000_000  # told by the header, before anything is decoded
+KEPT_BYTES = 4 << 20  # a larger file is made smaller
+KEPT_SIDE = 512  # so is one with a longer side
+QUALITY = 90
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
+
+
+class BadImage(Exception):
+    """The image cannot be used; the message says why in a few words."""
+
+
+def load_image(path: Path) -> bytes:
+    """The bytes of a JPEG or PNG for the shard: the file's own, or a smaller JPEG of it (longest side 512).
+
+    Grey and CMYK images stay as they are. The same file gives the same bytes.
+
+    Raises:
+        BadImage: missing, empty, too large, or not to be decoded.
+    """
+    try:
+        if path.stat().st_size > LARGEST_FILE:
+            raise BadImage("too large")
+        data = path.read_bytes()
+    except OSError:
+        raise BadImage("missing") from None
+    return modest(data)
+
+
+def modest(data: bytes) -> bytes:
+    """`load_image`, of bytes."""
+    from PIL import Image, ImageOps
+
+    if not data:
+        raise BadImage("empty file")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # Pillow warns of sizes that the next line refuses
+            image = Image.open(io.BytesIO(data), formats=FORMATS)
+        with image:
+            if image.width * image.height > MOST_PIXELS:
+                raise BadImage("too many pixels")
+            kept = image.format in ("JPEG", "PNG") and len(data) <= KEPT_BYTES and max(image.size) <= KEPT_SIDE
+            image.load()
+            return data if kept else _shrink(ImageOps.exif_transpose(image))
+    except BadImage:
+        raise
+    except Image.DecompressionBombError:
+        raise BadImage("too many pixels") from None
+    except Exception as error:  # decoders raise what they like on damaged files
+        raise BadImage(f"broken ({type(error).__name__})") from None
+
+
+def _shrink(image: Image.Image) -> bytes:
+    """As a JPEG whose longest side is at most 512."""
+    if image.mode not in ("L", "RGB", "CMYK"):
+        image = image.convert("RGB")
+    image.thumbnail((KEPT_SIDE, KEPT_SIDE))
+    buffer = io.BytesIO()
+    image.save(buffer, "JPEG", quality=QUALITY)
+    return buffer.getvalue()

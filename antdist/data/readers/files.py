@@ -1,0 +1,160 @@
+"""Opening users' files: gzip told by content, CSV, JSON lines and Parquet told apart, rows with their line numbers."""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import io
+import json
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Any, Literal
+
+from antdist.errors import UserError
+
+Kind = Literal["csv", "jsonl", "parquet"]
+Row = dict[str, Any]
+LONGEST_FIELD = 64 << 20
+
+
+def check_file(path: Path) -> None:
+    """Raise a UserError if the file is missing, or named `.gz` and not gzip."""
+    if not path.is_file():
+        raise UserError("no such file", where=path, remedy="check the path; `antdist prepare --help` shows the options")
+    if path.suffix == ".gz" and not is_gzip(path):
+        raise UserError("is named .gz but is not gzip", where=path, remedy="rename it without .gz, or compress it")
+
+
+def is_gzip(path: Path) -> bool:
+    with path.open("rb") as stream:
+        return stream.read(2) == b"\x1f\x8b"
+
+
+@contextmanager
+def open_binary(path: Path) -> Iterator[IO[bytes]]:
+    """The file's bytes, uncompressed.
+
+    Raises:
+        UserError: it is missing, named .gz but not gzip, or its gzip stream is cut short or damaged.
+    """
+    check_file(path)
+    try:
+        with gzip.open(path, "rb") if is_gzip(path) else path.open("rb") as stream:
+            yield stream  # type: ignore[misc]
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise UserError(
+            f"the gzip file is cut short or damaged ({error})", where=path, remedy="fetch it again"
+        ) from None
+
+
+@contextmanager
+def open_text(path: Path) -> Iterator[IO[str]]:
+    """The file's text as UTF-8, uncompressed, a byte order mark skipped, line ends as they are."""
+    with open_binary(path) as stream:
+        try:
+            yield io.TextIOWrapper(stream, encoding="utf-8-sig", newline="")
+        except UnicodeDecodeError as error:
+            raise UserError(f"is not UTF-8 text ({error.reason})", where=path, remedy="convert it to UTF-8") from None
+
+
+def sniff(path: Path) -> Kind:
+    """CSV, JSON lines or Parquet, by content."""
+    with open_binary(path) as stream:
+        head = stream.read(4096)
+    if head.startswith(b"PAR1"):
+        if is_gzip(path):
+            raise UserError("is Parquet inside gzip", where=path, remedy="uncompress it: Parquet compresses itself")
+        return "parquet"
+    start = head.removeprefix(b"\xef\xbb\xbf").lstrip()
+    if start.startswith(b"["):
+        raise UserError("is a JSON array", where=path, remedy="write JSON lines: one object a line")
+    if not start:
+        raise UserError("is empty", where=path)
+    return "jsonl" if start.startswith(b"{") else "csv"
+
+
+def delimiter(header: str) -> str:
+    """Tab where the header has one, else comma."""
+    return "\t" if "\t" in header else ","
+
+
+def csv_header(path: Path) -> tuple[list[str], str]:
+    """Column names and the delimiter."""
+    with open_text(path) as text:
+        line = text.readline()
+    mark = delimiter(line)
+    return next(csv.reader([line], delimiter=mark)), mark
+
+
+def rows(path: Path) -> Iterator[tuple[int, Row]]:
+    """All rows one by one with the line (Parquet: row) they begin at, counted from 1; slow and exact.
+
+    Raises:
+        UserError: a row has too few or too many columns, or a line is not a JSON object; the message names the line.
+    """
+    return {"csv": _csv_rows, "jsonl": json_rows, "parquet": _parquet_rows}[sniff(path)](path)
+
+
+def _csv_rows(path: Path) -> Iterator[tuple[int, Row]]:
+    header, mark = csv_header(path)
+    csv.field_size_limit(LONGEST_FIELD)
+    with open_text(path) as text:
+        reader = csv.reader(text, delimiter=mark)
+        line = 0
+        try:
+            for fields in reader:
+                start, line = line + 1, reader.line_num
+                if start == 1 or not fields:
+                    continue
+                if len(fields) != len(header):
+                    fault = "few" if len(fields) < len(header) else "many"
+                    what = f"too {fault} columns: {len(fields)}, the header has {len(header)}"
+                    raise UserError(
+                        what, where=f"{path}:{start}", remedy="mend the row; quote fields that hold the delimiter"
+                    )
+                yield start, dict(zip(header, fields, strict=True))
+        except csv.Error as error:
+            raise UserError(f"is not CSV: {error}", where=f"{path}:{reader.line_num}") from None
+
+
+def json_rows(path: Path) -> Iterator[tuple[int, Row]]:
+    """The objects of a JSON lines file with their lines."""
+    with open_text(path) as text:
+        for number, line in enumerate(text, 1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+            except (ValueError, RecursionError) as error:
+                raise UserError(
+                    f"is not JSON: {error}", where=f"{path}:{number}", remedy="mend or delete the line"
+                ) from None
+            if not isinstance(row, dict):
+                raise UserError("is not a JSON object", where=f"{path}:{number}", remedy="mend or delete the line")
+            yield number, row
+
+
+def _parquet_rows(path: Path) -> Iterator[tuple[int, Row]]:
+    import pyarrow.parquet as pq
+
+    number = 0
+    with open_parquet(path) as file:
+        for batch in pq.ParquetFile(file).iter_batches(4096):
+            for row in batch.to_pylist():
+                number += 1
+                yield number, row
+
+
+@contextmanager
+def open_parquet(path: Path) -> Iterator[IO[bytes]]:
+    """The file for pyarrow.parquet, its errors told as the user's."""
+    import pyarrow as pa
+
+    check_file(path)
+    try:
+        with path.open("rb") as file:
+            yield file
+    except (pa.ArrowException, OSError) as error:
+        raise UserError(f"the Parquet file cannot be read ({str(error).splitlines()[0]})", where=path) from None
