@@ -93,13 +93,14 @@ class Layer(nn.Module):
     def attend(self, qkv: Tensor, packing: Packing) -> Tensor:
         """Causal attention of each token to its window's earlier ones: (T, 3d) to (T, d)."""
         dropout = self.dropout if self.training else 0.0
+        dim = qkv.shape[1] // 3
         outputs = []
         for slots in packing.slots:
             windows, width = slots.shape
             rows = qkv.index_select(0, slots.flatten())
-            q, k, v = rows.view(windows, width, 3, self.heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
+            q, k, v = rows.view(windows, width, 3, self.heads, dim // self.heads).permute(2, 0, 3, 1, 4).unbind(0)
             attended = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True)
-            outputs.append(attended.transpose(1, 2).reshape(windows * width, -1))
+            outputs.append(attended.transpose(1, 2).reshape(windows * width, dim))
         return torch.cat(outputs).index_select(0, packing.back)
 
 

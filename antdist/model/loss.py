@@ -71,16 +71,19 @@ def alignment_loss(
         chunk: texts a block.
     """
     bias = counts.log()
-    return next_item_loss(
+    own_bias = bias.clamp_min(0.0)
+    loss = next_item_loss(
         images,
         texts,
         targets,
         temperature=temperature,
         bias=bias,
-        target_bias=bias.clamp_min(0.0),
+        target_bias=own_bias,
         weights=weights,
         chunk=chunk,
     )
+    # one of the own text's copies is right, not all of them
+    return loss + (weights * own_bias[targets]).sum()
 
 
 class _SoftmaxLoss(torch.autograd.Function):

@@ -1,0 +1,189 @@
+"""A checkpoint of the authors' implementation as a model of ours (spec, section 9)."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from antdist.config.schema import Modality, ModelConfig
+from antdist.errors import UserError
+from antdist.model.io import ModelCard, save_model
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+# the reference's prefix for each modality
+PREFIXES: dict[Modality, str] = {"text": "text", "image": "img", "price": "meta"}
+LAYER_PARTS = {
+    "output": "multi_head_attention.dense",
+    "attention_norm": "multi_head_attention.LayerNorm",
+    "expand": "feed_forward.dense_1",
+    "contract": "feed_forward.dense_2",
+    "forward_norm": "LayerNorm",
+}
+TRANSFORMER_EXPERTS = re.compile(r"trm_encoder\.layer\.\d+\.(feed_forward\.\d+\.|(.*\.)?pooling\.w_)")
+ONLY_REFERENCE = "only checkpoints of the authors' published model can be imported"
+
+
+def import_reference(checkpoint: str | Path, out: str | Path, heads: int, beta: float) -> ModelCard:
+    """Convert a checkpoint and save the model in folder `out`.
+
+    The model passes missing features through the tower (`missing="reference"`) and numbers items from 0: the
+    reference's item i is our item i - 1, its padding row is dropped. Feature tables inside the checkpoint stay there;
+    `made` says which it holds. Which encoders made the features is not known, so the card names none.
+
+    Args:
+        checkpoint: file that holds a `state_dict`, or is one.
+        out: folder for the model.
+        heads: attention heads, which the checkpoint does not hold; the authors use 2.
+        beta: weight of the text-image synergy, likewise; the authors use 0.1.
+
+    Raises:
+        UserError: missing, unreadable, unsafe, not such a checkpoint, experts in the transformer, `heads` impossible.
+    """
+    from antdist.model.recommender import Recommender
+
+    path = Path(checkpoint)
+    state = _read(path)
+    tables = {name: list(state[name].shape) for name in state if name.startswith("EmbeddingTable.")}
+    rest = {name: value.float() for name, value in state.items() if name != "indices" and name not in tables}
+    try:
+        config, dims = _configuration(rest, heads, beta)
+        weights = _convert(rest, config)
+        if rest:
+            raise _Misfit(f"it holds {_listed(rest)}, which the reference model does not have")
+        size = len(weights["item_embeddings.weight"]) if config.item_embeddings else None
+        model = Recommender(config, dims, size)
+        model.load_state_dict(weights)
+    except _Misfit as error:
+        raise UserError(f"not a checkpoint that can be imported: {error}", where=path, remedy=ONLY_REFERENCE) from None
+    except RuntimeError as error:  # tensors whose shapes do not go together
+        what = " ".join(str(error).split())
+        raise UserError(f"tensors of wrong shape: {what}", where=path, remedy=ONLY_REFERENCE) from error
+    card = ModelCard(
+        kind="imported",
+        config=config,
+        dims=dims,
+        catalogue_size=size,
+        made={
+            "from": "a checkpoint of the reference implementation (ninglab/ANT)",
+            "file": path.name,
+            "sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
+            "feature_tables_left_in_the_checkpoint": tables,
+        },
+    )
+    save_model(out, model, card)
+    return card
+
+
+class _Misfit(Exception):
+    """Why a state dict is not the reference model's."""
+
+
+def _read(path: Path) -> dict[str, Tensor]:
+    """The checkpoint's tensors by name. Unpickles tensors and plain containers only, never code."""
+    import torch
+
+    if not path.is_file():
+        raise UserError("there is no such file", where=path, remedy="give the path of the checkpoint file")
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # what a broken or hostile pickle raises is not limited to a few types
+        refused = re.search(r"(?:GLOBAL|global) (\S+)", str(error))
+        what = f"it asks for {refused[1]}" if refused else str(error).strip().splitlines()[0]
+        raise UserError(
+            f"cannot be read as tensors alone, and nothing else is ever unpickled ({what})",
+            where=path,
+            remedy="where you trust the file, save its state_dict alone with torch.save, and import that",
+        ) from error
+    state = content.get("state_dict", content) if isinstance(content, dict) else None
+    if not isinstance(state, dict) or not state or not all(isinstance(v, torch.Tensor) for v in state.values()):
+        raise UserError("holds no state_dict of tensors", where=path, remedy=ONLY_REFERENCE)
+    return state
+
+
+def _configuration(rest: dict[str, Tensor], heads: int, beta: float) -> tuple[ModelConfig, dict[str, int]]:
+    """Widths and switches, read off the tensors' shapes."""
+    experts_inside = sorted(filter(TRANSFORMER_EXPERTS.match, rest))
+    if experts_inside:
+        raise _Misfit(
+            f"its transformer holds experts ({experts_inside[0]}), a variant outside the published method; ours has one "
+            "feed-forward network a layer, so its scores could not be the same"
+        )
+    dims: dict[str, int] = {}
+    counts = set()
+    for modality, prefix in PREFIXES.items():
+        plain, first = rest.get(f"{prefix}2proj.weight"), rest.get(f"{prefix}2rec.proj.0.lin.weight")
+        weight = first if plain is None else plain
+        if weight is not None:
+            dims[modality] = weight.shape[-1]
+            numbers = re.compile(rf"{prefix}2rec\.proj\.(\d+)\.lin\.weight")
+            counts.add(0 if plain is not None else sum(bool(numbers.fullmatch(name)) for name in rest))
+    layers = {int(name.split(".")[2]) for name in rest if re.match(r"trm_encoder\.layer\.\d+\.", name)}
+    positions = rest.get("position_embedding.weight")
+    inner = rest.get("trm_encoder.layer.0.feed_forward.dense_1.weight")
+    if not dims or not layers or positions is None or inner is None:
+        raise _Misfit("item tower, position_embedding or trm_encoder is missing from it")
+    if len(counts) > 1:
+        raise _Misfit(f"its modalities have different numbers of experts: {sorted(counts)}")
+    length, dim = positions.shape
+    if heads < 1 or dim % heads:
+        raise UserError(f"{heads} heads do not divide the width {dim}", where="heads", remedy="the authors use 2")
+    count = counts.pop()
+    config = ModelConfig(
+        modalities=[m for m in PREFIXES if m in dims],
+        dim=dim,
+        experts=count or 1,
+        mixture=count > 0,
+        beta=beta,
+        missing="reference",
+        layers=len(layers),
+        heads=heads,
+        inner=len(inner),
+        max_length=length,
+        initialisation="reference",
+        item_embeddings="item_embedding.weight" in rest,
+    )
+    return config, dims
+
+
+def _convert(rest: dict[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
+    """Our weights by our names; takes from `rest` what it uses."""
+    import torch
+
+    def take(name: str) -> Tensor:
+        if name not in rest:
+            raise _Misfit(f"it lacks {name}")
+        return rest.pop(name)
+
+    ours = {"positions.weight": take("position_embedding.weight")}
+    if config.item_embeddings:
+        ours["item_embeddings.weight"] = take("item_embedding.weight")[1:]
+    for modality in config.modalities:
+        prefix = PREFIXES[modality]
+        if not config.mixture:
+            for kind in ("weight", "bias"):
+                ours[f"tower.{modality}.{kind}"] = take(f"{prefix}2proj.{kind}")
+            continue
+        experts = [f"{prefix}2rec.proj.{k}" for k in range(config.experts)]
+        ours[f"tower.{modality}.weight"] = torch.stack([take(f"{expert}.lin.weight").T for expert in experts])
+        added, place = ("bias", "lin.bias") if modality == "price" else ("shift", "bias")
+        ours[f"tower.{modality}.{added}"] = torch.stack([take(f"{expert}.{place}") for expert in experts])
+        for kind in ("gate", "noise"):
+            ours[f"tower.{modality}.{kind}"] = take(f"{prefix}_pooling.pooling.w_{kind}")
+    for kind in ("weight", "bias"):
+        ours[f"encoder.input_norm.{kind}"] = take(f"LayerNorm.{kind}")
+        for layer in range(config.layers):
+            source, goal = f"trm_encoder.layer.{layer}", f"encoder.layers.{layer}"
+            attention = [take(f"{source}.multi_head_attention.{part}.{kind}") for part in ("query", "key", "value")]
+            ours[f"{goal}.qkv.{kind}"] = torch.cat(attention)
+            for part, place in LAYER_PARTS.items():
+                ours[f"{goal}.{part}.{kind}"] = take(f"{source}.{place}.{kind}")
+    return ours
+
+
+def _listed(rest: dict[str, Tensor]) -> str:
+    names = sorted(rest)
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

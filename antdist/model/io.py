@@ -1,0 +1,128 @@
+"""A model on disk: `weights.safetensors` (float32) and `model.json`, the card that says how to build it and whence it
+came. Loads with torch and safetensors alone, without the training stack."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from antdist.config.schema import ModelConfig, Strategy
+from antdist.errors import UserError
+
+if TYPE_CHECKING:
+    from antdist.model.recommender import Recommender
+
+WEIGHTS, CARD = "weights.safetensors", "model.json"
+
+
+class FeatureSource(BaseModel):
+    """Which frozen encoder's features the model reads; features of another identity do not fit it."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    identity: str
+    encoder: dict[str, Any] = Field(default_factory=dict)
+
+
+class ModelCard(BaseModel):
+    """What a model is: enough to build it, to refuse features that do not fit, and to trace it."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    schema_version: Literal[1] = 1
+    kind: Literal["pretrained", "adapted", "imported"]
+    config: ModelConfig
+    dims: dict[str, int]
+    catalogue_size: int | None = None
+    features: dict[str, FeatureSource] = Field(default_factory=dict)
+    domains: list[str] = Field(default_factory=list)  # of the pre-training, in the order of their item offsets
+    target: str | None = None
+    strategy: Strategy | None = None
+    seed: int | None = None
+    made: dict[str, Any] = Field(default_factory=dict)  # how: fingerprints, versions, epoch, figures ...
+
+
+def save_model(folder: str | Path, model: Recommender, card: ModelCard) -> None:
+    """Write the model; the card comes last, so a folder that has one is whole."""
+    import torch
+    from safetensors.torch import save_file
+
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / CARD).unlink(missing_ok=True)
+    weights = {name: value.detach().to("cpu", torch.float32).contiguous() for name, value in model.named_parameters()}
+    save_file(weights, folder / f"{WEIGHTS}.tmp", metadata={"format": "pt"})
+    _publish(folder / WEIGHTS)
+    (folder / f"{CARD}.tmp").write_text(card.model_dump_json(indent=2) + "\n", encoding="utf-8")
+    _publish(folder / CARD)
+
+
+def load_model(folder: str | Path) -> tuple[Recommender, ModelCard]:
+    """The model (float32, on the CPU, in evaluation mode) and its card.
+
+    Raises:
+        UserError: not a model's folder, a file is missing or torn, weights do not fit the card.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    from antdist.model.recommender import Recommender
+
+    folder = Path(folder)
+    card = read_card(folder)
+    path = folder / WEIGHTS
+    if not path.is_file():
+        raise UserError("the model's weights are missing", where=path, remedy="copy or download the whole folder again")
+    try:
+        weights = load_file(path)
+    except (SafetensorError, OSError, ValueError) as error:
+        raise UserError(
+            f"the model's weights cannot be read ({error})", where=path, remedy="copy or download the folder again"
+        ) from error
+    model = Recommender(card.config, card.dims, card.catalogue_size)
+    expected = {name: tuple(value.shape) for name, value in model.named_parameters()}
+    found = {name: tuple(value.shape) for name, value in weights.items()}
+    wrong = [
+        f"{name} is {found.get(name, 'absent')}, should be {expected.get(name, 'absent')}"
+        for name in sorted(expected.keys() | found.keys())
+        if expected.get(name) != found.get(name)
+    ]
+    if wrong:
+        more = f" and {len(wrong) - 1} more" if len(wrong) > 1 else ""
+        raise UserError(
+            f"the weights do not fit {CARD}: {wrong[0]}{more}",
+            where=path,
+            remedy=f"{WEIGHTS} and {CARD} must come from the same model",
+        )
+    model.load_state_dict(weights)
+    return model.eval(), card
+
+
+def read_card(folder: str | Path) -> ModelCard:
+    """The card alone, without torch."""
+    path = Path(folder) / CARD
+    if not path.is_file():
+        raise UserError(
+            f"not a model: there is no {CARD} in it", where=folder, remedy="name a folder that holds a model"
+        )
+    try:
+        return ModelCard.model_validate_json(path.read_bytes())
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(str(part) for part in first["loc"]) or "the file"
+        raise UserError(
+            f"not a model card that this version reads: {key}: {first['msg']}",
+            where=path,
+            remedy="check that the file is whole and was written by this version of antdist",
+        ) from error
+
+
+def _publish(path: Path) -> None:
+    """Rename PATH.tmp to PATH once its bytes are on disk."""
+    temporary = path.with_name(f"{path.name}.tmp")
+    with temporary.open("rb+") as file:
+        os.fsync(file.fileno())
+    temporary.replace(path)
