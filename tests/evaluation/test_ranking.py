@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -13,10 +14,11 @@ from torch import nn
 
 from antdist.batch import ItemFeatures
 from antdist.config.schema import ModelConfig
-from antdist.data.domain import Sequences
+from antdist.data.domain import Domain, ItemRecord, Sequences, open_domain, write_domain
 from antdist.errors import UserError
 from antdist.evaluation import ranking
 from antdist.evaluation.ranking import Queries, embed_catalogue, merge, rank_targets, validation_queries
+from antdist.features.table import Catalogue, FeatureMeta, features_folder, write_meta, write_part
 from antdist.model.recommender import build_recommender
 
 
@@ -232,3 +234,51 @@ def test_the_real_model_one_user_at_a_time() -> None:
             scores.append(unit(states[-1:].double().numpy())[0] @ unit(embeddings.double().numpy()).T)
     assert ranks.ranks.tolist() == oracle(np.round(scores, 6), queries).tolist()
     assert len(set(ranks.ranks.tolist())) > 10
+
+
+def test_one_domain_of_a_catalogue_of_two(tmp_path: Path) -> None:
+    """Real shards and tables: a domain ranks the same within a catalogue of two as in one of its own."""
+    rng = np.random.default_rng(4)
+    domains = []
+    for name, items in (("books", 30), ("toys", 40)):
+        records = [ItemRecord(i, f"{name}{i}", f"title {i}", None, []) for i in range(items)]
+        users = [str(u) for u in range(12)]
+        write_domain(tmp_path / name, name, records, random_sequences(rng, 12, items), users, {}, items_per_shard=16)
+        domains.append(open_domain(tmp_path / name))
+        write_text_table(domains[-1], rng.normal(size=(items, 6)).astype(np.float32))
+    toys = domains[1]
+    both, alone = Catalogue(domains, ["text"]), Catalogue([toys], ["text"])
+    model = build_recommender(ModelConfig(modalities=["text"], dim=16, inner=16, experts=2), both.dims, seed=1)
+    of_both = embed_catalogue(model, both, np.arange(both.offsets[1], both.offsets[2]), chunk=9)
+    assert torch.allclose(of_both, embed_catalogue(model, alone), atol=1e-6)
+    queries = validation_queries(toys.sequences(), 50)
+    ranks = rank_targets(model, of_both, queries)
+    assert ranks.ranks.tolist() == rank_targets(model, embed_catalogue(model, alone), queries).ranks.tolist()
+    assert len(set(ranks.ranks.tolist())) > 5
+
+
+def write_text_table(domain: Domain, values: np.ndarray) -> None:
+    folder = features_folder(domain)
+    folder.mkdir()
+    parts = [
+        write_part(
+            folder,
+            "text",
+            number,
+            first=shard.first,
+            values=values[shard.first : shard.first + shard.items],
+            present=np.ones(shard.items, bool),
+        )
+        for number, shard in enumerate(domain.manifest.item_shards)
+    ]
+    meta = FeatureMeta(
+        modality="text",
+        encoder={"name": "random"},
+        dim=values.shape[1],
+        dtype="float32",
+        items=len(values),
+        fingerprint=domain.fingerprint,
+        present=len(values),
+        parts=parts,
+    )
+    write_meta(folder, meta)
