@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from antdist.data.manifest import (
     MANIFEST_NAME,
+    PLAIN_NAME,
     Block,
     File,
     ItemShard,
@@ -46,6 +47,7 @@ ITEM_SHARD_BYTES = 256 << 20
 SEQUENCE_SHARD_BYTES = 64 << 20
 POPULARITY_NAME = "popularity.npy"
 HELD_OUT = 2  # interactions at a user's end that are not for training: one validates, one tests
+SHORTEST = HELD_OUT + 1  # interactions a user needs
 
 __all__ = ["Domain", "ItemRecord", "Sequences", "UserBlock", "open_domain", "read_blocks", "write_domain"]
 
@@ -208,11 +210,11 @@ def write_domain(
         UserError: the folder exists and `overwrite` is off, or the name is not a plain one.
     """
     folder = Path(folder)
-    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
+    if not re.fullmatch(PLAIN_NAME, name):
         raise UserError(f"{name!r} is no name for a domain", remedy="use letters, digits, dots, dashes and underscores")
     check_free(folder, overwrite)
     lengths = np.diff(sequences.offsets)
-    assert len(user_ids) == len(lengths) and sequences.offsets[0] == 0 and (lengths > HELD_OUT).all()
+    assert len(user_ids) == len(lengths) and sequences.offsets[0] == 0 and (lengths >= SHORTEST).all()
 
     folder.parent.mkdir(parents=True, exist_ok=True)
     partial = folder.parent / f".{folder.name}.partial-{os.getpid()}"

@@ -17,7 +17,8 @@ MANIFEST_NAME = "manifest.json"
 Count = Annotated[int, Field(ge=0)]
 Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 # One plain file name: nothing that could lead out of the domain's folder.
-FileName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+PLAIN_NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
+FileName = Annotated[str, Field(pattern=PLAIN_NAME)]
 
 
 class _Record(BaseModel):

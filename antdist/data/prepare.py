@@ -14,7 +14,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from antdist.data.domain import BLOCK_USERS, ITEMS_PER_SHARD, ItemRecord, Sequences, check_free, write_domain
+from antdist.data.domain import BLOCK_USERS, ITEMS_PER_SHARD, SHORTEST, ItemRecord, Sequences, check_free, write_domain
 from antdist.data.images import BadImage, load_image
 from antdist.data.manifest import Manifest
 from antdist.data.readers.form import Item, Source, Tally
@@ -24,7 +24,6 @@ from antdist.progress import track
 Format = Literal["tabular", "amazon", "atomic"]
 FORMATS: tuple[Format, ...] = ("tabular", "amazon", "atomic")
 IntArray = NDArray[np.integer[Any]]
-SHORTEST = 3  # interactions a user needs: one to train, one to validate, one to test
 
 
 @dataclass(frozen=True)

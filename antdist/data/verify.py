@@ -1,0 +1,241 @@
+"""Verification of a prepared domain: every size, digest, count and reference; all problems, not only the first."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import re
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from antdist.data.domain import SHORTEST, Domain, Sequences, open_domain, training_popularity
+from antdist.data.images import BadImage, modest
+from antdist.data.manifest import MANIFEST_NAME, PLAIN_NAME, ItemShard, SequenceShard
+from antdist.data.shards import Sample, UserBlock, decode_block, decode_item, read_samples
+from antdist.errors import UserError
+from antdist.progress import track
+
+
+@dataclass(frozen=True)
+class VerifyReport:
+    """What was checked, and everything that is wrong; each problem names its file, and its key where there is one."""
+
+    folder: str
+    domain: str
+    fingerprint: str
+    files: int
+    bytes: int
+    items: int
+    images: int
+    users: int
+    interactions: int
+    problems: list[str]
+
+    @property
+    def ok(self) -> bool:
+        return not self.problems
+
+    def lines(self) -> list[str]:
+        """For the terminal."""
+        checked = (
+            f"checked {self.files} files, {self.bytes:,} bytes: {self.users:,} users, {self.items:,} items, "
+            f"{self.interactions:,} interactions, {self.images:,} images"
+        )
+        verdict = "all is well" if self.ok else f"{len(self.problems)} problems; prepare or featurize the domain again"
+        return [checked, *self.problems, f"{self.domain} ({self.fingerprint[:16]}): {verdict}"]
+
+    def to_json(self) -> dict[str, Any]:
+        return {**asdict(self), "ok": self.ok}
+
+
+@dataclass
+class _Findings:
+    """What has been read so far."""
+
+    problems: list[str]
+    items: int = 0
+    images: int = 0
+    users: int = 0
+    interactions: int = 0
+    ids: set[str] = field(default_factory=set)
+
+
+def verify(folder: str | Path) -> VerifyReport:
+    """Check a prepared domain, its feature tables included where there are any.
+
+    Raises:
+        UserError: there is no manifest, or it is malformed; everything else is a problem in the report.
+    """
+    domain = open_domain(folder)
+    manifest, found = domain.manifest, _Findings([])
+    files = [(domain.folder / file.name, file.bytes, file.sha256) for file in manifest.files]
+    features = list(_feature_parts(domain, found.problems))
+    for path, size, digest in track(files + features, "checking digests", len(files) + len(features)):
+        found.problems += _file_problems(path, size, digest)
+    found.problems += _strangers(domain)
+    for item_shard in track(manifest.item_shards, "checking items", len(manifest.item_shards)):
+        _check_items(domain, item_shard, found)
+    popularity = np.zeros(manifest.items, np.int64)
+    for shard in track(manifest.sequence_shards, "checking sequences", len(manifest.sequence_shards)):
+        popularity += _check_sequences(domain, shard, found)
+    _check_popularity(domain, popularity, found)
+    return VerifyReport(
+        folder=str(folder),
+        domain=domain.name,
+        fingerprint=domain.fingerprint,
+        files=1 + len(files) + len(features),
+        bytes=sum(size for _, size, _ in files + features),
+        items=found.items,
+        images=found.images,
+        users=found.users,
+        interactions=found.interactions,
+        problems=found.problems,
+    )
+
+
+# -------------------------------------------------------------------------------------------------------------- files
+
+
+def _file_problems(path: Path, size: int, digest: str) -> Iterator[str]:
+    if not path.is_file():
+        yield f"{path}: the file is missing"
+        return
+    actual = path.stat().st_size
+    if actual != size:
+        yield f"{path}: {actual} bytes, {size} were written"
+    elif file_digest(path) != digest:
+        yield f"{path}: the content is not what was written (SHA-256 differs)"
+
+
+def file_digest(path: Path) -> str:
+    """SHA-256 of a file."""
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _strangers(domain: Domain) -> Iterator[str]:
+    """Files beside the shards that the manifest does not know: a mixture of two preparations, perhaps."""
+    known = {MANIFEST_NAME, *(file.name for file in domain.manifest.files)}
+    for path in sorted(domain.folder.iterdir()):
+        if path.is_file() and path.name not in known:
+            yield f"{path}: the manifest does not know this file"
+
+
+def _feature_parts(domain: Domain, problems: list[str]) -> Iterator[tuple[Path, int, str]]:
+    """The files that feature tables consist of. The features' room lies to the right of this one: its JSON is read bare."""
+    for path in sorted((domain.folder / "features").glob("*.json")):
+        if not path.stem.isalpha():
+            continue  # the note of one part, `text-00000.json`; the table's own has it too
+        try:
+            meta = json.loads(path.read_text(encoding="utf-8"))
+            if meta["fingerprint"] != domain.fingerprint:
+                problems.append(f"{path}: key fingerprint: made for another manifest; featurize the domain again")
+            covered = sum(part["items"] for part in meta["parts"])
+            if meta["parts"] and covered != domain.manifest.items:
+                problems.append(f"{path}: key parts: {covered} items of the domain's {domain.manifest.items}")
+            files = []
+            for part in meta["parts"]:
+                if not re.fullmatch(PLAIN_NAME, part["name"]):
+                    raise ValueError(f"{part['name']!r} is not a plain file name")
+                files.append((path.with_name(f"{part['name']}.npy"), part["bytes"], part["sha256"]))
+                files.append(
+                    (path.with_name(f"{part['name']}.present.npy"), part["present_bytes"], part["present_sha256"])
+                )
+            yield from files
+        except (KeyError, TypeError, ValueError, OSError) as error:
+            problems.append(f"{path}: is not the description of a feature table ({error!r})")
+
+
+# ------------------------------------------------------------------------------------------------------------ content
+
+
+def _check_items(domain: Domain, shard: ItemShard, found: _Findings) -> None:
+    path = domain.folder / shard.name
+    keys = [f"{index:09d}" for index in range(shard.first, shard.first + shard.items)]
+    try:
+        for sample in read_samples(path, keys):
+            _check_item(sample, path, found)
+    except UserError as error:
+        found.problems.append(str(error))
+
+
+def _check_item(sample: Sample, path: Path, found: _Findings) -> None:
+    place = f"{path} ({sample['__key__']})"
+    try:
+        item = decode_item(sample, path)
+    except UserError as error:
+        found.problems.append(str(error))
+        return
+    if item.item_id in found.ids:
+        found.problems.append(f"{place}: item_id {item.item_id} occurs twice")
+    found.ids.add(item.item_id)
+    if item.price is not None and not (math.isfinite(item.price) and item.price >= 0):
+        found.problems.append(f"{place}: price {item.price} is no price")
+    for number, image in enumerate(item.images):
+        try:
+            modest(image)
+        except BadImage as fault:
+            found.problems.append(f"{place}: image {number} cannot be decoded: {fault}")
+    found.items += 1
+    found.images += len(item.images)
+
+
+def _check_sequences(domain: Domain, shard: SequenceShard, found: _Findings) -> NDArray[np.int64]:
+    """Check a shard's blocks; returns how often each item occurs in their training parts."""
+    path, popularity = domain.folder / shard.name, np.zeros(domain.manifest.items, np.int64)
+    try:
+        samples = read_samples(path, [block.key for block in shard.blocks])
+        for sample, block in zip(samples, shard.blocks, strict=True):
+            try:
+                columns = decode_block(sample, path, block.users, block.interactions)
+                faults = list(_block_faults(columns, sample, domain.manifest.items))
+            except UserError as error:
+                found.problems.append(str(error))
+                continue
+            found.problems += [f"{path} ({block.key}): {fault}" for fault in faults]
+            if not faults:
+                sequences = Sequences(columns.offsets, columns.items.astype(np.int64), columns.times)
+                popularity += training_popularity(sequences, domain.manifest.items)
+                found.users += block.users
+                found.interactions += block.interactions
+    except UserError as error:
+        found.problems.append(str(error))
+    return popularity
+
+
+def _block_faults(block: UserBlock, sample: Sample, items: int) -> Iterator[str]:
+    lengths = np.diff(block.offsets)
+    if not len(block.offsets) or block.offsets[0] != 0 or (lengths < 0).any() or block.offsets[-1] != len(block.items):
+        yield "column offsets does not rise from 0 to the number of interactions"
+        return
+    if (lengths < SHORTEST).any():
+        yield f"{int((lengths < SHORTEST).sum())} users have fewer than {SHORTEST} interactions"
+    if ((block.items < 0) | (block.items >= items)).any():
+        yield f"column items names items outside 0 to {items - 1}"
+    rising = np.diff(block.times) >= 0
+    rising[block.offsets[1:-1] - 1] = True  # from one user to the next
+    if not rising.all():
+        yield "column times: a user's interactions are not in time order"
+    users = json.loads(sample["users.json"]) if "users.json" in sample else None
+    if not isinstance(users, list) or len(users) != len(lengths):
+        yield "the users' ids are missing or not as many as the users"
+
+
+def _check_popularity(domain: Domain, counted: NDArray[np.int64], found: _Findings) -> None:
+    if found.interactions != domain.manifest.interactions:
+        return  # sequences are at fault already; what they would count is unknown
+    try:
+        stated = domain.popularity()
+    except UserError as error:
+        found.problems.append(str(error))
+        return
+    wrong = int((stated != counted).sum())
+    if wrong:
+        path = domain.folder / domain.manifest.popularity.name
+        found.problems.append(f"{path}: {wrong} items do not occur in the training parts as often as stated")
