@@ -43,7 +43,7 @@ def import_reference(checkpoint: str | Path, out: str | Path, heads: int, beta: 
     Raises:
         UserError: missing, unreadable, unsafe, not such a checkpoint, experts in the transformer, `heads` impossible.
     """
-    from antdist.model.recommender import Recommender
+    from antdist.model.recommender import blank_recommender
 
     path = Path(checkpoint)
     state = _read(path)
@@ -55,8 +55,8 @@ def import_reference(checkpoint: str | Path, out: str | Path, heads: int, beta: 
         if rest:
             raise _Misfit(f"it holds {_listed(rest)}, which the reference model does not have")
         size = len(weights["item_embeddings.weight"]) if config.item_embeddings else None
-        model = Recommender(config, dims, size)
-        model.load_state_dict(weights)
+        model = blank_recommender(config, dims, size)
+        model.load_state_dict(weights, assign=True)
     except _Misfit as error:
         raise UserError(f"not a checkpoint that can be imported: {error}", where=path, remedy=ONLY_REFERENCE) from None
     except RuntimeError as error:  # tensors whose shapes do not go together
@@ -91,12 +91,17 @@ def _read(path: Path) -> dict[str, Tensor]:
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # what a broken or hostile pickle raises is not limited to a few types
-        refused = re.search(r"(?:GLOBAL|global) (\S+)", str(error))
-        what = f"it asks for {refused[1]}" if refused else str(error).strip().splitlines()[0]
+        refused = re.search(r"GLOBAL ([\w.]+)", str(error))
+        if refused:
+            raise UserError(
+                f"holds more than tensors: it asks for {refused[1]}, and code from a checkpoint is never run",
+                where=path,
+                remedy="where you trust the file, save its state_dict alone with torch.save, and import that",
+            ) from error
         raise UserError(
-            f"cannot be read as tensors alone, and nothing else is ever unpickled ({what})",
+            f"not a file that torch.load reads as tensors alone ({type(error).__name__})",
             where=path,
-            remedy="where you trust the file, save its state_dict alone with torch.save, and import that",
+            remedy="check that it was downloaded whole",
         ) from error
     state = content.get("state_dict", content) if isinstance(content, dict) else None
     if not isinstance(state, dict) or not state or not all(isinstance(v, torch.Tensor) for v in state.values()):

@@ -69,7 +69,7 @@ def load_model(folder: str | Path) -> tuple[Recommender, ModelCard]:
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
-    from antdist.model.recommender import Recommender
+    from antdist.model.recommender import blank_recommender
 
     folder = Path(folder)
     card = read_card(folder)
@@ -82,7 +82,7 @@ def load_model(folder: str | Path) -> tuple[Recommender, ModelCard]:
         raise UserError(
             f"the model's weights cannot be read ({error})", where=path, remedy="copy or download the folder again"
         ) from error
-    model = Recommender(card.config, card.dims, card.catalogue_size)
+    model = blank_recommender(card.config, card.dims, card.catalogue_size)
     expected = {name: tuple(value.shape) for name, value in model.named_parameters()}
     found = {name: tuple(value.shape) for name, value in weights.items()}
     wrong = [
@@ -97,7 +97,7 @@ def load_model(folder: str | Path) -> tuple[Recommender, ModelCard]:
             where=path,
             remedy=f"{WEIGHTS} and {CARD} must come from the same model",
         )
-    model.load_state_dict(weights)
+    model.load_state_dict(weights, assign=True)
     return model.eval(), card
 
 

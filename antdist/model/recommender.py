@@ -180,9 +180,15 @@ def build_recommender(
         catalogue_size: items with an embedding of their own; needed with `config.item_embeddings`.
         seed: of the initial weights.
     """
-    model = Recommender(config, dims, catalogue_size)
+    model = blank_recommender(config, dims, catalogue_size).to_empty(device="cpu")
     _initialise(model, [name for name, _ in model.named_parameters()], seed)
     return model
+
+
+def blank_recommender(config: ModelConfig, dims: dict[str, int], catalogue_size: int | None = None) -> Recommender:
+    """A recommender whose parameters have shapes but no memory yet (torch's meta device): for those who have the weights."""
+    with torch.device("meta"):
+        return Recommender(config, dims, catalogue_size)
 
 
 def parameter_groups(model: Recommender) -> dict[str, list[str]]:
