@@ -1,0 +1,404 @@
+"""One MLflow run a job. Every record goes through an outbox on disk, so the server may be away (architecture, law 7).
+
+`log` appends to the outbox and returns; a thread of its own delivers, in order. Delivering twice does no harm: a metric's
+point is known by key, step, value and the time when it was logged, which the outbox keeps.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.metadata
+import json
+import logging
+import math
+import os
+import platform
+import re
+import subprocess
+import threading
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from antdist import __version__
+from antdist.errors import UserError
+from antdist.tracking.store import artifact_location, check_reachable, connect, redact, told_clearly
+
+LIBRARIES = ("torch", "deepspeed", "ray", "transformers", "webdataset", "mlflow", "numpy")
+INTERVAL = 2.0  # seconds between deliveries
+LONGEST_WAIT = 60.0  # seconds between trials while the server is away
+
+# What MLflow takes in one log_batch, and how long a value may be.
+MOST_ENTRIES, MOST_PARAMS_OR_TAGS = 1000, 100
+LONGEST_PARAM, LONGEST_TAG, LONGEST_KEY = 6000, 8000, 250
+# Answers that trying again will not change.
+REFUSALS = {"INVALID_PARAMETER_VALUE", "BAD_REQUEST", "RESOURCE_DOES_NOT_EXIST", "RESOURCE_ALREADY_EXISTS"}
+
+Record = dict[str, Any]
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Undelivered:
+    """What a run could not deliver in time, and the file where it waits."""
+
+    records: int
+    outbox: Path
+
+
+def start_run(
+    uri: str,
+    experiment: str,
+    name: str,
+    folder: Path,
+    *,
+    config: Mapping[str, Any] | None = None,
+    tags: Mapping[str, str] | None = None,
+    run_id: str | None = None,
+) -> TrackedRun:
+    """Begin a run, or go on with the run `run_id` (the server may be away then).
+
+    Args:
+        folder: the run's local folder; the outbox lies there.
+        config: the resolved configuration, nested (`model_dump(mode="json")`): becomes params with dotted keys, and whole
+            the artifact `config.yaml`. Credentials in URIs are cut out.
+        tags: added to `environment_tags`.
+
+    Raises:
+        UserError: a new run and no server, an experiment that was deleted, a `run_id` that the store does not know.
+    """
+    if run_id is None:
+        check_reachable(uri)
+        run_id = _create_run(uri, experiment, name)
+        resumed = False
+    else:
+        _check_known(uri, run_id)
+        resumed = True
+    run = TrackedRun(uri, run_id, folder, resumed=resumed)
+    run.set_tags({**environment_tags(), **(tags or {})})
+    if config is not None:
+        run.log_params(config)
+        run.log_text("config.yaml", yaml.safe_dump(dict(config), sort_keys=False, allow_unicode=True))
+    return run
+
+
+def _create_run(uri: str, experiment: str, name: str) -> str:
+    from mlflow.exceptions import MlflowException
+
+    client = connect(uri)
+    with told_clearly(uri):
+        found = client.get_experiment_by_name(experiment)
+        if found is None:
+            try:
+                client.create_experiment(experiment, artifact_location=artifact_location(uri))
+            except MlflowException as error:
+                if error.error_code != "RESOURCE_ALREADY_EXISTS":  # another job made it in the same moment
+                    raise
+            found = client.get_experiment_by_name(experiment)
+        if found.lifecycle_stage != "active":
+            raise UserError(
+                f"the experiment {experiment!r} was deleted",
+                where="tracking.experiment",
+                remedy=f"restore it with `mlflow experiments restore --experiment-id {found.experiment_id}` or choose another name",
+            )
+        return str(client.create_run(found.experiment_id, run_name=name).info.run_id)
+
+
+def _check_known(uri: str, run_id: str) -> None:
+    from mlflow.exceptions import MlflowException
+
+    try:
+        check_reachable(uri)
+        connect(uri).get_run(run_id)
+    except (UserError, MlflowException) as error:
+        if _refused(error):
+            raise UserError(
+                f"the tracking store knows no run {run_id!r}",
+                where=redact(uri),
+                remedy="check tracking.uri, or start a new run",
+            ) from None
+        _log.warning("the tracking store is away; the run goes on and its records wait: %s", redact(str(error)))
+
+
+class TrackedRun:
+    """A run that is being written. One process a run writes (rank 0, or the driver before and after the workers)."""
+
+    def __init__(self, uri: str, run_id: str, folder: Path, *, resumed: bool) -> None:
+        self.uri, self.run_id = uri, run_id
+        self.outbox = folder / f"outbox-{run_id}.jsonl"
+        self.rejected = folder / f"rejected-{run_id}.jsonl"
+        self._client: Any = None
+        self._unwritten: list[bytes] = []  # empty, but while the disk refuses
+        self._sent = 0  # bytes of the outbox that the server has
+        self._writing, self._sending = threading.Lock(), threading.Lock()
+        self._away = False
+        self._caught_up = not resumed
+        self._server_params: set[str] = set()
+        self._server_steps: dict[str, int] = {}  # last step of each metric, when this resumed run caught up
+        self._not_finite: set[str] = set()
+        folder.mkdir(parents=True, exist_ok=True)
+        self._outbox_steps = self._mend()  # the same, of what an earlier process left undelivered
+        self._closing, self._deadline = threading.Event(), math.inf
+        self._thread = threading.Thread(target=self._deliver_until_closed, name="tracking", daemon=True)
+        self._thread.start()
+
+    def log(self, metrics: Mapping[str, float], step: int) -> None:
+        """Note one point a metric. Never waits for the server, never raises because of it.
+
+        "@" in a name becomes "_at_" (MLflow refuses it). NaN is kept as NaN; infinity becomes NaN, since MLflow would store the
+        largest float and ruin the plot; either is warned of once a metric. Points that the run already has from before it was
+        resumed are not taken twice.
+        """
+        now = int(time.time() * 1000)
+        records = []
+        for name, value in metrics.items():
+            key, number = clean_key(name), float(value)
+            if not math.isfinite(number):
+                if key not in self._not_finite:
+                    _log.warning("metric %s is %s at step %d: recorded as NaN", key, number, step)
+                self._not_finite.add(key)
+                number = math.nan
+            if step > self._outbox_steps.get(key, -1):
+                records.append({"kind": "metric", "key": key, "value": number, "timestamp": now, "step": step})
+        self._append(records)
+
+    def log_params(self, config: Mapping[str, Any]) -> None:
+        """Note nested configuration as params with dotted keys, cut at MLflow's limit."""
+        flat = flatten(config).items()
+        self._append([{"kind": "param", "key": clean_key(k), "value": redact(v)[:LONGEST_PARAM]} for k, v in flat])
+
+    def set_tags(self, tags: Mapping[str, str]) -> None:
+        """Note tags, cut at MLflow's limit."""
+        self._append(
+            [{"kind": "tag", "key": clean_key(k), "value": redact(str(v))[:LONGEST_TAG]} for k, v in tags.items()]
+        )
+
+    def log_text(self, path: str, text: str) -> None:
+        """Note a small text (YAML, JSON, a table) as the artifact `path`."""
+        self._append([{"kind": "text", "path": path, "text": redact(text)}])
+
+    def log_dict(self, path: str, content: Mapping[str, Any]) -> None:
+        """Note a mapping as the JSON artifact `path`."""
+        self.log_text(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+
+    def log_artifacts(self, folder: Path, path: str) -> None:
+        """Note that the files of `folder` belong below the artifact path. They must stay in place until delivered."""
+        self._append([{"kind": "artifacts", "folder": str(folder.resolve()), "path": path}])
+
+    def flush(self) -> bool:
+        """Deliver now, in the caller's thread (it may wait for the server). True if nothing is left."""
+        try:
+            self._deliver()
+        except Exception as error:  # whatever the server, the network or a driver below MLflow raises
+            if not self._away:
+                _log.warning("tracking is away, records wait in %s: %s", self.outbox, redact(str(error)))
+            self._away = True
+            return False
+        if self._away:
+            _log.info("tracking is back, all records are delivered")
+        self._away = False
+        return True
+
+    def finish(self, status: str | None = "FINISHED", timeout: float = 30.0) -> Undelivered | None:
+        """End this process' part, within `timeout` seconds. None if all is delivered, else what waits and where.
+
+        Args:
+            status: FINISHED, FAILED or KILLED ends the run; None leaves it running, for another process to go on with.
+        """
+        if status is not None:
+            self._append([{"kind": "status", "status": status, "timestamp": int(time.time() * 1000)}])
+        self._deadline = time.monotonic() + timeout
+        self._closing.set()
+        self._thread.join(timeout)
+        waiting = self._waiting()
+        if not waiting:
+            return None
+        _log.warning(
+            "%d tracking records of run %s are not delivered; they wait in %s", waiting, self.run_id, self.outbox
+        )
+        return Undelivered(waiting, self.outbox)
+
+    def _deliver_until_closed(self) -> None:
+        wait = INTERVAL
+        while not self._closing.wait(wait):
+            wait = INTERVAL if self.flush() else min(2 * wait, LONGEST_WAIT)
+        while not self.flush() and time.monotonic() < self._deadline:
+            time.sleep(0.5)
+
+    def _mend(self) -> dict[str, int]:
+        """Drop what a killed process left half written. Returns the last step of each metric in the outbox."""
+        if not self.outbox.exists():
+            self.outbox.touch()
+            return {}
+        steps: dict[str, int] = {}
+        whole = []
+        for line in self.outbox.read_bytes().splitlines(keepends=True):
+            try:
+                record = json.loads(line)
+            except ValueError:
+                _log.warning("%s: a record is cut short and dropped", self.outbox)
+                continue
+            whole.append(line.rstrip() + b"\n")
+            if record["kind"] == "metric":
+                steps[record["key"]] = max(steps.get(record["key"], -1), record["step"])
+        mended = self.outbox.with_suffix(".mended")
+        mended.write_bytes(b"".join(whole))
+        mended.replace(self.outbox)
+        return steps
+
+    def _append(self, records: list[Record]) -> None:
+        """Write to the outbox, all or nothing; keep in memory while the disk refuses."""
+        with self._writing:
+            refused_before = bool(self._unwritten)
+            self._unwritten += [json.dumps(record).encode() + b"\n" for record in records]
+            data = b"".join(self._unwritten)
+            try:
+                with self.outbox.open("ab", buffering=0) as file:
+                    before = file.seek(0, os.SEEK_END)
+                    if file.write(data) < len(data):
+                        file.truncate(before)
+                        raise OSError("the disk is full")
+                self._unwritten.clear()
+            except OSError as error:
+                if not refused_before:
+                    _log.warning("cannot write %s, tracking records wait in memory: %s", self.outbox, error)
+
+    def _deliver(self) -> None:
+        with self._sending:
+            self._append([])
+            if self._client is None:
+                self._client = connect(self.uri)
+            if not self._caught_up:
+                self._catch_up()
+            while True:
+                batch, end = self._next_batch()
+                if not batch:
+                    break
+                self._send(batch)
+                self._sent = end
+            with self._writing:
+                if self.outbox.stat().st_size == self._sent:
+                    os.truncate(self.outbox, 0)
+                    self._sent = 0
+
+    def _next_batch(self) -> tuple[list[Record], int]:
+        """The next undelivered records that go in one call, and where they end in the outbox."""
+        batch: list[Record] = []
+        counts = {"metric": 0, "param": 0, "tag": 0}
+        with self.outbox.open("rb") as file:
+            end = file.seek(self._sent)
+            for line in file:
+                if not line.endswith(b"\n"):  # being written
+                    break
+                record = json.loads(line)
+                kind = record["kind"]
+                if kind not in counts:  # goes alone
+                    return ([record], end + len(line)) if not batch else (batch, end)
+                counts[kind] += 1
+                if len(batch) == MOST_ENTRIES or max(counts["param"], counts["tag"]) > MOST_PARAMS_OR_TAGS:
+                    break
+                batch.append(record)
+                end += len(line)
+        return batch, end
+
+    def _catch_up(self) -> None:
+        """A resumed run: learn what the server has already, and set the run going again."""
+        run = self._client.get_run(self.run_id)
+        self._server_params = set(run.data.params)
+        for key in run.data.metrics:
+            history = self._client.get_metric_history(self.run_id, key)
+            self._server_steps[key] = max(point.step for point in history)
+        self._client.update_run(self.run_id, status="RUNNING")
+        self._caught_up = True
+
+    def _send(self, batch: list[Record]) -> None:
+        """Deliver records; set aside those that the server will never take. Any other failure is raised."""
+        try:
+            self._send_once(batch)
+        except Exception as error:
+            if not _refused(error):
+                raise
+            if len(batch) > 1:
+                self._send(batch[: len(batch) // 2])
+                self._send(batch[len(batch) // 2 :])
+                return
+            _log.warning("tracking refused a record, see %s: %s", self.rejected, redact(str(error)))
+            with self.rejected.open("a") as file:
+                file.write(json.dumps(batch[0]) + "\n")
+
+    def _send_once(self, batch: list[Record]) -> None:
+        from mlflow.entities import Metric, Param, RunTag
+
+        first = batch[0]
+        if first["kind"] == "text":
+            self._client.log_text(self.run_id, first["text"], first["path"])
+        elif first["kind"] == "artifacts":
+            self._client.log_artifacts(self.run_id, first["folder"], first["path"])
+        elif first["kind"] == "status":
+            self._client.set_terminated(self.run_id, first["status"], end_time=first["timestamp"])
+        else:
+            self._client.log_batch(
+                self.run_id,
+                metrics=[
+                    Metric(r["key"], r["value"], r["timestamp"], r["step"])
+                    for r in batch
+                    if r["kind"] == "metric" and r["step"] > self._server_steps.get(r["key"], -1)
+                ],
+                params=[
+                    Param(r["key"], r["value"])
+                    for r in batch
+                    if r["kind"] == "param" and r["key"] not in self._server_params
+                ],
+                tags=[RunTag(r["key"], r["value"]) for r in batch if r["kind"] == "tag"],
+            )
+
+    def _waiting(self) -> int:
+        with self._writing, self.outbox.open("rb") as file:
+            file.seek(self._sent)
+            return sum(1 for _ in file) + len(self._unwritten)
+
+
+def _refused(error: Exception) -> bool:
+    """Whether MLflow itself said no for good. Gateways and restarting servers speak of an "API request" that failed."""
+    return getattr(error, "error_code", None) in REFUSALS and not str(error).startswith("API request")
+
+
+def clean_key(name: str) -> str:
+    """A name as MLflow takes it: letters, digits and "_-. :/"; "@" becomes "_at_", all else "_"."""
+    return re.sub(r"[^\w\-. :/]", "_", name.replace("@", "_at_"))[:LONGEST_KEY]
+
+
+def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
+    """Nested mappings as one, keys joined by dots, values as YAML would write them on one line."""
+    flat: dict[str, str] = {}
+    for key, value in config.items():
+        if isinstance(value, Mapping) and value:
+            flat.update(flatten(value, f"{prefix}{key}."))
+        else:
+            flat[f"{prefix}{key}"] = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+    return flat
+
+
+def environment_tags(folder: Path | None = None) -> dict[str, str]:
+    """Versions of antdist, Python and the libraries, and the git commit of `folder` (default: the working directory)."""
+    tags = {"antdist.version": __version__, "version.python": platform.python_version()}
+    for library in LIBRARIES:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            tags[f"version.{library}"] = importlib.metadata.version(library)
+    commit = _git("rev-parse", "HEAD", folder=folder)
+    if commit:
+        tags["mlflow.source.git.commit"] = commit
+        tags["git.changed"] = str(bool(_git("status", "--porcelain", "--untracked-files=no", folder=folder))).lower()
+    return tags
+
+
+def _git(*arguments: str, folder: Path | None) -> str | None:
+    try:
+        done = subprocess.run(["git", *arguments], cwd=folder, capture_output=True, text=True, timeout=5, check=True)
+    except (OSError, subprocess.SubprocessError):  # no git, no checkout, or a slow disk: no tag
+        return None
+    return done.stdout.strip()

@@ -1,0 +1,215 @@
+"""Where the tracking store is: a server, or SQLite and plain files below the runs' folder."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import functools
+import logging
+import os
+import re
+import shlex
+import sqlite3
+import ssl
+import sys
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from antdist.config.schema import TrackingConfig
+from antdist.errors import UserError
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+
+ARTIFACTS = "mlartifacts"
+SCHEMES = ("http", "https", "sqlite", "databricks")
+
+# A password may hold "/" and "@", so everything up to the last "@" of the word goes; file:/// and sqlite:/// have none.
+_USERINFO = re.compile(r"(://)(?!/)[^\s\"']*@")
+_SECRET = re.compile(
+    r"([?&][\w.-]*(?:password|passwd|pwd|token|secret|key|sig|signature|credential)[\w.-]*=)[^&\s\"']*", re.I
+)
+
+
+def tracking_uri(config: TrackingConfig, storage: Path) -> str:
+    """The store's URI: `tracking.uri`, else MLFLOW_TRACKING_URI, else SQLite in `storage`.
+
+    Paths of SQLite files come back absolute, for workers run in other folders.
+
+    Raises:
+        UserError: a kind of store that antdist does not write to.
+    """
+    key = "tracking.uri" if config.uri else "MLFLOW_TRACKING_URI"
+    uri = config.uri or os.environ.get("MLFLOW_TRACKING_URI")
+    if not uri:
+        return f"sqlite:///{storage.resolve() / 'mlflow.db'}"
+    if uri.partition(":")[0] not in SCHEMES:
+        raise UserError(
+            f"{redact(uri)!r} is no tracking store that antdist writes to",
+            where=key,
+            remedy="give an http(s) address of a server or sqlite:///FILE; for other databases or a folder, "
+            "start `mlflow server --backend-store-uri ...` and give its address",
+        )
+    if not uri.startswith("sqlite:"):
+        return uri.rstrip("/")
+    path, _, query = uri.removeprefix("sqlite:///").partition("?")
+    if not uri.startswith("sqlite:///") or path in ("", ":memory:"):
+        raise UserError(
+            f"{uri!r} names no file, and a store in memory is seen by one process only",
+            where=key,
+            remedy="give sqlite:///FILE",
+        )
+    return f"sqlite:///{Path(path).absolute()}" + (f"?{query}" if query else "")
+
+
+def sqlite_file(uri: str) -> Path | None:
+    """The database file of a SQLite store, None for other stores."""
+    return Path(uri.removeprefix("sqlite:///").partition("?")[0]) if uri.startswith("sqlite:") else None
+
+
+def artifact_location(uri: str) -> str | None:
+    """Where a new experiment's artifacts go, as a URI: beside the SQLite file; None leaves it to the server."""
+    file = sqlite_file(uri)
+    return None if file is None else (file.parent / ARTIFACTS).as_uri()
+
+
+def redact(text: str) -> str:
+    """The text (a URI, or a message that holds some) without user names, passwords and tokens in its URIs."""
+    return _SECRET.sub(r"\1***", _USERINFO.sub(r"\1***@", text))
+
+
+def check_reachable(uri: str, timeout: float = 5.0) -> None:
+    """Return if the store takes records now; look no longer than about `timeout` seconds.
+
+    Raises:
+        UserError: no answer, an answer that is not MLflow's, or a SQLite file that cannot be written.
+    """
+    file = sqlite_file(uri)
+    if file is not None:
+        _check_sqlite(file, timeout)
+    elif uri.startswith("http"):
+        _check_server(uri, timeout)
+
+
+def _check_sqlite(file: Path, timeout: float) -> None:
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(
+            f"the folder of the tracking store cannot be made ({error.strerror})",
+            where=file.parent,
+            remedy="choose another folder with ray.storage, or another tracking.uri",
+        ) from None
+    if not os.access(file.parent, os.W_OK | os.X_OK):
+        raise UserError(
+            "the folder of the tracking store cannot be written",
+            where=file.parent,
+            remedy="change its permissions, or choose another ray.storage or tracking.uri",
+        )
+    if not file.exists():
+        return
+    try:
+        with contextlib.closing(sqlite3.connect(f"{file.as_uri()}?mode=rw", timeout=timeout, uri=True)) as database:
+            database.execute("BEGIN IMMEDIATE")
+            database.execute("SELECT count(*) FROM sqlite_master")
+            database.rollback()
+    except sqlite3.Error as error:
+        raise UserError(
+            f"the tracking store cannot be written ({error})",
+            where=file,
+            remedy="check that it is a SQLite file that you may write and that no process holds it, or give another tracking.uri",
+        ) from None
+
+
+def _check_server(uri: str, timeout: float) -> None:
+    where = redact(uri)
+    # The client reads user and password from the URI; this question needs neither.
+    address = re.sub(r"(://)[^/]*@", r"\1", uri)
+    try:
+        request = urllib.request.Request(f"{address}/health")  # noqa: S310  the scheme is http or https
+        urllib.request.urlopen(request, timeout=timeout, context=_tls(uri)).close()  # noqa: S310
+    except urllib.error.HTTPError as error:
+        if error.code in (401, 403):  # a guard stands before the server; whether it lets us in, the first record tells
+            return
+        problem = "answers, but not as MLflow does" if error.code < 500 else "is in trouble"
+        raise UserError(
+            f"the tracking server {problem} (status {error.code} for /health)",
+            where=where,
+            remedy="check the address in tracking.uri or MLFLOW_TRACKING_URI, and the server's log",
+        ) from None
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "reason", error)
+        raise UserError(
+            f"the tracking server does not answer within {timeout:g} s ({reason})",
+            where=where,
+            remedy="start it, or correct tracking.uri or MLFLOW_TRACKING_URI",
+        ) from None
+
+
+def _tls(uri: str) -> ssl.SSLContext | None:
+    """The same trust as MLflow's client has."""
+    if not uri.startswith("https"):
+        return None
+    context = ssl.create_default_context(cafile=os.environ.get("MLFLOW_TRACKING_SERVER_CERT_PATH"))
+    if os.environ.get("MLFLOW_TRACKING_INSECURE_TLS", "").lower() in ("1", "true"):
+        context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+    return context
+
+
+def open_pages_command(uri: str) -> str:
+    """The one line that opens MLflow's pages of this store, for a user to copy; a page server binds to loopback."""
+    file = sqlite_file(uri)
+    if file is None:
+        return shlex.join([sys.executable, "-m", "webbrowser", redact(uri)])
+    program = Path(sys.executable).with_name("mlflow")
+    arguments = ["ui", "--backend-store-uri", uri, "--default-artifact-root", str(artifact_location(uri))]
+    return shlex.join([str(program) if program.exists() else "mlflow", *arguments, "--host", "127.0.0.1"])
+
+
+@functools.cache
+def connect(uri: str) -> MlflowClient:
+    """A client of the store and its registry, one a process. Making it takes seconds (import, tables)."""
+    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+    # Seven retries of MLflow's own are four minutes; what is worth retrying longer waits in the outbox.
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "3")
+    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
+    from mlflow import MlflowClient
+
+    logging.getLogger("mlflow.store.db.utils").setLevel(logging.WARNING)
+    logging.getLogger("alembic").setLevel(logging.WARNING)
+    with told_clearly(uri), _alone_with(sqlite_file(uri)):
+        client = MlflowClient(tracking_uri=uri, registry_uri=uri)
+        if uri.startswith("sqlite:"):  # make the tables of the registry, too
+            client.search_registered_models(max_results=1)
+    return client
+
+
+@contextlib.contextmanager
+def _alone_with(file: Path | None) -> Iterator[None]:
+    """Two processes that make the tables of a SQLite store at once break each other's work: one after the other."""
+    if file is None:
+        yield
+        return
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with file.with_name(f"{file.name}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+@contextlib.contextmanager
+def told_clearly(uri: str) -> Iterator[None]:
+    """Turn MLflow's errors into a UserError without credentials; the chain is cut, since its messages may hold them."""
+    from mlflow.exceptions import MlflowException
+
+    try:
+        yield
+    except MlflowException as error:
+        first = redact(str(error)).strip().splitlines()[0]
+        raise UserError(
+            f"the tracking store refused or failed: {first}",
+            where=redact(uri),
+            remedy="check that it is up and takes this request, then run the command again",
+        ) from None
