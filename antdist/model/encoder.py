@@ -10,6 +10,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from antdist.config.schema import ModelConfig
+from antdist.model.dropout import dropout
 
 # Windows are padded to the longest of their bucket, on the CPU only: at most by half, by about a fifth on average.
 BUCKETS = (4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512)
@@ -85,22 +86,21 @@ class Layer(nn.Module):
 
     def forward(self, x: Tensor, packing: Packing) -> Tensor:
         attended = self.output(self.attend(self.qkv(x), packing))
-        h = self.attention_norm(x + F.dropout(attended, self.dropout, self.training))
+        h = self.attention_norm(x + dropout(attended, self.dropout, self.training))
         inner = self.contract(F.gelu(self.expand(h)))
-        out: Tensor = self.forward_norm(h + F.dropout(inner, self.dropout, self.training))
+        out: Tensor = self.forward_norm(h + dropout(inner, self.dropout, self.training))
         return out
 
     def attend(self, qkv: Tensor, packing: Packing) -> Tensor:
         """Causal attention of each token to its window's earlier ones: (T, 3d) to (T, d)."""
-        dropout = self.dropout if self.training else 0.0
+        dropped = self.dropout if self.training else 0.0
         dim = qkv.shape[1] // 3
+        padded = qkv.index_select(0, torch.cat([slots.flatten() for slots in packing.slots]))
         outputs = []
-        for slots in packing.slots:
-            windows, width = slots.shape
-            rows = qkv.index_select(0, slots.flatten())
-            q, k, v = rows.view(windows, width, 3, self.heads, dim // self.heads).permute(2, 0, 3, 1, 4).unbind(0)
-            attended = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True)
-            outputs.append(attended.transpose(1, 2).reshape(windows * width, dim))
+        for rows, slots in zip(padded.split([s.numel() for s in packing.slots]), packing.slots, strict=True):
+            q, k, v = rows.view(*slots.shape, 3, self.heads, dim // self.heads).permute(2, 0, 3, 1, 4).unbind(0)
+            attended = F.scaled_dot_product_attention(q, k, v, dropout_p=dropped, is_causal=True)
+            outputs.append(attended.transpose(1, 2).reshape(-1, dim))
         return torch.cat(outputs).index_select(0, packing.back)
 
 
@@ -125,7 +125,7 @@ class SequenceEncoder(nn.Module):
         Returns:
             (T, d); a token's state has seen its window up to and including itself.
         """
-        x = F.dropout(self.input_norm(x), self.dropout, self.training)
+        x = dropout(self.input_norm(x), self.dropout, self.training)
         packing = pack(offsets, len(x), longest)
         for layer in self.layers:
             if self.checkpointing and self.training:

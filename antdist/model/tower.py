@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from antdist.batch import MODALITIES, ItemFeatures
 from antdist.config.schema import ModelConfig
+from antdist.model.dropout import dropout
 
 
 @dataclass(frozen=True)
@@ -36,9 +39,9 @@ class Experts(nn.Module):
     The dropout mask is drawn once an item and shared by the experts (the reference draws one for each expert).
     """
 
-    def __init__(self, features: int, dim: int, experts: int, dropout: float, *, whitening: bool) -> None:
+    def __init__(self, features: int, dim: int, experts: int, drop: float, *, whitening: bool) -> None:
         super().__init__()
-        self.dropout = dropout
+        self.dropout = drop
         self.weight = nn.Parameter(torch.zeros(experts, features, dim))
         if whitening:
             self.shift = nn.Parameter(torch.zeros(experts, features))
@@ -52,10 +55,11 @@ class Experts(nn.Module):
         x = x.to(self.weight.dtype)
         experts, features, dim = self.weight.shape
         flat = self.weight.transpose(0, 1).reshape(features, experts * dim)
-        outputs = (F.dropout(x, self.dropout, self.training) @ flat).unflatten(1, (experts, dim))
+        outputs = (dropout(x, self.dropout, self.training) @ flat).unflatten(1, (experts, dim))
         routing = self.route(x).to(outputs.dtype)
         offsets = -torch.bmm(self.shift.unsqueeze(1), self.weight).squeeze(1) if self.whitening else self.bias
-        return torch.bmm(routing.unsqueeze(1), outputs).squeeze(1) + routing @ offsets.to(outputs.dtype)
+        mixed: Tensor = _Mix.apply(routing, outputs)
+        return mixed + routing @ offsets.to(outputs.dtype)
 
     def route(self, x: Tensor) -> Tensor:
         """Weights of the experts (n, K), float32. Reads x without dropout; noise is drawn in training only."""
@@ -64,6 +68,21 @@ class Experts(nn.Module):
         mean, spread = (x @ torch.cat([self.gate, self.noise], dim=1)).float().chunk(2, dim=-1)
         sigma = F.softplus(spread) + 0.01
         return (mean + torch.randn_like(mean) * sigma).softmax(-1)
+
+
+class _Mix(torch.autograd.Function):
+    """sum_k routing[:, k] * outputs[:, k]: (n, K), (n, K, d) to (n, d). torch's own backward is a third as fast."""
+
+    @staticmethod
+    def forward(ctx: Any, routing: Tensor, outputs: Tensor) -> Tensor:
+        ctx.save_for_backward(routing, outputs)
+        return torch.bmm(routing.unsqueeze(1), outputs).squeeze(1)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+        routing, outputs = ctx.saved_tensors
+        return torch.bmm(outputs, grad.unsqueeze(2)).squeeze(2), routing.unsqueeze(2) * grad.unsqueeze(1)
 
 
 class Projection(nn.Linear):
