@@ -123,7 +123,9 @@ def load_frozen(folder: Path, option: str, device: str) -> tuple[Any, torch.devi
     """The model in evaluation mode on its device: float32 on a CPU; on a GPU bf16, or fp16 where it lacks that."""
     import torch
     from transformers import AutoModel
+    from transformers.utils import logging
 
+    logging.disable_progress_bar()
     place = torch.device(pick_device(device))
     dtype = torch.float32
     if place.type == "cuda":

@@ -7,6 +7,7 @@ small file that says what made it, before the next begins, so a run that is kill
 from __future__ import annotations
 
 import json
+import logging
 import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -47,7 +48,8 @@ Description = dict[str, str | int | float | None]
 
 @dataclass(frozen=True)
 class TableReport:
-    """One table: how it stands, and what this run did for it. `seconds` are the workers', added up."""
+    """One table: how it stands, and what this run did for it. `encoded_items` counts those that have the modality;
+    `seconds` are the workers', added up."""
 
     domain: str
     modality: str
@@ -64,7 +66,7 @@ class TableReport:
 
     @property
     def rate(self) -> float | None:
-        """Items a second of one worker; None if nothing was encoded."""
+        """Encoded items a second of one worker; None if nothing was encoded."""
         return self.encoded_items / self.seconds if self.encoded_items and self.seconds > 0 else None
 
 
@@ -397,7 +399,8 @@ def _with_ray(
     started = not ray.is_initialized()
     if started:
         local = {} if os.environ.get("RAY_ADDRESS") else {"num_cpus": workers * threads, "include_dashboard": False}
-        ray.init(log_to_driver=False, **local)
+        ray.init(log_to_driver=False, logging_level="warning", **local)
+    logging.getLogger("ray.data").setLevel(logging.WARNING)
     try:
         ray.data.DataContext.get_current().enable_progress_bars = False
         gpus = ray.cluster_resources().get("GPU", 0) if device != "cpu" else 0
@@ -473,7 +476,7 @@ def _report(domain: Domain, meta: FeatureMeta, fresh: Sequence[PartNote]) -> Tab
         broken=meta.broken,
         parts=len(meta.parts),
         encoded_parts=len(fresh),
-        encoded_items=sum(note.part.items for note in fresh),
+        encoded_items=sum(note.part.present for note in fresh),
         seconds=sum(note.seconds for note in fresh),
     )
 

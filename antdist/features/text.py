@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from antdist.data.domain import ItemRecord
 
 Pooling = Literal["cls", "mean"]
+VOCABULARIES = ("tokenizer.json", "vocab.txt", "vocab.json", "*.model")
 
 # ------------------------------------------------------------------------------------------------- transformers
 
@@ -66,6 +67,13 @@ def find_text_encoder(
         UserError: no such encoder, or the extra is not installed.
     """
     folder = find_minilm() if name == "minilm" else find_pretrained(name, "--text")
+    if not any(path for pattern in VOCABULARIES for path in folder.glob(pattern)):
+        # transformers would make do with a tokenizer that knows no word.
+        raise UserError(
+            f"the model comes without a tokenizer ({', '.join(VOCABULARIES[:-1])} or a sentence-piece model)",
+            where=f"--text {name}",
+            remedy="save its tokenizer into the same folder",
+        )
     chosen: Pooling = pooling or ("mean" if name == "minilm" else "cls")
     return TransformersText(name, folder, folder_digest(folder), chosen, max_length, batch_size, device)
 

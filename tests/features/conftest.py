@@ -1,40 +1,15 @@
-"""Small domains with items of every kind, and tiny random transformers models."""
+"""Small prepared domains and tiny random transformers models."""
 
 from __future__ import annotations
 
-import io
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
 
 from antdist.data.domain import Domain, ItemRecord, Sequences, open_domain, write_domain
-
-WORDS = ["red", "blue", "green", "lamp", "chair", "table", "steel", "wood", "large", "small", "garden", "desk"]
-
-
-def picture(seed: int, mode: str = "RGB", size: tuple[int, int] = (40, 30), form: str = "PNG") -> bytes:
-    """A noisy picture of one ground colour, as bytes."""
-    rng = np.random.default_rng(seed)
-    pixels = (rng.integers(0, 200, 3) + rng.integers(0, 55, (size[1], size[0], 3))).astype(np.uint8)
-    file = io.BytesIO()
-    Image.fromarray(pixels).convert(mode).save(file, form)
-    return file.getvalue()
-
-
-def some_items(count: int, seed: int = 0) -> list[ItemRecord]:
-    """Items of which every 5th has no text, every 3rd no picture, every 4th no price; the others have one or two."""
-    rng = np.random.default_rng(seed)
-    items = []
-    for n in range(count):
-        text = None if n % 5 == 4 else " ".join(rng.choice(WORDS, rng.integers(2, 9)))
-        price = None if n % 4 == 3 else float(np.round(rng.lognormal(2, 1), 2))
-        images = [] if n % 3 == 2 else [picture(seed * 1000 + 10 * n + k) for k in range(1 + n % 2)]
-        items.append(ItemRecord(n, f"item{n}", text, price, images))
-    return items
-
+from tests.items import WORDS
 
 MakeDomain = Callable[..., Domain]
 

@@ -81,7 +81,7 @@ def test_identity_holds_scale_range_and_coefficient() -> None:
 
 
 def test_bad_options_are_told() -> None:
-    with pytest.raises(UserError, match="no price scale 'dollars'.*raw, minmax, log, quantile"):
+    with pytest.raises(UserError, match=r"no price scale 'dollars'.*raw, minmax, log, quantile"):
         PriceEncoder("dollars")  # type: ignore[arg-type]
     with pytest.raises(UserError, match="raw prices have no range"):
         PriceEncoder("raw", 10.0)

@@ -1,0 +1,308 @@
+"""Featurizing whole domains: tables hold what the encoders say, runs go on where they stopped, nothing is silent."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from antdist.data.domain import Domain, ItemRecord, open_domain
+from antdist.errors import UserError
+from antdist.features import featurize as featurize_module
+from antdist.features.encoder import Encoded
+from antdist.features.featurize import featurize
+from antdist.features.image import HistogramImage
+from antdist.features.price import PriceEncoder
+from antdist.features.table import Catalogue, open_table
+from antdist.features.text import _LoadedText, find_text_encoder, open_projection
+from tests.items import some_items
+
+
+def files(domain: Domain) -> dict[str, bytes]:
+    """Every file of the feature folder; of the notes only what they say of the part."""
+    return {path.name: path.read_bytes() for path in sorted((domain.folder / "features").iterdir())}
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many items each call of the text encoder got, in order; the probe at loading excluded."""
+    counted: list[int] = []
+    real = _LoadedText.__call__
+
+    def count(self: _LoadedText, items: Any) -> Encoded:
+        counted.append(len(items))
+        return real(self, items)
+
+    monkeypatch.setattr(_LoadedText, "__call__", count)
+    return counted
+
+
+def test_tables_hold_what_the_encoders_say(make_domain: Any, tiny_bert: Path) -> None:
+    items = some_items(10)
+    domain = make_domain("books", items)
+    report = featurize([domain], text=str(tiny_bert), image="histogram", price="log", pooling="mean", workers=0)
+
+    text = find_text_encoder(str(tiny_bert), pooling="mean", device="cpu").load()(items)
+    image = HistogramImage().load()(items)
+    prices = np.array([np.nan if item.price is None else item.price for item in items])
+    price, priced = PriceEncoder("log").encode(prices)
+    everything = np.arange(10)
+    for modality, values, present in (
+        ("text", text.values, text.present),
+        ("image", image.values, image.present),
+        ("price", price, priced),
+    ):
+        table = open_table(domain, modality)
+        rows, there = table.rows(everything)
+        np.testing.assert_allclose(rows, values, atol=2e-6)
+        np.testing.assert_array_equal(there, present)
+        assert table.meta.present == present.sum() < 10
+        assert [(part.first, part.items) for part in table.meta.parts] == [(0, 4), (4, 4), (8, 2)]
+        table.verify()
+    meta = open_table(domain, "text").meta
+    assert meta.encoder["pooling"] == "mean" and len(str(meta.encoder["digest"])) == 64
+    assert open_table(domain, "price").meta.encoder["range"] == 1000.0
+    assert [table.encoded_items for table in report.tables] == [text.present.sum(), image.present.sum(), priced.sum()]
+    assert report.lines()[0].startswith(f"books text: {tiny_bert}, 8 of 10 items, dimension 16")
+    assert json.loads(json.dumps(report.to_json()))["tables"][1]["present"] == int(image.present.sum())
+
+
+def test_a_finished_table_is_left_alone(make_domain: Any, tiny_bert: Path, calls: list[int]) -> None:
+    domain = make_domain("books", some_items(10))
+    featurize([domain], text=str(tiny_bert), price="quantile", workers=0)
+    assert calls == [4, 4, 2]
+    before = files(domain)
+    report = featurize([domain], text=str(tiny_bert), price="quantile", workers=0)
+    assert calls == [4, 4, 2] and files(domain) == before
+    assert report.tables[0].encoded_parts == 0 and "3 of 3 parts were finished before" in report.lines()[0]
+
+
+def test_a_stopped_run_goes_on_where_it_stopped(
+    make_domain: Any, tiny_bert: Path, calls: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    domain = make_domain("books", some_items(10))
+    counted = _LoadedText.__call__
+
+    def stop(self: _LoadedText, items: Any) -> Encoded:
+        if items[0].index == 4:
+            raise KeyboardInterrupt
+        return counted(self, items)
+
+    monkeypatch.setattr(_LoadedText, "__call__", stop)
+    with pytest.raises(KeyboardInterrupt):
+        featurize([domain], text=str(tiny_bert), workers=0)
+    assert calls == [4] and not (domain.folder / "features" / "text.json").exists()
+    with pytest.raises(UserError, match="has no text features"):
+        open_table(domain, "text")
+    monkeypatch.setattr(_LoadedText, "__call__", counted)
+    report = featurize([domain], text=str(tiny_bert), workers=0)
+    assert calls == [4, 4, 2] and report.tables[0].encoded_parts == 2
+    stopped = files(domain)
+    for path in (domain.folder / "features").iterdir():
+        path.unlink()
+    featurize([domain], text=str(tiny_bert), workers=0)
+    assert files(domain) == stopped
+
+
+KILLED = """
+import os, signal, sys
+from antdist.data.domain import open_domain
+from antdist.features import text
+from antdist.features.featurize import featurize
+real = text._LoadedText.__call__
+def kill(self, items):
+    if items[0].index == 8:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return real(self, items)
+text._LoadedText.__call__ = kill
+featurize([open_domain(sys.argv[1])], text=sys.argv[2], workers=0)
+"""
+
+
+def test_a_killed_run_goes_on_where_it_stopped(make_domain: Any, tiny_bert: Path, calls: list[int]) -> None:
+    domain = make_domain("books", some_items(10))
+    child = subprocess.run(
+        [sys.executable, "-c", KILLED, str(domain.folder), str(tiny_bert)],
+        cwd=Path(__file__).resolve().parents[2],
+        check=False,
+    )
+    assert child.returncode == -signal.SIGKILL
+    (domain.folder / "features" / ".text-00002.npy.1.tmp").write_bytes(b"half")
+    featurize([domain], text=str(tiny_bert), workers=0)
+    assert calls == [2]
+    open_table(domain, "text").verify()
+    assert not list((domain.folder / "features").glob(".*"))
+
+
+def test_a_damaged_part_alone_is_made_again(make_domain: Any, tiny_bert: Path, calls: list[int]) -> None:
+    domain = make_domain("books", some_items(10))
+    featurize([domain], text=str(tiny_bert), workers=0)
+    before = files(domain)
+    part = domain.folder / "features" / "text-00001.npy"
+    data = bytearray(part.read_bytes())
+    data[-1] ^= 1
+    part.write_bytes(data)
+    calls.clear()
+    featurize([domain], text=str(tiny_bert), workers=0)
+    assert calls == [4] and files(domain) == before
+
+
+@pytest.mark.parametrize("change", [{"pooling": "mean"}, {"max_length": 5}, {"dtype": "float16"}])
+def test_other_options_make_the_table_anew(
+    make_domain: Any, tiny_bert: Path, calls: list[int], change: dict[str, Any]
+) -> None:
+    domain = make_domain("books", some_items(10))
+    featurize([domain], text=str(tiny_bert), workers=0)
+    calls.clear()
+    featurize([domain], text=str(tiny_bert), workers=0, **change)
+    assert calls == [4, 4, 2]
+    meta = open_table(domain, "text").meta
+    assert (
+        meta.model_dump()[next(iter(change))] == "float16"
+        if "dtype" in change
+        else meta.encoder.items() >= change.items()
+    )
+
+
+def test_float16_rounds(make_domain: Any, tiny_bert: Path) -> None:
+    domain = make_domain("books", some_items(6))
+    featurize([domain], text=str(tiny_bert), price="log", workers=0)
+    exact = [open_table(domain, m).rows(np.arange(6))[0] for m in ("text", "price")]
+    featurize([domain], text=str(tiny_bert), price="log", workers=0, dtype="float16")
+    for modality, values in zip(("text", "price"), exact, strict=True):
+        rows, _ = open_table(domain, modality).rows(np.arange(6))
+        assert rows.dtype == np.float16
+        np.testing.assert_allclose(rows, values.astype(np.float16), rtol=2e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("value", "dtype", "message"),
+    [
+        (np.nan, "float32", "the text features of item item5 are not finite"),
+        (np.inf, "float16", "the text features of item item5 are not finite"),
+        (1e6, "float16", "the text features of item item5 are too large for float16.*--dtype float32"),
+    ],
+)
+def test_features_that_are_not_finite_name_the_item(
+    make_domain: Any, tiny_bert: Path, monkeypatch: pytest.MonkeyPatch, value: float, dtype: Any, message: str
+) -> None:
+    domain = make_domain("books", some_items(10))
+    real = _LoadedText.__call__
+
+    def spoil(self: _LoadedText, items: Any) -> Encoded:
+        encoded = real(self, items)
+        encoded.values[[item.index == 5 for item in items], 3] = value
+        return encoded
+
+    monkeypatch.setattr(_LoadedText, "__call__", spoil)
+    with pytest.raises(UserError, match=message):
+        featurize([domain], text=str(tiny_bert), workers=0, dtype=dtype)
+
+
+def test_a_domain_without_the_modality_gets_a_table_that_says_so(make_domain: Any) -> None:
+    bare = make_domain("bare", [ItemRecord(n, f"i{n}", "red lamp", None, []) for n in range(5)])
+    full = make_domain("full", some_items(5))
+    report = featurize([bare, full], image="histogram", price="quantile", workers=0)
+    assert open_table(bare, "image").meta.parts == [] and open_table(bare, "price").meta.parts == []
+    assert "bare image: no item has it" in report.lines()
+    features = Catalogue([bare, full], ["image", "price"]).features(np.arange(10))
+    assert not features.present["image"][:5].any() and features.present["image"][5:].any()
+    before = files(bare)
+    featurize([bare], image="histogram", price="quantile", workers=0)
+    assert files(bare) == before
+
+
+def test_broken_pictures_are_counted(make_domain: Any) -> None:
+    broken = b"\xff\xd8 not really"
+    items = [ItemRecord(n, f"i{n}", None, None, [broken] if n == 1 else some_items(1)[0].images) for n in range(3)]
+    domain = make_domain("books", items)
+    report = featurize([domain], image="histogram", workers=0)
+    assert report.tables[0].broken == 1 and "1 broken pictures skipped" in report.lines()[0]
+    assert open_table(domain, "image").present.tolist() == [True, False, True]
+
+
+def test_hashed_text_is_one_encoder_only_if_fitted_together(make_domain: Any, tmp_path: Path) -> None:
+    a, b = make_domain("a", some_items(30, 1)), make_domain("b", some_items(30, 2))
+    featurize([a, b], text="hashed", text_dim=6, workers=0)
+    assert Catalogue([a, b], ["text"]).dims == {"text": 6}
+    default = open_projection(tmp_path / "hashed-text.safetensors")
+    assert open_table(a, "text").meta.encoder["digest"] == default.digest
+    rows = open_table(b, "text").rows(np.arange(30))[0]
+    np.testing.assert_allclose(rows, default.load()(some_items(30, 2)).values, atol=1e-6)
+
+    featurize([b], text="hashed", text_dim=6, projection=tmp_path / "of-b-alone", workers=0)
+    with pytest.raises(UserError, match=r"cannot be mixed: a has hashed .*; b has hashed"):
+        Catalogue([a, b], ["text"])
+    c = make_domain("c", some_items(30, 3))
+    featurize([b, c], text="hashed", workers=0)  # the first fit is found where it lies
+    assert Catalogue([a, b, c], ["text"]).size == 90
+
+
+def test_the_fit_reads_a_spread_sample_of_many_items(make_domain: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    a, b = make_domain("a", some_items(30, 1)), make_domain("b", some_items(30, 2))
+    given: list[list[str]] = []
+    real = featurize_module.fit_projection
+    monkeypatch.setattr(featurize_module, "FIT_TEXTS", 20)
+    monkeypatch.setattr(
+        featurize_module, "fit_projection", lambda texts, *rest: given.append(texts) or real(texts, *rest)
+    )
+    featurize([a, b], text="hashed", text_dim=4, workers=0)
+    sampled = [item.text for seed in (1, 2) for item in some_items(30, seed)[::3]]
+    assert given == [[said for said in sampled if said is not None]]
+
+
+def test_nothing_asked_for_is_told(make_domain: Any) -> None:
+    with pytest.raises(UserError, match=r"no features asked for.*--text, --image or --price"):
+        featurize([make_domain("books", some_items(3))], workers=0)
+
+
+def test_a_reprepared_domain_is_encoded_anew(make_domain: Any, tiny_bert: Path, calls: list[int]) -> None:
+    domain = make_domain("books", some_items(10))
+    featurize([domain], text=str(tiny_bert), workers=0)
+    kept = files(domain)
+    shutil.rmtree(domain.folder)
+    again = make_domain("books", some_items(7, seed=5))
+    (again.folder / "features").mkdir()
+    for name, data in kept.items():
+        (again.folder / "features" / name).write_bytes(data)
+    with pytest.raises(UserError, match="made for another manifest"):
+        open_table(again, "text")
+    calls.clear()
+    featurize([again], text=str(tiny_bert), workers=0)
+    assert calls == [4, 3]
+    assert not list((again.folder / "features").glob("text-00002*"))
+    open_table(again, "text").verify()
+
+
+@pytest.mark.ray
+def test_ray_workers_make_the_same_tables(
+    make_domain: Any, tiny_bert: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import ray
+
+    domains = [make_domain("a", some_items(10, 1)), make_domain("b", some_items(6, 2))]
+    options: dict[str, Any] = {"text": str(tiny_bert), "image": "histogram", "price": "log", "device": "cpu"}
+    featurize(domains, workers=0, **options)
+    here = [files(domain) for domain in domains]
+    for domain in domains:
+        for path in (domain.folder / "features").iterdir():
+            path.unlink()
+    monkeypatch.chdir(tmp_path)
+    report = featurize([open_domain("a"), open_domain("b")], workers=2, threads=1, **options)
+    assert [files(domain) for domain in domains] == here
+    assert not ray.is_initialized()
+    assert [table.encoded_parts for table in report.tables] == [3, 3, 2, 2, 3, 2]
+
+    damaged = next((tmp_path / "a").glob("items-*.tar"))
+    (tmp_path / "a" / "features" / "text-00000.npy").unlink()
+    damaged.write_bytes(damaged.read_bytes()[:-2000])
+    with pytest.raises(UserError, match=rf"{damaged.name}: the file has"):
+        featurize([open_domain("a")], workers=1, threads=1, **options)
+    assert not ray.is_initialized()
