@@ -2,18 +2,34 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import time
 from collections.abc import Iterable, Iterator
-from typing import TypeVar
+from typing import TextIO, TypeVar
 
 T = TypeVar("T")
 QUIET_SECONDS = 15.0
 
 
+_listeners: list[TextIO] = []
+
+
 def say(message: str) -> None:
     """One line to standard error, where progress and notices go; results go to standard output."""
     print(message, file=sys.stderr, flush=True)
+    for listener in _listeners:
+        print(message, file=listener, flush=True)
+
+
+@contextlib.contextmanager
+def tee(listener: TextIO) -> Iterator[None]:
+    """Within the block, what is said goes to `listener` too."""
+    _listeners.append(listener)
+    try:
+        yield
+    finally:
+        _listeners.remove(listener)
 
 
 def track(iterable: Iterable[T], description: str, total: int | None = None) -> Iterator[T]:

@@ -7,8 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from antdist.data.domain import Domain, ItemRecord, Sequences, open_domain
-from antdist.data.domain import write_domain
+from antdist.data.domain import Domain, ItemRecord, Sequences, open_domain, write_domain
 from antdist.features.table import FeatureMeta, features_folder, write_meta, write_part
 
 

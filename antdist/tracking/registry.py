@@ -89,6 +89,7 @@ def register(
     lineage: Lineage,
     *,
     validation: float | None = None,
+    promote: bool = True,
     training_state: Path | None = None,
     tags: Mapping[str, str] | None = None,
     aliases: Iterable[str] = (),
@@ -97,6 +98,7 @@ def register(
 
     The alias `newest` goes to the highest version. `champion` goes to this version if its `validation` (Recall@10 on
     validation users) beats the holder's for the same task, or if nothing holds it yet; a holder for another task keeps it.
+    Without `promote` it stays where it is.
 
     Raises:
         UserError: a folder that is missing, empty or holds links; a name that MLflow refuses; a store that is away.
@@ -137,6 +139,8 @@ def register(
         for alias in aliases:
             client.set_registered_model_alias(name, alias, str(number))
         moves, champion = judge_champion(_holder(client, name, "champion"), version)
+        if not promote:
+            moves, champion = False, "kept from being champion by its caller"
         if moves:
             client.set_registered_model_alias(name, "champion", str(number))
     return ModelVersionInfo(name, number, version.source, digest, champion)

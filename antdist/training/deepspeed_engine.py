@@ -6,6 +6,7 @@ moments are gathered by parameter name here.
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import torch
@@ -73,6 +74,8 @@ class DeepSpeedEngine:
 
         self.config, self.world = config, world
         _adopt_process_group(world)
+        # under stage 3 evaluation runs on a copy: its ranks do not take the same number of forward passes
+        self._copy = copy.deepcopy(model) if config.zero_stage == 3 else None
         model.to(world.device)
         self.engine, self.optimizer, _, _ = deepspeed.initialize(
             model=model,
@@ -96,6 +99,15 @@ class DeepSpeedEngine:
         self.engine.step()
         norm = self.engine.get_global_grad_norm()
         return norm if norm is None or isinstance(norm, Tensor) else torch.tensor(float(norm))
+
+    def whole_model(self) -> nn.Module:
+        if self._copy is None:
+            return self.model
+        copied = dict(self._copy.named_parameters())
+        with torch.no_grad():
+            for name, parameter in self.model.named_parameters():
+                copied[name].copy_(self._gathered(parameter))
+        return self._copy.to(self.world.device)
 
     # -- state, whole and by name ------------------------------------------------------------------------------------
 
@@ -157,7 +169,7 @@ class DeepSpeedEngine:
             if state.updates and not self.config.zero_stage:
                 self._adam.state[parameter]["step"] = torch.tensor(float(state.updates), device=self.world.device)
         scaler = getattr(self.optimizer, "loss_scaler", None)
-        if state.scale is not None and hasattr(scaler, "cur_scale"):
+        if state.scale is not None and scaler is not None and hasattr(scaler, "cur_scale"):
             scaler.cur_scale = state.scale
 
     def _set_weight(self, parameter: nn.Parameter, weight: Tensor) -> None:
@@ -179,7 +191,7 @@ class DeepSpeedEngine:
                 self._adam.state[parameter][moment] = value.clone()
         elif self.config.zero_stage == 3:
             # the whole-value setter of stage 3 fails where a parameter does not divide by the ranks
-            part = parameter.partition_numel()
+            part: int = parameter.partition_numel()  # type: ignore[attr-defined]
             padded = torch.nn.functional.pad(value.flatten(), (0, part * self.world.size - value.numel()))
             local = padded[self.world.rank * part : (self.world.rank + 1) * part]
             if moment is None:

@@ -50,6 +50,9 @@ class Engine(Protocol):
     def update(self, learning_rate: float) -> Tensor | None:
         """One optimizer step. Returns the gradient's norm before clipping, where it is known."""
 
+    def whole_model(self) -> nn.Module:
+        """The model with all its present weights on this rank, to evaluate with. Collective: all ranks call it."""
+
     def state(self) -> EngineState:
         """Collective: all ranks call it."""
 
@@ -113,6 +116,9 @@ class PlainEngine:
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
         return norm
+
+    def whole_model(self) -> nn.Module:
+        return self.model
 
     def _updates(self) -> int:
         """Optimizer steps taken; fp16 skips those whose gradients overflow."""

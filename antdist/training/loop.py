@@ -37,6 +37,10 @@ CHOSEN_BY = "Recall@10"  # on validation users (spec, section 7)
 Metrics = dict[str, float]
 
 
+class Diverged(UserError):
+    """The loss is no number: all ranks see it in the same step, and trying again would end the same way."""
+
+
 @dataclass
 class Progress:
     """Where a run stands: all that a checkpoint holds beside weights and moments. Plain JSON."""
@@ -92,6 +96,8 @@ def _resume(job: Job) -> Progress:
     if document is None:
         return Progress()
     job.feed.stream.check(StreamState(**document["stream"]))
+    if found is not None:
+        _check_fits(job, found)
     job.engine.load(found.state if found else EngineState())
     progress = Progress(**document["progress"])
     # a longer run than the one that finished goes on
@@ -103,6 +109,26 @@ def _resume(job: Job) -> Progress:
         _bring_best(job, found.folder, progress)
     barrier(job.world)
     return progress
+
+
+def _check_fits(job: Job, found: Checkpoint) -> None:
+    """The leader's word before anything is loaded: the state must be of this very model."""
+    here = {name: _size(parameter) for name, parameter in job.engine.model.named_parameters()}
+    there = {name: weight.numel() for name, weight in found.state.weights.items()}
+    learned = {name for name, parameter in job.engine.model.named_parameters() if parameter.requires_grad}
+    differing = sorted(name for name in here.keys() | there.keys() if here.get(name) != there.get(name))
+    differing += sorted(learned ^ found.state.moments["exp_avg"].keys())
+    if differing:
+        raise UserError(
+            f"the training state is of another model: {differing[0]} differs",
+            where=found.folder,
+            remedy="resume with the model: section of the first start, or start a new run",
+        )
+
+
+def _size(parameter: torch.nn.Parameter) -> int:
+    """Of the whole parameter, also where DeepSpeed's stage 3 keeps a part of it on each rank."""
+    return int(getattr(parameter, "ds_numel", parameter.numel()))
 
 
 def _train_epoch(job: Job, progress: Progress, meter: Meter, stop_at: int | None) -> bool:
@@ -146,7 +172,6 @@ def _end_epoch(job: Job, progress: Progress) -> None:
     entry: dict[str, float] = {"epoch": progress.epoch + 1, "loss": progress.epoch_loss / progress.epoch_predictions}
     last = progress.epoch + 1 == job.config.epochs
     if (progress.epoch + 1) % job.config.validate_every == 0 or last:
-        job.engine.model.eval()
         metrics = job.validate()
         entry |= {f"validation/{name}": value for name, value in metrics.items()}
         _judge(job, progress, metrics[CHOSEN_BY])
@@ -250,7 +275,7 @@ class Meter:
         if not math.isfinite(total):
             bad = [int(i) for i in torch.nonzero(~losses.isfinite().all(1).cpu()).flatten()]
             step = progress.step - len(self.pending) + bad[0] if bad else progress.step
-            raise UserError(
+            raise Diverged(
                 f"the loss is {total} since step {step + 1} (epoch {progress.epoch + 1})",
                 where=self.job.name,
                 remedy="lower training.learning_rate, set training.clip, or run in fp32; then start again: it goes on "

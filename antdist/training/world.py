@@ -67,7 +67,7 @@ class _GatherRows(torch.autograd.Function):
         return torch.cat([parts[rank][: stop - start] for rank, (start, stop) in enumerate(ranges)])
 
     @staticmethod
-    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[no-untyped-def, override]
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[no-untyped-def]
         start, stop = row_ranges(ctx.rows, ctx.world.size)[ctx.world.rank]
         # gloo has no reduce-scatter; a copy, since autograd may hand the same tensor to others
         total = gradient.contiguous().clone()

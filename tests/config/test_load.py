@@ -43,7 +43,7 @@ def test_a_resolved_configuration_reads_back_as_itself() -> None:
 
 def test_an_unknown_key_names_the_nearest_known_one(tmp_path: Path) -> None:
     told = message(write(tmp_path, "training:\n  epoch: 3\n"))
-    assert "run.yaml: unknown key training.epoch. Did you mean training.epochs." == told.split("/")[-1]
+    assert told.split("/")[-1] == "run.yaml: unknown key training.epoch. Did you mean training.epochs."
     assert "unknown key model.zzz. Known keys here: model.activation_checkpointing, model.beta" in message(
         None, "model.zzz=3"
     )

@@ -1,0 +1,151 @@
+"""`antdist validate`: all that can be checked before a run takes a cluster's time, in the order in which it is cheap."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from antdist.config.schema import PretrainConfig, RelearnConfig
+from antdist.errors import UserError
+
+if TYPE_CHECKING:
+    from antdist.orchestration.inputs import Inputs
+
+MIB = 1024 * 1024
+
+
+@dataclass
+class CheckReport:
+    """What was looked at and found right, a line each, and figures for people to judge."""
+
+    checked: list[str] = field(default_factory=list)
+    figures: dict[str, Any] = field(default_factory=dict)
+
+    def lines(self) -> list[str]:
+        return [f"ok    {line}" for line in self.checked] + [f"      {k}: {v}" for k, v in self.figures.items()]
+
+    def to_json(self) -> dict[str, Any]:
+        return {"checked": self.checked, **self.figures}
+
+
+def check_pretrain(config: PretrainConfig) -> CheckReport:
+    """Raises UserError at the first thing that would stop the run."""
+    from antdist.orchestration.pretraining import pretrain_inputs
+
+    report = CheckReport()
+    _check_common(config, report)
+    inputs = pretrain_inputs(config)
+    _tell_inputs(inputs, config, report)
+    if config.resume is not None:
+        from antdist.tracking.registry import resolve_training_state
+
+        resolve_training_state(config.resume, _tracking(config))
+        report.checked.append(f"training state of {config.resume}")
+    return report
+
+
+def check_relearn(config: RelearnConfig) -> CheckReport:
+    """Raises UserError at the first thing that would stop the run."""
+    from antdist.orchestration.relearning import open_parent, relearn_inputs, strategies_of
+    from antdist.training.adaptation import adapt, needs_parent
+
+    report = CheckReport()
+    if config.target is None:
+        raise UserError(
+            "no target is named", where="target", remedy="give target=NAME, a prepared domain below data.root"
+        )
+    _check_common(config, report)
+    parent = open_parent(config, _tracking(config))
+    for strategy in strategies_of(config):
+        inputs = relearn_inputs(config, strategy, parent)
+        catalogue_size = inputs.catalogue.size if config.model.item_embeddings else None
+        adapt(
+            strategy,
+            config.model,
+            inputs.catalogue.dims,
+            parent=parent.model if parent and needs_parent(strategy) else None,
+            variants=config.variants,
+            catalogue_size=catalogue_size,
+        )
+        report.checked.append(
+            f"strategy {strategy}" + (f" from {parent.uri}" if parent and needs_parent(strategy) else "")
+        )
+    _tell_inputs(inputs, config, report)
+    if parent is not None and config.target in parent.card.domains:
+        report.checked.append(f"note: the target {config.target} is one of the parent's auxiliary domains")
+    return report
+
+
+def _check_common(config: PretrainConfig | RelearnConfig, report: CheckReport) -> None:
+    from antdist.tracking.store import check_reachable, redact
+    from antdist.training.deepspeed_engine import deepspeed_config
+
+    deepspeed_config(config.training)
+    if config.training.precision == "fp16" and config.ray.gpus_per_worker == 0:
+        _contradiction("training.precision", "fp16 needs a GPU", "set fp32, or ray.gpus_per_worker=1")
+    if config.training.engine == "plain" and config.training.deepspeed:
+        _contradiction(
+            "training.deepspeed", "the plain engine does not read it", "remove it, or set training.engine=deepspeed"
+        )
+    if config.training.schedule.kind == "cosine" and config.training.schedule.milestones:
+        _contradiction("training.schedule.milestones", "the cosine schedule does not read them", "remove them")
+    if config.loss.log_q and config.loss.negatives == "catalogue":
+        _contradiction(
+            "loss.log_q", "the full catalogue is no sample, so there is nothing to correct", "set it to false"
+        )
+    report.checked.append("configuration")
+    uri = _tracking(config)
+    check_reachable(uri)
+    report.checked.append(f"tracking store {redact(uri)}")
+
+
+def _contradiction(key: str, what: str, remedy: str) -> None:
+    raise UserError(what, where=key, remedy=remedy)
+
+
+def _tracking(config: PretrainConfig | RelearnConfig) -> str:
+    from antdist.tracking.store import tracking_uri
+
+    return tracking_uri(config.tracking, Path(config.ray.storage).resolve())
+
+
+def _tell_inputs(inputs: Inputs, config: PretrainConfig | RelearnConfig, report: CheckReport) -> None:
+    for domain in inputs.domains:
+        m = domain.manifest
+        report.checked.append(
+            f"domain {domain.name}: {m.users:,} users, {m.items:,} items, {m.interactions:,} interactions, "
+            f"fingerprint {domain.fingerprint[:12]}"
+        )
+    for modality, identity in inputs.catalogue.identities.items():
+        report.checked.append(f"features: {identity}")
+        assert modality in inputs.catalogue.dims
+    report.figures["steps an epoch"] = inputs.stream.steps_per_epoch
+    report.figures["predictions an epoch"] = inputs.stream.predictions_per_epoch
+    report.figures["estimated memory a worker (MiB)"] = round(estimate_memory(config, inputs) / MIB)
+
+
+def estimate_memory(config: PretrainConfig | RelearnConfig, inputs: Inputs) -> int:
+    """Bytes that one worker's step takes at its peak, roughly: weights and optimizer, tower, transformer, softmax.
+
+    The tower keeps each distinct item's K expert outputs, the transformer about 16 d-wide and 2 inner-wide tensors a
+    token and layer plus attention weights, the softmax three chunks of logits.
+    """
+    from antdist.model.recommender import Recommender
+
+    m, catalogue = config.model, inputs.catalogue
+    size = catalogue.size if m.item_embeddings else None
+    parameters = sum(p.numel() for p in Recommender(m, catalogue.dims, size).parameters())
+    shared = config.ray.workers if config.training.zero_stage >= 1 and config.training.engine == "deepspeed" else 1
+    state = parameters * (8 + 8 / shared)
+    workers, micro = config.ray.workers, config.stream.batch_size / config.training.accumulation
+    full = config.loss.negatives == "catalogue"
+    distinct = catalogue.size if full else min(catalogue.size, 2 * micro + config.loss.samples)
+    features = sum(catalogue.dims.values())
+    tower = distinct / workers * 4 * (2 * features + len(catalogue.dims) * 2 * m.experts * m.dim) + distinct * 8 * m.dim
+    tokens = micro / workers * (m.max_length / 2 if config.stream.mode == "prefix" else 1.2)
+    layer = 16 * m.dim + 2 * m.inner + 3 * m.heads * min(m.max_length, 50)
+    transformer = tokens * 4 * layer * (1 if m.activation_checkpointing else m.layers)
+    candidates = catalogue.size if full else min(catalogue.size, micro)
+    softmax = 3 * 4 * micro / workers * min(config.loss.chunk, candidates)
+    return int(state + tower + transformer + softmax)

@@ -1,0 +1,238 @@
+"""`antdist pretrain`: the driver checks, starts the workers, registers what they made; the worker trains."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from antdist.config.load import check_config
+from antdist.config.schema import PretrainConfig
+from antdist.errors import UserError
+from antdist.orchestration.checks import check_pretrain
+from antdist.orchestration.inputs import Inputs, open_domains, open_inputs, rank_together
+from antdist.orchestration.runs import claim_folder, collect_training_state, following, read_json, write_json
+from antdist.orchestration.session import enter_worker, ray_session, run_workers
+from antdist.orchestration.worker import best_model, learn, save_best, telling
+from antdist.progress import say
+from antdist.tracking.registry import Lineage, register, resolve, resolve_training_state
+from antdist.tracking.run import start_run
+from antdist.tracking.store import redact, tracking_uri
+
+if TYPE_CHECKING:
+    from antdist.model.io import ModelCard
+    from antdist.model.recommender import Recommender
+    from antdist.training.checkpoint import Checkpoint
+    from antdist.training.loop import Metrics
+    from antdist.training.world import World
+
+
+@dataclass(frozen=True)
+class Pretrained:
+    """What a pre-training session ended with. `finished` is None if `training.stop_after` ended it early."""
+
+    folder: Path
+    model: str  # models:/NAME/VERSION
+    champion: str  # what became of that alias, in words
+    run_id: str
+    tracking_uri: str
+    finished: str | None
+    history: list[dict[str, float]]
+
+    def lines(self) -> list[str]:
+        last = self.history[-1] if self.history else {}
+        shown = ", ".join(f"{k} {v:.4f}" for k, v in last.items() if k != "epoch" and "/" not in k[11:])
+        return [
+            f"registered {self.model} ({self.champion})",
+            f"epochs {len(self.history)}: {shown}",
+            f"run {self.run_id} in {redact(self.tracking_uri)}; files in {self.folder}",
+            "ended: " + (self.finished or "stopped by training.stop_after; the same command goes on"),
+        ]
+
+    def to_json(self) -> dict[str, Any]:
+        return {**vars(self), "folder": str(self.folder), "tracking_uri": redact(self.tracking_uri)}
+
+
+def pretrain(config: PretrainConfig) -> Pretrained:
+    """Pre-train on the auxiliary domains (spec, section 5), register the best epoch's model with its training state.
+
+    Started again under the same name, it goes on from the last checkpoint; with `resume=MODEL` it goes on from what the
+    registry holds, in the MLflow run that it came from.
+
+    Raises:
+        UserError: whatever `check_pretrain` finds; a run of this name with another configuration; a loss that diverged.
+    """
+    check_pretrain(config)
+    storage = Path(config.ray.storage).resolve()
+    folder, uri = storage / config.name, tracking_uri(config.tracking, storage)
+    claim_folder(folder, config)
+    domains = open_domains(config.data, config.data.domains, "data.domains")
+    lineage = Lineage({domain.name: domain.fingerprint for domain in domains})
+    known = read_json(folder / "run.json")
+    run_id = known["run_id"] if known else resolve(config.resume, uri).run_id if config.resume else None
+    tracked = start_run(
+        uri,
+        config.tracking.experiment,
+        config.name,
+        folder,
+        config=config.model_dump(mode="json", by_alias=True),
+        tags=lineage.tags(),
+        run_id=run_id,
+    )
+    write_json(folder / "run.json", {"run_id": tracked.run_id})
+    tracked.finish(status=None)
+    settings = {"config": config.model_dump(by_alias=True), "uri": uri, "run_id": tracked.run_id, "folder": str(folder)}
+    with ray_session(config.ray), following(folder):
+        run_workers(pretrain_worker, settings, config.ray, config.name)
+    outcome = read_json(folder / "outcome.json")
+    assert outcome is not None, "the workers ended without a word"
+    tracked = start_run(uri, config.tracking.experiment, config.name, folder, run_id=tracked.run_id)
+    if outcome.get("error"):
+        tracked.finish("FAILED")
+        raise UserError(**outcome["error"])
+    version = register(
+        uri,
+        tracked.run_id,
+        folder / "model",
+        config.tracking.registered_model or config.name,
+        lineage,
+        validation=outcome["best"],
+        training_state=collect_training_state(folder),
+    )
+    undelivered = tracked.finish("FINISHED")
+    if undelivered:
+        say(f"{undelivered.records} tracking records wait in {undelivered.outbox}")
+    return Pretrained(
+        folder, version.uri, version.champion, tracked.run_id, uri, outcome["finished"], outcome["history"]
+    )
+
+
+def pretrain_worker(settings: dict[str, Any]) -> None:
+    """One Ray Train worker of a pre-training run."""
+    config = check_config(PretrainConfig, settings["config"])
+    enter_worker(config.ray.cpus_per_worker)
+
+    from antdist.training.loop import Diverged
+    from antdist.training.world import current_world
+
+    world, folder = current_world(), Path(settings["folder"])
+    tracked = None
+    if world.leader:
+        tracked = start_run(settings["uri"], config.tracking.experiment, config.name, folder, run_id=settings["run_id"])
+        (folder / "outcome.json").unlink(missing_ok=True)
+    try:
+        with telling(world, folder):
+            outcome = _train(config, world, folder, tracked, settings["uri"])
+    except Diverged as error:  # on all ranks alike: a restart by Ray would only repeat it
+        outcome = {"error": {"what": error.what, "where": error.where, "remedy": error.remedy}}
+    finally:
+        if tracked is not None:
+            tracked.finish(status=None)
+    if world.leader:
+        write_json(folder / "outcome.json", outcome)
+
+
+def _train(config: PretrainConfig, world: World, folder: Path, tracked: Any, uri: str) -> dict[str, Any]:
+    from antdist.model.recommender import build_recommender
+
+    inputs = pretrain_inputs(config)
+    model = build_recommender(config.model, inputs.catalogue.dims, seed=config.seed)
+    evaluate = _evaluator(config, inputs, world)
+    progress = learn(
+        model,
+        inputs,
+        loss=config.loss,
+        training=config.training,
+        world=world,
+        folder=folder,
+        seed=config.seed,
+        name=config.name,
+        evaluate=evaluate,
+        tracked=tracked,
+        start=_registered_state(config, uri) if world.leader else None,
+    )
+    best = best_model(model, folder, progress, world)
+    card = _card(config, inputs, {"epoch": progress.best_epoch, "validation Recall@10": progress.best})
+    save_best(best, folder / "model", card, world)
+    return {"finished": progress.finished, "best": progress.best, "history": progress.history}
+
+
+def pretrain_inputs(config: PretrainConfig) -> Inputs:
+    """Domains, features and stream of a pre-training run. Raises UserError where any does not fit."""
+    from antdist.features.table import Catalogue
+
+    domains = open_domains(config.data, config.data.domains, "data.domains")
+    catalogue = Catalogue(domains, config.model.modalities, config.data.feature_dtype)
+    return open_inputs(
+        domains,
+        catalogue,
+        config.stream,
+        max_length=config.model.max_length,
+        seed=config.seed,
+        workers=config.ray.workers,
+        accumulation=config.training.accumulation,
+    )
+
+
+def _registered_state(config: PretrainConfig, uri: str) -> Checkpoint | None:
+    """The state that `resume` names."""
+    from antdist.training.checkpoint import load_latest
+
+    if config.resume is None:
+        return None
+    found = load_latest(resolve_training_state(config.resume, uri) / "checkpoints")
+    if found is None:
+        raise UserError(
+            "its training state holds no whole checkpoint", where=config.resume, remedy="resume another version"
+        )
+    return found
+
+
+def _evaluator(config: PretrainConfig, inputs: Inputs, world: World) -> Any:
+    """Full ranking of each domain's validation users; the mean over domains chooses."""
+    from antdist.evaluation.metrics import METRICS, summary
+    from antdist.evaluation.ranking import validation_queries
+
+    queries = [
+        validation_queries(
+            domain.sequences(), config.model.max_length, limit=config.training.validation_users, seed=config.seed
+        )
+        for domain in inputs.domains
+    ]
+
+    def evaluate(model: Recommender) -> Metrics:
+        found = {
+            domain.name: summary(rank_together(model, inputs.catalogue, index, queries[index], world))
+            for index, domain in enumerate(inputs.domains)
+        }
+        means = {m: sum(metrics[m] for metrics in found.values()) / len(found) for m in METRICS}
+        return means | {f"{name}/Recall@10": metrics["Recall@10"] for name, metrics in found.items()}
+
+    return evaluate
+
+
+def _card(config: PretrainConfig, inputs: Inputs, made: dict[str, Any]) -> ModelCard:
+    from antdist.model.io import ModelCard
+
+    return ModelCard(
+        kind="pretrained",
+        config=config.model,
+        dims=inputs.catalogue.dims,
+        features=feature_sources(inputs),
+        domains=[domain.name for domain in inputs.domains],
+        seed=config.seed,
+        made={"name": config.name, "fingerprints": {d.name: d.fingerprint for d in inputs.domains}, **made},
+    )
+
+
+def feature_sources(inputs: Inputs) -> dict[Any, Any]:
+    """Which encoder made each modality that the run reads, for the model's card."""
+    from antdist.features.table import has_table, open_table
+    from antdist.model.io import FeatureSource
+
+    sources = {}
+    for modality, identity in inputs.catalogue.identities.items():
+        tables = [open_table(d, modality).meta for d in inputs.domains if has_table(d, modality)]
+        encoder = next((meta.encoder for meta in tables if meta.identity == identity), {})
+        sources[modality] = FeatureSource(identity=identity, encoder=dict(encoder))
+    return sources

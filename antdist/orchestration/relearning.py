@@ -1,0 +1,417 @@
+"""`antdist relearn`: one target, one strategy or all, several seeds; the choice on validation, the test once, the verdict.
+
+A *trial* is one (strategy, seed): a folder and an MLflow run of its own. All trials of a call share one group of workers.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from antdist.config.load import check_config
+from antdist.config.schema import RelearnConfig, Strategy
+from antdist.errors import UserError
+from antdist.orchestration.checks import check_relearn
+from antdist.orchestration.inputs import Inputs, open_domains, open_inputs, rank_together
+from antdist.orchestration.pretraining import feature_sources
+from antdist.orchestration.runs import claim_folder, following, read_json, write_json
+from antdist.orchestration.session import enter_worker, ray_session, run_workers
+from antdist.orchestration.worker import best_model, learn, save_best, telling
+from antdist.progress import say
+from antdist.tracking.registry import Lineage, register, resolve
+from antdist.tracking.run import start_run
+from antdist.tracking.store import redact, tracking_uri
+
+if TYPE_CHECKING:
+    from antdist.evaluation.report import Row
+    from antdist.evaluation.results import Run, RunKey
+    from antdist.evaluation.significance import Verdict
+    from antdist.model.io import ModelCard
+    from antdist.model.recommender import Recommender
+    from antdist.training.loop import Metrics
+    from antdist.training.world import World
+
+AUTO: tuple[Strategy, ...] = ("scratch", "finetune", "relearn")
+SPLITS = ("validation", "test")
+
+
+@dataclass(frozen=True)
+class Parent:
+    """The pre-trained model that is adapted."""
+
+    model: Recommender
+    card: ModelCard
+    uri: str
+
+
+@dataclass(frozen=True)
+class Relearned:
+    """What a call ended with. `rows` are the test table's; `verdicts` those on validation, which decide on promotion."""
+
+    target: str
+    chosen: Strategy
+    model: str  # models:/NAME/VERSION of the chosen strategy's best seed
+    champion: str
+    rows: list[Row]
+    verdicts: dict[str, Verdict]
+    folder: Path
+    tracking_uri: str
+    notes: list[str]
+
+    def lines(self) -> list[str]:
+        from antdist.evaluation.report import results_table
+
+        return [
+            f"test users of {self.target}, best epoch of each trial by validation Recall@10:",
+            results_table(self.rows),
+            *self.notes,
+            f"chosen on validation: {self.chosen}; registered {self.model} ({self.champion})",
+            f"files in {self.folder}; MLflow: {redact(self.tracking_uri)}",
+        ]
+
+    def to_json(self) -> dict[str, Any]:
+        from dataclasses import asdict
+
+        return {
+            "target": self.target,
+            "chosen": self.chosen,
+            "model": self.model,
+            "champion": self.champion,
+            "test": [asdict(row) for row in self.rows],
+            "validation verdicts": {strategy: asdict(verdict) for strategy, verdict in self.verdicts.items()},
+            "notes": self.notes,
+            "folder": str(self.folder),
+        }
+
+
+def relearn(config: RelearnConfig) -> Relearned:
+    """Adapt to `target` (spec, section 6), judge the transfer (section 7), register the model chosen on validation.
+
+    Trials that are finished under the same name are not run again.
+
+    Raises:
+        UserError: whatever `check_relearn` finds; a run of this name with another configuration; a loss that diverged.
+    """
+    check_relearn(config)
+    assert config.target is not None
+    storage = Path(config.ray.storage).resolve()
+    folder, uri = storage / config.name / config.target, tracking_uri(config.tracking, storage)
+    # strategies, seeds and parents are the trials' own
+    claim_folder(folder, config.model_copy(update={"strategy": "auto", "seeds": [0], "parent": None}))
+    parent_uri = resolve(config.parent, uri).uri if config.parent else None
+    trials = [(strategy, seed) for strategy in strategies_of(config) for seed in config.seeds]
+    domain = open_domains(config.data, [config.target], "target")[0]
+    for strategy, seed in trials:
+        _open_trial(config, strategy, seed, folder, uri, _lineage(config, domain.fingerprint, strategy, parent_uri))
+    settings = {"config": config.model_dump(by_alias=True), "uri": uri, "folder": str(folder)}
+    if not all((trial_folder(folder, *trial) / "outcome.json").is_file() for trial in trials):
+        with ray_session(config.ray), following(folder):
+            run_workers(relearn_worker, settings, config.ray, f"{config.name}-{config.target}")
+    for strategy, seed in trials:
+        outcome = read_json(trial_folder(folder, strategy, seed) / "outcome.json") or {}
+        if outcome.get("error"):
+            (trial_folder(folder, strategy, seed) / "outcome.json").unlink()
+            raise UserError(**outcome["error"])
+    return _conclude(config, folder, uri, domain.fingerprint, parent_uri)
+
+
+def strategies_of(config: RelearnConfig) -> list[Strategy]:
+    """The strategies that a call runs; `auto` leaves out those that need a parent where none is given."""
+    if config.strategy == "auto":
+        return list(AUTO)
+    return [config.strategy]
+
+
+def trial_folder(folder: Path, strategy: Strategy, seed: int) -> Path:
+    return folder / f"{strategy}-seed{seed}"
+
+
+def open_parent(config: RelearnConfig, uri: str) -> Parent | None:
+    """The model that `from` names, or None. Raises UserError if a strategy needs one and none is named."""
+    from antdist.model.io import load_model
+    from antdist.training.adaptation import needs_parent
+
+    if config.parent is None:
+        if any(needs_parent(strategy) for strategy in strategies_of(config)):
+            raise UserError(
+                f"strategy {config.strategy} starts from a pre-trained model",
+                where="from",
+                remedy="give one, e.g. from=models:/NAME/latest",
+            )
+        return None
+    found = resolve(config.parent, uri)
+    model, card = load_model(found.folder)
+    return Parent(model, card, found.uri)
+
+
+def relearn_inputs(config: RelearnConfig, strategy: Strategy, parent: Parent | None) -> Inputs:
+    """The target's data as a strategy reads them: where the item tower is inherited, in the parent's modalities and of
+    the parent's encoders; else in those of `model.modalities` that the target has."""
+    from antdist.features.table import Catalogue
+    from antdist.training.adaptation import treatments
+
+    domains = open_domains(config.data, [config.target or ""], "target")
+    if parent is not None and treatments(strategy)["theta"].inherited:
+        identities = {m: source.identity for m, source in parent.card.features.items()}
+        catalogue = Catalogue(
+            domains,
+            list(parent.card.dims),
+            config.data.feature_dtype,
+            dims=dict(parent.card.dims),
+            identities=identities,
+        )
+    else:
+        catalogue = Catalogue(domains, _available(config, domains[0]), config.data.feature_dtype)
+    return open_inputs(
+        domains,
+        catalogue,
+        config.stream,
+        max_length=config.model.max_length,
+        seed=config.seeds[0],
+        workers=config.ray.workers,
+        accumulation=config.training.accumulation,
+    )
+
+
+def _available(config: RelearnConfig, domain: Any) -> list[str]:
+    from antdist.features.table import open_table, source_has
+
+    kept: list[str] = [m for m in config.model.modalities if source_has(domain, m) and open_table(domain, m).meta.present]
+    if not kept:
+        raise UserError(
+            f"{domain.name} has none of {', '.join(config.model.modalities)}",
+            where="model.modalities",
+            remedy=f"run `antdist featurize {domain.folder}`, or name a modality that it has",
+        )
+    return kept
+
+
+def _lineage(config: RelearnConfig, fingerprint: str, strategy: Strategy, parent: str | None) -> Lineage:
+    from antdist.training.adaptation import needs_parent
+
+    assert config.target is not None
+    inherited = parent if needs_parent(strategy) else None
+    return Lineage({config.target: fingerprint}, target=config.target, strategy=strategy, parent=inherited)
+
+
+def _open_trial(config: RelearnConfig, strategy: Strategy, seed: int, folder: Path, uri: str, lineage: Lineage) -> None:
+    """A trial's folder and MLflow run, kept over restarts."""
+    mine = trial_folder(folder, strategy, seed)
+    mine.mkdir(parents=True, exist_ok=True)
+    known = read_json(mine / "run.json")
+    if known is not None:
+        if known["parent"] != lineage.parent:
+            raise UserError(
+                f"this trial started from {known['parent']}, not from {lineage.parent}",
+                where=mine,
+                remedy="choose another name=..., name that parent, or remove the folder",
+            )
+        return
+    shown = {**config.model_dump(mode="json", by_alias=True), "strategy": strategy, "seeds": [seed]}
+    name = f"{config.name}-{config.target}-{strategy}-seed{seed}"
+    tags = {**lineage.tags(), "seed": str(seed)}
+    tracked = start_run(uri, config.tracking.experiment, name, mine, config=shown, tags=tags)
+    tracked.finish(status=None)
+    write_json(mine / "run.json", {"run_id": tracked.run_id, "parent": lineage.parent})
+
+
+# -- the worker ------------------------------------------------------------------------------------------------------
+
+
+def relearn_worker(settings: dict[str, Any]) -> None:
+    """One Ray Train worker: all trials of the call that are not finished, one after the other."""
+    config = check_config(RelearnConfig, settings["config"])
+    enter_worker(config.ray.cpus_per_worker)
+
+    from antdist.training.world import agree, current_world
+
+    world, folder = current_world(), Path(settings["folder"])
+    parent = open_parent(config, settings["uri"])
+    with telling(world, folder):
+        for strategy in strategies_of(config):
+            for seed in config.seeds:
+                mine = trial_folder(folder, strategy, seed)
+                if not agree(world, (mine / "outcome.json").is_file()):
+                    _run_trial(config, strategy, seed, mine, parent, world, settings["uri"])
+
+
+def _run_trial(
+    config: RelearnConfig, strategy: Strategy, seed: int, folder: Path, parent: Parent | None, world: World, uri: str
+) -> None:
+    from antdist.training.loop import Diverged
+
+    tracked = None
+    if world.leader:
+        run_id = (read_json(folder / "run.json") or {})["run_id"]
+        tracked = start_run(uri, config.tracking.experiment, folder.name, folder, run_id=run_id)
+    outcome, status = None, "FAILED"
+    try:
+        outcome = _train_trial(config, strategy, seed, folder, parent, world, tracked)
+        status = "FINISHED" if outcome is not None else "KILLED"
+    except Diverged as error:  # on all ranks alike: a restart by Ray would only repeat it
+        outcome = {"error": {"what": error.what, "where": error.where, "remedy": error.remedy}}
+    finally:
+        if tracked is not None:
+            tracked.finish(status)
+    if world.leader and outcome is not None:
+        write_json(folder / "outcome.json", outcome)
+
+
+def _train_trial(
+    config: RelearnConfig,
+    strategy: Strategy,
+    seed: int,
+    folder: Path,
+    parent: Parent | None,
+    world: World,
+    tracked: Any,
+) -> dict[str, Any] | None:
+    from antdist.evaluation import ranking
+    from antdist.evaluation.metrics import summary
+    from antdist.evaluation.results import Run, save_ranks
+    from antdist.training.adaptation import adapt
+
+    # the order of examples, the noise and the fresh weights are all of the trial's seed
+    inputs = relearn_inputs(config.model_copy(update={"seeds": [seed]}), strategy, parent)
+    model = adapt(
+        strategy,
+        config.model,
+        inputs.catalogue.dims,
+        parent=parent.model if parent else None,
+        variants=config.variants,
+        catalogue_size=inputs.catalogue.size if config.model.item_embeddings else None,
+        seed=seed,
+    )
+    sequences, longest = inputs.domains[0].sequences(), config.model.max_length
+    watched = ranking.validation_queries(sequences, longest, limit=config.training.validation_users, seed=0)
+
+    def evaluate(candidate: Recommender) -> Metrics:
+        found = summary(rank_together(candidate, inputs.catalogue, 0, watched, world))
+        return {name: value for name, value in found.items() if "@" in name}
+
+    progress = learn(
+        model,
+        inputs,
+        loss=config.loss,
+        training=config.training,
+        world=world,
+        folder=folder,
+        seed=seed,
+        name=f"{config.target} {strategy} seed {seed}",
+        evaluate=evaluate,
+        tracked=tracked,
+    )
+    if progress.finished is None:
+        return None
+    best = best_model(model, folder, progress, world)
+    queries = {
+        "validation": ranking.validation_queries(sequences, longest),
+        "test": ranking.test_queries(sequences, longest),
+    }
+    outcome: dict[str, Any] = {"epoch": progress.best_epoch, "epochs": progress.epoch, "finished": progress.finished}
+    for split in SPLITS:
+        ranks = rank_together(best, inputs.catalogue, 0, queries[split], world)
+        outcome[split] = summary(ranks)
+        if world.leader:
+            save_ranks(folder / f"{split}.npz", Run(_key(config, inputs, seed, split), [ranks]))
+    if tracked is not None:
+        tracked.log({f"best/{s}/{name}": value for s in SPLITS for name, value in outcome[s].items()}, progress.step)
+    save_best(best, folder / "model", _card(config, strategy, seed, inputs, parent, outcome), world)
+    return outcome
+
+
+def _card(
+    config: RelearnConfig, strategy: Strategy, seed: int, inputs: Inputs, parent: Parent | None, made: dict[str, Any]
+) -> ModelCard:
+    from antdist.model.io import ModelCard
+
+    return ModelCard(
+        kind="adapted",
+        config=config.model,
+        dims=inputs.catalogue.dims,
+        catalogue_size=inputs.catalogue.size if config.model.item_embeddings else None,
+        features=feature_sources(inputs),
+        target=config.target,
+        strategy=strategy,
+        seed=seed,
+        domains=parent.card.domains if parent else [],
+        made={**made, "parent": parent.uri if parent else None, "fingerprint": inputs.domains[0].fingerprint},
+    )
+
+
+# -- the conclusion --------------------------------------------------------------------------------------------------
+
+
+def _key(config: RelearnConfig, inputs: Inputs, seed: int, split: Any) -> RunKey:
+    """What a trial's result may be compared with: same target, encoders, budget; features that the target lacks do not
+    count, as they are zero for every strategy."""
+    from antdist.evaluation.results import RunKey, budget_digest
+
+    domain = inputs.domains[0]
+    present = _available(config, domain)
+    return RunKey(
+        target=domain.name,
+        manifest=domain.fingerprint,
+        features={m: inputs.catalogue.identities[m] for m in present if m in inputs.catalogue.identities},
+        seeds=(seed,),
+        epochs=config.training.epochs,
+        budget=budget_digest(config),
+        split=split,
+    )
+
+
+def _conclude(config: RelearnConfig, folder: Path, uri: str, fingerprint: str, parent_uri: str | None) -> Relearned:
+    from antdist.evaluation.report import results_row
+    from antdist.evaluation.results import load_ranks, pool
+    from antdist.evaluation.significance import judge, metric_of
+
+    strategies = strategies_of(config)
+    runs: dict[tuple[str, str], Run] = {
+        (strategy, split): pool([load_ranks(trial_folder(folder, strategy, s) / f"{split}.npz") for s in config.seeds])
+        for strategy in strategies
+        for split in SPLITS
+    }
+    scratch = {split: runs.get(("scratch", split)) or _known_scratch(folder, config, split) for split in SPLITS}
+    verdicts: dict[str, Verdict] = {s: judge(runs[s, "validation"], scratch["validation"]) for s in strategies if s != "scratch"}
+    rows = [
+        results_row(s, runs[s, "test"], None if s == "scratch" else judge(runs[s, "test"], scratch["test"]))
+        for s in strategies
+    ]
+    validation = {s: float(metric_of(runs[s, "validation"], "Recall@10").mean()) for s in strategies}
+    # the first of the best: scratch stands first in AUTO and so wins a tie
+    chosen = max(strategies, key=lambda s: validation[s])
+    per_seed = metric_of(runs[chosen, "validation"], "Recall@10").mean(1)
+    seed = config.seeds[int(np.argmax(per_seed))]
+    mine = trial_folder(folder, chosen, seed)
+    verdict = verdicts.get(chosen)
+    promote = verdict is None or verdict.transfer in ("positive", "none")
+    transfer = "ground truth" if verdict is None else verdict.transfer
+    notes = [] if promote else [f"not promoted: on validation the transfer of {chosen} is {transfer}"]
+    seen = int(runs[chosen, "test"].ranks[0].seen.sum())
+    notes.append(f"{seen} of {len(runs[chosen, 'test'].ranks[0].users)} test targets stood in the history: misses")
+    version = register(
+        uri,
+        (read_json(mine / "run.json") or {})["run_id"],
+        mine / "model",
+        config.tracking.registered_model or f"{config.name}-{config.target}",
+        _lineage(config, fingerprint, chosen, parent_uri),
+        validation=float(per_seed.max()),
+        promote=promote,
+        tags={"transfer": transfer, "seed": str(seed), "seeds": " ".join(map(str, config.seeds))},
+    )
+    assert config.target is not None
+    return Relearned(config.target, chosen, version.uri, version.champion, rows, verdicts, folder, uri, notes)
+
+
+def _known_scratch(folder: Path, config: RelearnConfig, split: str) -> Run | None:
+    """`scratch` trials that this run's folder holds from an earlier call, for the same seeds."""
+    from antdist.evaluation.results import load_ranks, pool
+
+    files = [trial_folder(folder, "scratch", seed) / f"{split}.npz" for seed in config.seeds]
+    if not all(file.is_file() for file in files):
+        say(f"no scratch trials with the same seeds in {folder}: the transfer is unknown (strategy=scratch makes them)")
+        return None
+    return pool([load_ranks(file) for file in files])

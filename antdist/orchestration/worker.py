@@ -1,0 +1,117 @@
+"""What a training worker does, pre-training and re-learning alike: engine, job, curves to MLflow, the best weights as a model."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from antdist.config.schema import LossConfig, TrainingConfig
+from antdist.orchestration.inputs import Inputs
+from antdist.orchestration.runs import logging_to
+
+if TYPE_CHECKING:
+    from antdist.model.io import ModelCard
+    from antdist.model.recommender import Recommender
+    from antdist.tracking.run import TrackedRun
+    from antdist.training.checkpoint import Checkpoint
+    from antdist.training.engine import Engine
+    from antdist.training.loop import Metrics, Progress
+    from antdist.training.world import World
+
+
+def make_engine(model: Recommender, config: TrainingConfig, world: World) -> Engine:
+    """The engine that the configuration names."""
+    if config.engine == "plain":
+        from antdist.training.engine import PlainEngine
+
+        return PlainEngine(model, config, world)
+    from antdist.training.deepspeed_engine import DeepSpeedEngine
+
+    return DeepSpeedEngine(model, config, world)
+
+
+def learn(
+    model: Recommender,
+    inputs: Inputs,
+    *,
+    loss: LossConfig,
+    training: TrainingConfig,
+    world: World,
+    folder: Path,
+    seed: int,
+    name: str,
+    evaluate: Callable[[Recommender], Metrics],
+    tracked: TrackedRun | None,
+    start: Checkpoint | None = None,
+) -> Progress:
+    """Train `model` in `folder`; `evaluate` gives the validation metrics of a whole model, on all ranks together."""
+    from antdist.training.feed import Feed
+    from antdist.training.loop import Job, train
+
+    engine = make_engine(model, training, world)
+
+    def validate() -> Metrics:
+        whole: Any = engine.whole_model()
+        whole.eval()
+        return evaluate(whole)
+
+    def report(metrics: Metrics, step: int) -> None:
+        if tracked is not None:
+            tracked.log(metrics, step)
+
+    job = Job(
+        engine=engine,
+        feed=Feed(inputs.stream, inputs.catalogue, loss, inputs.popularity, training.accumulation, seed, world),
+        config=training,
+        world=world,
+        folder=folder,
+        seed=seed,
+        validate=validate,
+        report=report,
+        name=name,
+        start=start,
+    )
+    return train(job)
+
+
+def best_model(model: Recommender, folder: Path, progress: Progress, world: World) -> Recommender:
+    """A model of the same build with the weights of the best validation (before the first one: the last weights), on
+    every rank. Collective."""
+    from safetensors.torch import load_file
+
+    from antdist.model.recommender import Recommender
+    from antdist.training.checkpoint import load_latest
+    from antdist.training.loop import best_weights
+    from antdist.training.world import agree
+
+    weights: dict[str, Any] = {}
+    if world.leader and progress.best_epoch is not None:
+        weights = load_file(best_weights(folder, progress.best_epoch))
+    elif world.leader and (last := load_latest(folder / "checkpoints")) is not None:
+        weights = last.state.weights
+    dims: dict[str, int] = {**model.dims}
+    best = Recommender(model.config, dims, model.catalogue_size)
+    best.load_state_dict(agree(world, weights))
+    return best.to(world.device).eval()
+
+
+def save_best(model: Recommender, folder: Path, card: ModelCard, world: World) -> None:
+    """The leader writes the model's folder; the others wait."""
+    from antdist.model.io import save_model
+    from antdist.training.world import barrier
+
+    if world.leader:
+        save_model(folder, model, card)
+    barrier(world)
+
+
+@contextlib.contextmanager
+def telling(world: World, folder: Path) -> Iterator[None]:
+    """The leader's words go to the run's log; the driver shows them."""
+    if not world.leader:
+        yield
+        return
+    with logging_to(folder):
+        yield
