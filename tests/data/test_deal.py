@@ -97,6 +97,11 @@ def test_parts_differ_by_at_most_the_longest_window(seed, windows, parts):
     assert tokens.max() - tokens.min() <= lengths.max()
 
 
+def test_no_part_is_favoured():
+    lengths = np.arange(1, 101)
+    assert np.bincount(assign(lengths, 2), weights=lengths).tolist() == [2525, 2525]
+
+
 def test_tokens_are_balanced_on_skewed_lengths():
     lengths = np.minimum(np.random.default_rng(0).zipf(1.5, 400), 50)
     tokens = np.bincount(assign(lengths, 4), weights=lengths)

@@ -105,7 +105,7 @@ def test_starting_at_a_batch_gives_the_tail(world, mode, batches, mixing):
 
 
 def test_starting_late_reads_only_the_shards_that_it_needs(world, monkeypatch):
-    stream, read = make(world[0][:1], window_shards=1), []
+    stream, read = make(world[0][:1], window_shards=1, window_blocks=1), []
     shards = len(world[0][0].manifest.sequence_shards)
     monkeypatch.setattr(
         stream_module,
@@ -117,6 +117,15 @@ def test_starting_late_reads_only_the_shards_that_it_needs(world, monkeypatch):
     read.clear()
     list(stream.batches(0))
     assert sorted(read) == sorted(shard.name for shard in world[0][0].manifest.sequence_shards)  # each once
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_how_many_units_are_made_at_once_does_not_matter(world, mode, monkeypatch):
+    expected = list(make(world[0], mode=mode).batches(0))
+    monkeypatch.setattr(stream_module, "CHUNK", 3)
+    for start in (0, 4):
+        batches = list(make(world[0], mode=mode).batches(0, start))
+        assert all(same(*pair) for pair in zip(expected[start:], batches, strict=True))
 
 
 @pytest.mark.parametrize("mode", MODES)
