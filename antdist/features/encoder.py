@@ -131,7 +131,9 @@ def load_frozen(folder: Path, option: str, device: str) -> tuple[Any, torch.devi
     if place.type == "cuda":
         dtype = torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
     try:
-        model = AutoModel.from_pretrained(str(folder), local_files_only=True, use_safetensors=True, dtype=dtype)
+        model = AutoModel.from_pretrained(
+            str(folder), local_files_only=True, use_safetensors=True, trust_remote_code=False, dtype=dtype
+        )
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         reason = str(error).strip().splitlines()[0]
         raise UserError(f"transformers cannot load this model ({reason})", where=f"{option} {folder}") from None

@@ -155,7 +155,7 @@ class _LoadedImage:
         # Pillow's backend: the other needs torchvision, which antdist does without.
         try:
             self.processor = AutoImageProcessor.from_pretrained(
-                str(encoder.folder), backend="pil", local_files_only=True
+                str(encoder.folder), backend="pil", local_files_only=True, trust_remote_code=False
             )
         except (OSError, ValueError, KeyError, ImportError) as error:
             reason = str(error).strip().splitlines()[0]

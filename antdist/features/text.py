@@ -85,7 +85,9 @@ class _LoadedText:
         self.encoder = encoder
         self.model, self.device, _ = load_frozen(encoder.folder, "--text", encoder.device)
         try:
-            self.tokenizer = AutoTokenizer.from_pretrained(str(encoder.folder), local_files_only=True)
+            self.tokenizer = AutoTokenizer.from_pretrained(
+                str(encoder.folder), local_files_only=True, trust_remote_code=False
+            )
         except (OSError, ValueError, KeyError) as error:
             reason = str(error).strip().splitlines()[0]
             raise UserError(f"no tokenizer in this folder ({reason})", where=f"--text {encoder.folder}") from None
