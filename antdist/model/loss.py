@@ -13,9 +13,17 @@ TINY = 1e-24  # squared length below which a vector counts as zero
 
 def unit(x: Tensor) -> Tensor:
     """Rows scaled to length 1, in float32 at least; a zero row stays zero and passes a zero gradient."""
-    x = x.to(torch.promote_types(x.dtype, torch.float32))
+    x = _widened(x)
+    return x * _inverse_length(x)
+
+
+def _widened(x: Tensor) -> Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def _inverse_length(x: Tensor) -> Tensor:
     square = x.square().sum(-1, keepdim=True)
-    return x * torch.where(square > TINY, square.clamp_min(TINY).rsqrt(), 0.0)
+    return torch.where(square > TINY, square.clamp_min(TINY).rsqrt(), 0.0)
 
 
 def next_item_loss(
@@ -31,7 +39,8 @@ def next_item_loss(
 ) -> Tensor:
     """Sum over predictions of -log softmax(cos(user, candidate) / temperature + bias) at the target.
 
-    Beyond inputs and their gradients it holds one (P, chunk) block of logits at a time.
+    Beyond inputs and their gradients it holds one (P, chunk) block of logits and one (chunk, d) block of normalised
+    candidates at a time.
 
     Args:
         users: (P, d), of any length and floating dtype; normalised here.
@@ -48,7 +57,7 @@ def next_item_loss(
     """
     with torch.autocast(users.device.type, enabled=False):
         loss: Tensor = _SoftmaxLoss.apply(
-            unit(users) / temperature, unit(candidates), targets, bias, target_bias, weights, chunk
+            unit(users) / temperature, candidates, targets, bias, target_bias, weights, chunk
         )
     return loss
 
@@ -89,8 +98,9 @@ def alignment_loss(
 class _SoftmaxLoss(torch.autograd.Function):
     """Online logsumexp over chunks of candidates.
 
-    The target's logit starts the sum; in the chunks it stands as -inf. The backward pass makes each chunk's logits
-    again; where one chunk holds all candidates its probabilities give the gradients at once, in the forward pass.
+    The target's logit starts the sum; in the chunks it stands as -inf. Candidates are normalised chunk by chunk, users
+    come normalised. The backward pass makes each chunk's logits again; where one chunk holds all candidates its
+    probabilities give the gradients at once, in the forward pass.
     """
 
     @staticmethod
@@ -104,14 +114,15 @@ class _SoftmaxLoss(torch.autograd.Function):
         weights: Tensor | None,
         chunk: int,
     ) -> Tensor:
-        logit = (users * candidates[targets]).sum(1)  # of the target
+        logit = (users * unit(candidates[targets])).sum(1)  # of the target
         if target_bias is not None:
             logit = logit + target_bias[targets]
         peak, mass = logit, torch.ones_like(logit)
         block = users.new_empty(0)
         for start in range(0, len(candidates), chunk):
             del block  # before the next one is made
-            block = _others(users, candidates[start : start + chunk], targets - start, _cut(bias, start, chunk))
+            part = unit(candidates[start : start + chunk])
+            block = _others(users, part, targets - start, _cut(bias, start, chunk))
             higher = torch.maximum(peak, block.amax(1))
             mass = mass * (peak - higher).exp() + block.sub_(higher.unsqueeze(1)).exp_().sum(1)
             peak = higher
@@ -122,7 +133,7 @@ class _SoftmaxLoss(torch.autograd.Function):
         if len(candidates) <= chunk and (ctx.needs_input_grad[0] or ctx.needs_input_grad[1]):
             block.mul_((scale / mass).unsqueeze(1))
             _set_target(block, targets, scale * torch.expm1(-terms))
-            ctx.gradients = block @ candidates, block.T @ users
+            ctx.gradients = block @ part, _through_unit(block.T @ users, candidates)
         else:
             ctx.save_for_backward(users, candidates, targets, bias, scale, terms, terms + logit)
         return (scale * terms).sum()
@@ -138,13 +149,22 @@ class _SoftmaxLoss(torch.autograd.Function):
         users_grad, candidates_grad = torch.zeros_like(users), torch.empty_like(candidates)
         with torch.autocast(users.device.type, enabled=False):
             for start in range(0, len(candidates), ctx.chunk):
-                part = slice(start, start + ctx.chunk)
-                block = _others(users, candidates[part], targets - start, _cut(bias, start, ctx.chunk))
+                rows = slice(start, start + ctx.chunk)
+                part = unit(candidates[rows])
+                block = _others(users, part, targets - start, _cut(bias, start, ctx.chunk))
                 block.sub_(logsumexp.unsqueeze(1)).exp_().mul_(scale.unsqueeze(1))
                 _set_target(block, targets - start, scale * torch.expm1(-terms))
-                users_grad.addmm_(block, candidates[part])
-                torch.mm(block.T, users, out=candidates_grad[part])
+                users_grad.addmm_(block, part)
+                candidates_grad[rows] = _through_unit(block.T @ users, candidates[rows])
         return users_grad, candidates_grad, *none
+
+
+def _through_unit(grad: Tensor, x: Tensor) -> Tensor:
+    """The gradient at `x` of that at `unit(x)`."""
+    x = _widened(x)
+    inverse = _inverse_length(x)
+    along = (grad * x).sum(-1, keepdim=True) * inverse.square()
+    return (grad - along * x) * inverse
 
 
 def _others(users: Tensor, candidates: Tensor, targets: Tensor, bias: Tensor | None) -> Tensor:
