@@ -35,16 +35,16 @@ class Packing:
     back: Tensor
 
 
-def pack(offsets: Tensor, tokens: int, longest: int) -> Packing:
-    """Sort windows into buckets of similar length.
+def pack(offsets: Tensor, tokens: int, longest: int, *, by_length: bool) -> Packing:
+    """Sort windows into buckets of similar length, if `by_length`.
 
-    On the CPU lengths are at hand. On an accelerator reading them would stall the step, so there all windows make one
-    bucket of `longest`, which the host knows: attention is a small part of the work there.
+    That reads the lengths, which are at hand on a CPU. On an accelerator it would stall the step, so there all windows
+    make one bucket of `longest`, which the host knows: attention is a small part of the work there.
     """
     starts, lengths = offsets[:-1], offsets.diff()
     everyone = torch.arange(len(lengths), device=offsets.device)
-    if offsets.is_cpu and len(lengths):
-        bucket = torch.bucketize(lengths, torch.tensor(BUCKETS))
+    if by_length and len(lengths):
+        bucket = torch.bucketize(lengths, torch.tensor(BUCKETS, device=offsets.device))
         groups = [everyone[bucket == b] for b in bucket.unique()]
         widths = [max(1, int(lengths[group].max())) for group in groups]
     else:
@@ -126,7 +126,7 @@ class SequenceEncoder(nn.Module):
             (T, d); a token's state has seen its window up to and including itself.
         """
         x = dropout(self.input_norm(x), self.dropout, self.training)
-        packing = pack(offsets, len(x), longest)
+        packing = pack(offsets, len(x), longest, by_length=x.is_cpu)
         for layer in self.layers:
             if self.checkpointing and self.training:
                 x = checkpoint(layer, x, packing, use_reentrant=False)

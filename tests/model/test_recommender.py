@@ -46,7 +46,7 @@ def test_every_parameter_is_in_one_group(changes: dict[str, object]) -> None:
 
 
 def test_initial_weights() -> None:
-    model = build_recommender(ModelConfig(item_embeddings=True), WIDE, 500)
+    model = build_recommender(ModelConfig(item_embeddings=True), WIDE, 500).requires_grad_(False)
     for name, value in model.named_parameters():
         kind = name.split(".")[-1]
         if "norm.weight" in name:
@@ -59,7 +59,7 @@ def test_initial_weights() -> None:
 
 
 def test_xavier_experts() -> None:
-    model = build_recommender(ModelConfig(initialisation="xavier"), WIDE)
+    model = build_recommender(ModelConfig(initialisation="xavier"), WIDE).requires_grad_(False)
     assert float(model.get_parameter("tower.text.weight").std()) == pytest.approx((2 / (384 + 256)) ** 0.5, rel=0.02)
     assert float(model.positions.weight.std()) == pytest.approx(0.02, rel=0.05)
 
