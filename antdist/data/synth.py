@@ -130,8 +130,15 @@ def synth(
     Raises:
         UserError: a value out of range, a name that is no folder name, or a domain's folder that exists already.
     """
+    _check_range("domains", domains if isinstance(domains, int) else len(domains), 1)
+    _check_range("users", min(users, target_users), 1)
+    _check_range("items", min(items, target_items), FEWEST_ITEMS)
+    _check_range("mean_length", mean_length, SHORTEST, LONGEST)
+    _check_range("missing", missing, 0, 1 / 3)
+    _check_range("pixels", pixels, 16, 1024)
+    _check_range("seed", seed, 0)
     out, names = Path(out), _names(domains)
-    _check(out, names, users, items, target_users, target_items, mean_length, missing, pixels, seed)
+    _check_names(out, names)
     written = []
     for name in names:
         size = (target_users, target_items) if name == names[-1] else (users, items)
@@ -147,21 +154,10 @@ def _names(domains: int | Sequence[str]) -> list[str]:
     if not isinstance(domains, int):
         return list(domains)
     more = [f"domain{number}" for number in range(len(AUXILIARIES) + 1, domains)]
-    return [*AUXILIARIES[: max(domains - 1, 0)], *more, TARGET]
+    return [*AUXILIARIES[: domains - 1], *more, TARGET]
 
 
-def _check(
-    out: Path,
-    names: list[str],
-    users: int,
-    items: int,
-    target_users: int,
-    target_items: int,
-    mean_length: float,
-    missing: float,
-    pixels: int,
-    seed: int,
-) -> None:
+def _check_names(out: Path, names: list[str]) -> None:
     for name in names:
         if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
             raise UserError(
@@ -171,18 +167,12 @@ def _check(
             raise UserError("exists already", where=out / name, remedy="choose another folder, or delete this one")
     if len(set(names)) != len(names):
         raise UserError("a domain is named twice", where="domains", remedy="give each domain a name of its own")
-    bounds = {
-        "users": (min(users, target_users), 1, None),
-        "items": (min(items, target_items), FEWEST_ITEMS, None),
-        "mean_length": (mean_length, SHORTEST, LONGEST),
-        "missing": (missing, 0, 1 / 3),
-        "pixels": (pixels, 16, 1024),
-        "seed": (seed, 0, None),
-    }
-    for key, (value, least, most) in bounds.items():
-        if value < least or (most is not None and value > most):
-            limits = f"at least {least}" if most is None else f"between {least} and {most:.3g}"
-            raise UserError(f"{value} is out of range", where=key, remedy=f"give {limits}")
+
+
+def _check_range(key: str, value: float, least: float, most: float | None = None) -> None:
+    if value < least or (most is not None and value > most):
+        limits = f"at least {least}" if most is None else f"between {least} and {most:.3g}"
+        raise UserError(f"{value} is out of range", where=key, remedy=f"give {limits}")
 
 
 def _write_domain(folder: Path, domain: SyntheticDomain, missing: float, pixels: int | None, seed: int) -> SynthDomain:
