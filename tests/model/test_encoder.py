@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from antdist.config.schema import ModelConfig
-from antdist.model.encoder import SequenceEncoder, pack, token_positions
+from antdist.model.encoder import Norm, SequenceEncoder, pack, token_positions
 
 
 @settings(max_examples=50, deadline=None)
@@ -42,3 +42,12 @@ def test_layouts_agree_with_one_window_at_a_time(monkeypatch: pytest.MonkeyPatch
     torch.testing.assert_close(together, alone, rtol=tolerance, atol=tolerance)
     torch.testing.assert_close(padded, alone, rtol=tolerance, atol=tolerance)
     assert together.dtype == dtype
+
+
+def test_norm_takes_its_statistics_in_float32() -> None:
+    """Values whose squares overflow or whose differences vanish in half precision, and inputs wider than the weights."""
+    x = 1000.0 + torch.randn(5, 8)
+    expected = torch.nn.functional.layer_norm(x, (8,), eps=1e-8)
+    norm = Norm(8).half()
+    torch.testing.assert_close(norm(x).float(), expected, rtol=2e-3, atol=2e-3)
+    assert norm(x).dtype == torch.float16

@@ -145,12 +145,16 @@ def test_training_is_noisy_and_evaluation_is_not() -> None:
 
 def test_routing_noise_has_the_spread_of_the_spec() -> None:
     """With gate and noise zero the logits are eps * (softplus(0) + 0.01): their differences have that spread times sqrt 2."""
-    experts = build_recommender(tiny(experts=2), {"text": 7}).tower.get_submodule("text").train()
+    experts = build_recommender(tiny(experts=2), {"text": 7}).tower.get_submodule("text").train().requires_grad_(False)
     weights = experts.route(torch.randn(20_000, 7))
     assert weights.dtype == torch.float32
     torch.testing.assert_close(weights.sum(1), torch.ones(20_000))
     spread = float((weights[:, 0].log() - weights[:, 1].log()).std())
     assert spread == pytest.approx(2**0.5 * (torch.log(torch.tensor(2.0)) + 0.01).item(), rel=0.03)
+    with torch.no_grad():
+        experts.noise.fill_(-100.0)  # softplus vanishes: what is left is 0.01
+    weights = experts.route(torch.ones(20_000, 7))
+    assert float((weights[:, 0].log() - weights[:, 1].log()).std()) == pytest.approx(0.01 * 2**0.5, rel=0.03)
     x = torch.randn(3, 7)
     assert torch.equal(experts.eval().route(x), torch.full((3, 2), 0.5))
 
