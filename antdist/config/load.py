@@ -114,3 +114,11 @@ def known_keys(kind: type[BaseModel], prefix: str = "") -> list[str]:
         if isinstance(entry.annotation, type) and issubclass(entry.annotation, BaseModel):
             keys.extend(known_keys(entry.annotation, f"{key}."))
     return keys
+
+
+def names_target(file: Path | None, overrides: Sequence[str]) -> bool:
+    """Whether a configuration is one of re-learning: it names a target or a strategy. Raises UserError as `load_config`."""
+    tree = _read(file) if file is not None else {}
+    for override in overrides:
+        _set(tree, override)
+    return not tree.keys().isdisjoint({"target", "strategy", "from", "seeds"})

@@ -13,8 +13,9 @@ import json
 import re
 import shutil
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -100,6 +101,16 @@ class SynthReport:
     folder: Path
     target: str
     domains: list[SynthDomain]
+
+    def lines(self) -> list[str]:
+        return [
+            f"{d.name}{' (target)' if d.name == self.target else ''}: {d.users:,} users, {d.items:,} items, "
+            f"{d.interactions:,} interactions; {d.texts:,} texts, {d.pictures:,} pictures, {d.prices:,} prices"
+            for d in self.domains
+        ]
+
+    def to_json(self) -> dict[str, Any]:
+        return {"folder": str(self.folder), "target": self.target, "domains": [asdict(d) for d in self.domains]}
 
 
 def synth(

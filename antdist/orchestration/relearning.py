@@ -179,7 +179,9 @@ def relearn_inputs(config: RelearnConfig, strategy: Strategy, parent: Parent | N
 def _available(config: RelearnConfig, domain: Any) -> list[str]:
     from antdist.features.table import open_table, source_has
 
-    kept: list[str] = [m for m in config.model.modalities if source_has(domain, m) and open_table(domain, m).meta.present]
+    kept: list[str] = [
+        m for m in config.model.modalities if source_has(domain, m) and open_table(domain, m).meta.present
+    ]
     if not kept:
         raise UserError(
             f"{domain.name} has none of {', '.join(config.model.modalities)}",
@@ -375,7 +377,9 @@ def _conclude(config: RelearnConfig, folder: Path, uri: str, fingerprint: str, p
         for split in SPLITS
     }
     scratch = {split: runs.get(("scratch", split)) or _known_scratch(folder, config, split) for split in SPLITS}
-    verdicts: dict[str, Verdict] = {s: judge(runs[s, "validation"], scratch["validation"]) for s in strategies if s != "scratch"}
+    verdicts: dict[str, Verdict] = {
+        s: judge(runs[s, "validation"], scratch["validation"]) for s in strategies if s != "scratch"
+    }
     rows = [
         results_row(s, runs[s, "test"], None if s == "scratch" else judge(runs[s, "test"], scratch["test"]))
         for s in strategies

@@ -91,7 +91,7 @@ def best_model(model: Recommender, folder: Path, progress: Progress, world: Worl
         weights = load_file(best_weights(folder, progress.best_epoch))
     elif world.leader and (last := load_latest(folder / "checkpoints")) is not None:
         weights = last.state.weights
-    dims: dict[str, int] = {**model.dims}
+    dims = {str(modality): width for modality, width in model.dims.items()}
     best = Recommender(model.config, dims, model.catalogue_size)
     best.load_state_dict(agree(world, weights))
     return best.to(world.device).eval()

@@ -1,0 +1,5 @@
+"""`python -m antdist` is `antdist`."""
+
+from antdist.cli import main
+
+main()

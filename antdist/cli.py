@@ -1,0 +1,380 @@
+"""The command line: one verb a stage of the flow; parses, calls, prints. Nothing heavy is imported before a verb runs."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NoReturn, Protocol
+
+import click
+
+from antdist import __version__
+from antdist.errors import UserError
+
+EXIT_USER_ERROR = 2
+
+
+class Report(Protocol):
+    """What a verb has to say: lines for people, a document for programs."""
+
+    def lines(self) -> list[str]: ...
+
+    def to_json(self) -> dict[str, Any]: ...
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.version_option(__version__, prog_name="antdist")
+def cli() -> None:
+    """Pre-train a multi-modal recommender on many domains, re-learn it for each target, and know whether it helped.
+
+    \b
+    The usual way:
+      antdist prepare SRC --domain books --out data        (for each domain)
+      antdist featurize data/books data/music ...
+      antdist pretrain --config configs/pretrain.yaml 'data.domains=[books, music]'
+      antdist relearn --config configs/relearn.yaml target=food strategy=auto from=models:/pretrain@champion
+      antdist recommend models:/relearn-food@champion data/food --user U42
+    """
+
+
+def main() -> NoReturn:
+    """Entry point: a user's mistake is one line on standard error and exit code 2, never a traceback."""
+    try:
+        cli(standalone_mode=False)
+    except UserError as error:
+        click.secho("error: ", fg="red", err=True, nl=False)
+        click.echo(str(error), err=True)
+        sys.exit(EXIT_USER_ERROR)
+    except click.exceptions.Abort:
+        click.echo("stopped", err=True)
+        sys.exit(130)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(error.exit_code)
+    sys.exit(0)
+
+
+def json_option(command: Callable[..., Any]) -> Callable[..., Any]:
+    """`--json FILE` for verbs that measure."""
+    return click.option(
+        "--json", "json_file", type=click.Path(path_type=Path, dir_okay=False), help="Write the figures to FILE too."
+    )(command)
+
+
+def config_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """`--config F` and `key=value ...`."""
+    command = click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")(command)
+    return click.option(
+        "--config",
+        "config_file",
+        type=click.Path(path_type=Path),
+        help="YAML file; see configs/. Without: the defaults.",
+    )(command)
+
+
+def tell(report: Report, json_file: Path | None = None) -> None:
+    """Print the report, and write its document where asked."""
+    for line in report.lines():
+        click.echo(line)
+    write_document(report.to_json(), json_file)
+
+
+def write_document(document: dict[str, Any], json_file: Path | None) -> None:
+    if json_file is not None:
+        json_file.parent.mkdir(parents=True, exist_ok=True)
+        json_file.write_text(json.dumps(document, indent=1, default=str) + "\n", encoding="utf-8")
+
+
+# -- data ------------------------------------------------------------------------------------------------------------
+
+
+@cli.command()
+@click.argument("out", type=click.Path(path_type=Path, file_okay=False))
+@click.option(
+    "--domains", default="4", show_default=True, help="How many, or their names with commas; the last is the target."
+)
+@click.option("--users", default=3000, show_default=True, help="Users of each auxiliary domain.")
+@click.option("--items", default=600, show_default=True, help="Items of each auxiliary domain.")
+@click.option("--target-users", default=800, show_default=True)
+@click.option("--target-items", default=400, show_default=True)
+@click.option("--mean-length", default=14.0, show_default=True, help="Mean interactions of a user.")
+@click.option(
+    "--missing", default=0.04, show_default=True, help="Share of items that lack a text; likewise picture, price."
+)
+@click.option("--images/--no-images", default=True, show_default=True)
+@click.option("--seed", default=0, show_default=True)
+@json_option
+def synth(out: Path, domains: str, images: bool, json_file: Path | None, **sizes: Any) -> None:
+    """Generate a world of domains below OUT: texts, drawn pictures, prices, and users whose order can be learned.
+
+    \b
+    Example:
+      antdist synth world --users 2000 --seed 7
+    """
+    from antdist.data.synth import synth as generate
+
+    names: int | list[str] = int(domains) if domains.isdigit() else [name.strip() for name in domains.split(",")]
+    tell(generate(out, domains=names, with_images=images, **sizes), json_file)
+
+
+@cli.command()
+@click.argument("source", required=False, type=click.Path(path_type=Path))
+@click.option(
+    "--format", "form", type=click.Choice(["tabular", "amazon", "atomic"]), default="tabular", show_default=True
+)
+@click.option("--domain", required=True, help="Name of the domain: the folder made below --out.")
+@click.option("--out", required=True, type=click.Path(path_type=Path, file_okay=False))
+@click.option(
+    "--interactions", type=click.Path(path_type=Path), help="Instead of SRC: the file of interactions (or reviews)."
+)
+@click.option("--items", type=click.Path(path_type=Path), help="Instead of SRC: the file of items (or metadata).")
+@click.option("--images", type=click.Path(path_type=Path), help="amazon: a folder of pictures ASIN.jpg or ASIN_1.jpg.")
+@click.option("--column", "columns", multiple=True, metavar="OURS=THEIRS", help="tabular: a column's name in the file.")
+@click.option("--k-core", type=click.IntRange(1), help="Keep users and items with so many interactions. Default: off.")
+@click.option(
+    "--max-sequence", type=click.IntRange(3), help="Cut users to their most recent interactions. Default: off."
+)
+@click.option("--drop-unknown", is_flag=True, help="Drop interactions with items that the items file lacks.")
+@click.option(
+    "--block-users", type=click.IntRange(1), default=1024, show_default=True, help="Users a block of a shard."
+)
+@click.option("--overwrite", is_flag=True, help="Replace a prepared domain of that name.")
+@json_option
+def prepare(source: Path | None, form: Any, columns: Sequence[str], json_file: Path | None, **options: Any) -> None:
+    """Read a domain from SRC, filter, order, split and pack it into OUT/DOMAIN: WebDataset shards and a manifest.
+
+    \b
+    Examples:
+      antdist prepare exports/shop --domain shop --out data --k-core 5
+      antdist prepare --interactions buys.csv --items items.parquet --column user_id=customer --domain shop --out data
+      antdist prepare amazon/ --format amazon --domain gifts --out data
+    """
+    from antdist.data.prepare import prepare as run
+
+    tell(run(source, format=form, columns=_mapping(columns, "--column"), **options), json_file)
+
+
+def _mapping(pairs: Sequence[str], option: str) -> dict[str, str]:
+    mapping = {}
+    for pair in pairs:
+        ours, equals, theirs = pair.partition("=")
+        if not equals or not ours or not theirs:
+            raise UserError(f"{pair!r} is not of the form OURS=THEIRS", where=option, remedy="write user_id=customer")
+        mapping[ours] = theirs
+    return mapping
+
+
+@cli.command()
+@click.argument("domain", type=click.Path(path_type=Path))
+@json_option
+def verify(domain: Path, json_file: Path | None) -> None:
+    """Check every size, digest, count and reference of the prepared domain DATA/NAME, and of its features.
+
+    Exits with 1 if anything is wrong.
+
+    \b
+    Example:
+      antdist verify data/shop
+    """
+    from antdist.data.verify import verify as run
+
+    report = run(domain)
+    tell(report, json_file)
+    if report.problems:
+        sys.exit(1)
+
+
+@cli.command()
+@click.argument("domains", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.option("--text", metavar="ENCODER", help="hashed, minilm, or a transformers encoder: a name or a folder.")
+@click.option("--image", metavar="ENCODER", help="histogram, or a transformers vision model: a name or a folder.")
+@click.option("--price", type=click.Choice(["raw", "minmax", "log", "quantile"]), help="The scale of prices.")
+@click.option("--pooling", type=click.Choice(["cls", "mean"]), help="Of a text encoder. Default: cls; mean for minilm.")
+@click.option("--max-length", default=256, show_default=True, help="Tokens of a text.")
+@click.option("--text-dim", default=128, show_default=True, help="Dimension of hashed.")
+@click.option("--projection", type=click.Path(path_type=Path), help="hashed: a fitted file, or where to put it.")
+@click.option("--max-images", default=4, show_default=True, help="Pictures averaged an item.")
+@click.option("--batch-size", default=64, show_default=True)
+@click.option("--dtype", type=click.Choice(["float32", "float16"]), default="float32", show_default=True)
+@click.option("--device", default="auto", show_default=True)
+@click.option("--workers", default=2, show_default=True, help="Ray actors; 0: this process alone, without Ray.")
+@json_option
+def featurize(domains: Sequence[Path], json_file: Path | None, **options: Any) -> None:
+    """Run frozen encoders over the items of prepared domains, into their feature tables; goes on where it stopped.
+
+    Domains that will be trained together belong in one call: hashed text is fitted on all of them.
+
+    \b
+    Examples:
+      antdist featurize data/* --text hashed --image histogram --price quantile
+      antdist featurize data/shop --text google-bert/bert-base-uncased --image microsoft/swin-base-patch4-window7-224
+    """
+    from antdist.data.domain import open_domain
+    from antdist.features.featurize import featurize as run
+
+    tell(run([open_domain(domain) for domain in domains], **options), json_file)
+
+
+# -- runs ------------------------------------------------------------------------------------------------------------
+
+
+@cli.command()
+@config_options
+@json_option
+def validate(config_file: Path | None, overrides: Sequence[str], json_file: Path | None) -> None:
+    """Check all that can be checked before a run: configuration, data, features, sizes, memory, tracking store.
+
+    A configuration with a `target` is taken for re-learning, one without for pre-training.
+
+    \b
+    Example:
+      antdist validate --config configs/pretrain.yaml data.root=data 'data.domains=[books, music]'
+    """
+    from antdist.config.load import load_config, names_target
+    from antdist.config.schema import PretrainConfig, RelearnConfig
+    from antdist.orchestration.checks import check_pretrain, check_relearn
+
+    if names_target(config_file, overrides):
+        tell(check_relearn(load_config(RelearnConfig, config_file, overrides)), json_file)
+    else:
+        tell(check_pretrain(load_config(PretrainConfig, config_file, overrides)), json_file)
+
+
+@cli.command()
+@config_options
+@json_option
+def pretrain(config_file: Path | None, overrides: Sequence[str], json_file: Path | None) -> None:
+    """Pre-train on the auxiliary domains; ends with a registered model version.
+
+    The same command goes on after a crash or training.stop_after; resume=MODEL goes on from the registry.
+
+    \b
+    Examples:
+      antdist pretrain --config configs/pretrain.yaml data.root=data 'data.domains=[books, music]' ray.workers=4
+      antdist pretrain --config configs/pretrain.yaml resume=models:/pretrain/latest
+    """
+    from antdist.config.load import load_config
+    from antdist.config.schema import PretrainConfig
+    from antdist.orchestration.pretraining import pretrain as run
+
+    tell(run(load_config(PretrainConfig, config_file, overrides)), json_file)
+
+
+@cli.command()
+@config_options
+@json_option
+def relearn(config_file: Path | None, overrides: Sequence[str], json_file: Path | None) -> None:
+    """Adapt to one target: best epoch by validation Recall@10, one test, the verdict on transfer, a registered version.
+
+    strategy is scratch, finetune, finetune_all, relearn, or auto: run all but finetune_all and take the best.
+
+    \b
+    Example:
+      antdist relearn --config configs/relearn.yaml target=food strategy=auto from=models:/pretrain@champion 'seeds=[0, 1, 2]'
+    """
+    from antdist.config.load import load_config
+    from antdist.config.schema import RelearnConfig
+    from antdist.orchestration.relearning import relearn as run
+
+    tell(run(load_config(RelearnConfig, config_file, overrides)), json_file)
+
+
+# -- use -------------------------------------------------------------------------------------------------------------
+
+
+def model_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """MODEL, DATA/NAME and where the registry is."""
+    command = click.option(
+        "--tracking-uri", help="MLflow's store. Default: MLFLOW_TRACKING_URI, else below --storage."
+    )(command)
+    command = click.option(
+        "--storage", default="runs", show_default=True, type=click.Path(path_type=Path), help="Folder of the runs."
+    )(command)
+    command = click.argument("domain", metavar="DATA/NAME", type=click.Path(path_type=Path))(command)
+    return click.argument("model")(command)
+
+
+@cli.command()
+@model_options
+@click.option("--split", type=click.Choice(["validation", "test"]), default="test", show_default=True)
+@json_option
+def evaluate(
+    model: str, domain: Path, split: Any, storage: Path, tracking_uri: str | None, json_file: Path | None
+) -> None:
+    """Rank the whole catalogue of DATA/NAME for its validation or test users.
+
+    MODEL is models:/NAME@ALIAS, models:/NAME/VERSION, models:/NAME/latest, runs:/ID/PATH or a folder.
+
+    \b
+    Example:
+      antdist evaluate models:/relearn-food@champion data/food --split test
+    """
+    from antdist.serving.use import evaluate_model, open_model
+
+    figures = evaluate_model(open_model(model, domain, storage, tracking_uri), split)
+    for name, value in figures.items():
+        click.echo(f"{name:12} {value:.4f}" if "@" in name else f"{name:12} {int(value):,}")
+    write_document({"model": model, "domain": str(domain), "split": split, **figures}, json_file)
+
+
+@cli.command()
+@model_options
+@click.option("--user", help="A user of the domain: the whole history.")
+@click.option("--history", help="Item ids with commas, oldest first.")
+@click.option("-n", "--top", default=10, show_default=True, type=click.IntRange(1), help="How many items.")
+@json_option
+def recommend(
+    model: str,
+    domain: Path,
+    user: str | None,
+    history: str | None,
+    top: int,
+    storage: Path,
+    tracking_uri: str | None,
+    json_file: Path | None,
+) -> None:
+    """The items of DATA/NAME that MODEL would show next, with scores and titles; items that no training saw, too.
+
+    \b
+    Examples:
+      antdist recommend models:/relearn-food@champion data/food --user u000017
+      antdist recommend runs/pretrain/model data/food --history fo00001,fo00203 -n 5
+    """
+    from antdist.serving.use import open_model, recommend_items
+
+    if (user is None) == (history is None):
+        raise click.UsageError("give either --user or --history")
+    opened = open_model(model, domain, storage, tracking_uri)
+    past, items = recommend_items(opened, user=user, history=history, n=top)
+    click.echo("history (latest last):")
+    for item in past[-5:]:
+        click.echo(f"          {item.item_id}  {item.title}")
+    click.echo("recommended:")
+    for rank, item in enumerate(items, 1):
+        click.echo(f"{rank:3}  {item.score:.3f}  {item.item_id}  {item.title}")
+    write_document({"model": model, "items": [item._asdict() for item in items]}, json_file)
+
+
+@cli.command("import-reference")
+@click.argument("checkpoint", type=click.Path(path_type=Path))
+@click.argument("out", type=click.Path(path_type=Path, file_okay=False))
+@click.option("--heads", default=2, show_default=True, help="Attention heads: the checkpoint does not say.")
+@click.option("--beta", default=0.1, show_default=True, help="Weight of the text-image synergy: likewise.")
+def import_reference(checkpoint: Path, out: Path, heads: int, beta: float) -> None:
+    """Make a model of ours out of a checkpoint that the authors' code wrote. Read without running any code in it.
+
+    \b
+    Example:
+      antdist import-reference ANT-FHCK.ckpt models/ant
+    """
+    from antdist.model.import_reference import import_reference as run
+
+    card = run(checkpoint, out, heads, beta)
+    dims = ", ".join(f"{modality} {dim}" for modality, dim in card.dims.items())
+    click.echo(f"imported into {out}: {dims}, {card.config.layers} layers, dim {card.config.dim}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,96 @@
+"""A model put to use on one domain: `antdist evaluate` and `antdist recommend`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal, NamedTuple
+
+from antdist.config.schema import TrackingConfig
+from antdist.errors import UserError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from antdist.data.domain import Domain
+    from antdist.model.recommender import Recommender
+
+
+@dataclass(frozen=True)
+class OpenModel:
+    """A model, the domain it is used on, and that domain's items embedded by it."""
+
+    model: Recommender
+    domain: Domain
+    item_embeddings: Tensor  # (N, d)
+
+
+class Shown(NamedTuple):
+    """An item for people."""
+
+    item_id: str
+    title: str
+    score: float | None = None
+
+
+def open_model(model: str, domain: Path, storage: Path, tracking_uri: str | None = None) -> OpenModel:
+    """Find MODEL, check that the domain's features are of the encoders that it was trained with, embed the catalogue.
+
+    Raises:
+        UserError: no such model or domain, features missing or of other encoders, ANT_t on another catalogue.
+    """
+    from antdist.data.domain import open_domain
+    from antdist.evaluation.ranking import embed_catalogue
+    from antdist.features.table import Catalogue
+    from antdist.model.io import load_model
+    from antdist.tracking.registry import resolve
+    from antdist.tracking.store import tracking_uri as store
+
+    opened = open_domain(domain)
+    folder = Path(model)
+    if not folder.is_dir():  # a folder needs no registry
+        folder = resolve(model, store(TrackingConfig(uri=tracking_uri), storage.resolve())).folder
+    recommender, card = load_model(folder)
+    identities = {modality: source.identity for modality, source in card.features.items()}
+    dims = {str(modality): width for modality, width in card.dims.items()}
+    catalogue = Catalogue([opened], list(dims), dims=dims, identities=identities)
+    for modality, width in dims.items():
+        if catalogue.dims[modality] != width:
+            raise UserError(
+                f"the model reads {modality} features of dimension {width}, {opened.name} has {catalogue.dims[modality]}",
+                where=opened.folder,
+                remedy="featurize the domain with the encoder that the model was trained with",
+            )
+    return OpenModel(recommender, opened, embed_catalogue(recommender, catalogue))
+
+
+def evaluate_model(opened: OpenModel, split: Literal["validation", "test"]) -> dict[str, float]:
+    """Full ranking of a split's users (spec, section 7): metrics, number of users, and of targets seen before."""
+    from antdist.evaluation import ranking
+    from antdist.evaluation.metrics import summary
+
+    ask = ranking.test_queries if split == "test" else ranking.validation_queries
+    queries = ask(opened.domain.sequences(), opened.model.config.max_length)
+    return summary(ranking.rank_targets(opened.model, opened.item_embeddings, queries))
+
+
+def recommend_items(
+    opened: OpenModel, *, user: str | None, history: str | None, n: int
+) -> tuple[list[Shown], list[Shown]]:
+    """The history and the top n for a user of the domain, or for item ids with commas.
+
+    Raises:
+        UserError: an unknown user or item, with the nearest known ones.
+    """
+    from antdist.serving.recommend import describe, history_from, history_of, recommend
+
+    domain = opened.domain
+    if user is not None:
+        past = history_of(domain, user)
+    else:
+        past = history_from(domain, [item.strip() for item in (history or "").split(",") if item.strip()])
+    best = recommend(opened.model, opened.item_embeddings, past, n)
+    names = describe(domain, past + [index for index, _ in best])
+    titles = [Shown(name.item_id, " ".join((name.text or "(no text)").split())[:90]) for name in names]
+    scored = [shown._replace(score=score) for shown, (_, score) in zip(titles[len(past) :], best, strict=True)]
+    return titles[: len(past)], scored

@@ -1,0 +1,73 @@
+"""Images on their way into shards."""
+
+from __future__ import annotations
+
+import io
+import struct
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from antdist.data.images import KEPT_SIDE, BadImage, load_image, modest
+
+
+def encoded(mode: str = "RGB", size: tuple[int, int] = (40, 30), kind: str = "JPEG") -> bytes:
+    noise = np.random.default_rng(0).integers(0, 255, (size[1], size[0], 3), dtype=np.uint8)
+    buffer = io.BytesIO()
+    Image.fromarray(noise).convert(mode).save(buffer, kind)
+    return buffer.getvalue()
+
+
+def png_of_stated_size(width: int, height: int) -> bytes:
+    """A PNG of a few bytes whose header promises so many pixels."""
+    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    chunks = [(b"IHDR", header), (b"IDAT", zlib.compress(b"\0" * 100)), (b"IEND", b"")]
+    body = b"".join(
+        struct.pack(">I", len(data)) + tag + data + struct.pack(">I", zlib.crc32(tag + data)) for tag, data in chunks
+    )
+    return b"\x89PNG\r\n\x1a\n" + body
+
+
+@pytest.mark.parametrize(("mode", "kind"), [("RGB", "JPEG"), ("L", "JPEG"), ("CMYK", "JPEG"), ("RGBA", "PNG")])
+def test_modest_images_are_kept_to_the_byte(mode: str, kind: str) -> None:
+    data = encoded(mode, kind=kind)
+    assert modest(data) == data
+
+
+@pytest.mark.parametrize(("mode", "kind"), [("RGB", "JPEG"), ("L", "JPEG"), ("CMYK", "JPEG"), ("RGBA", "PNG")])
+def test_large_images_become_jpegs_of_512_the_same_each_time(mode: str, kind: str) -> None:
+    data = encoded(mode, (1200, 600), kind)
+    small = modest(data)
+    image = Image.open(io.BytesIO(small))
+    assert image.format == "JPEG" and image.size == (KEPT_SIDE, KEPT_SIDE // 2)
+    assert image.mode == ("RGB" if mode == "RGBA" else mode)
+    assert modest(data) == small and modest(small) == small
+
+
+def test_other_formats_become_jpeg() -> None:
+    assert modest(encoded(kind="WEBP")).startswith(b"\xff\xd8")
+
+
+@pytest.mark.parametrize("size", [(30_000, 3_000), (60_000, 60_000)])
+def test_image_bomb_is_refused_by_its_header(size: tuple[int, int]) -> None:
+    with pytest.raises(BadImage, match="too many pixels"):
+        modest(png_of_stated_size(*size))
+
+
+@pytest.mark.parametrize("data", [b"\xff\xd8\xff no image", encoded()[:300], encoded(kind="PNG")[:300], b"<svg/>"])
+def test_broken_image_is_refused(data: bytes) -> None:
+    with pytest.raises(BadImage, match="broken"):
+        modest(data)
+
+
+def test_empty_and_missing_files_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "zero.jpg").touch()
+    with pytest.raises(BadImage, match="empty file"):
+        load_image(tmp_path / "zero.jpg")
+    with pytest.raises(BadImage, match="missing"):
+        load_image(tmp_path / "none.jpg")
+    with pytest.raises(BadImage, match="missing"):
+        load_image(tmp_path)
