@@ -133,7 +133,7 @@ def measure(args: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
         parent = None
         if len(domains) > 1:
             strategies += ["finetune", "finetune_all", "relearn"]
-            parent = fit(domains[:-1], "scratch", PRETRAINING, args.pretrain_epochs, 2048, 0, folder / "parent")
+            parent = fit(domains[:-1], "scratch", PRETRAINING, args.pretrain_epochs, 512, 0, folder / "parent")
         for strategy in strategies:
             start, results = time.monotonic(), []
             for seed in seeds:
@@ -151,7 +151,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--epochs", type=int, default=30)
     parser.add_argument("--batch-size", type=int, default=128)
-    parser.add_argument("--pretrain-epochs", type=int, default=15)
+    parser.add_argument("--pretrain-epochs", type=int, default=8)
     parser.add_argument("--seeds", default="0")
     parser.add_argument("--world-seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=2)
