@@ -305,6 +305,7 @@ def _train_trial(
         name=f"{config.target} {strategy} seed {seed}",
         evaluate=evaluate,
         tracked=tracked,
+        log_folder=folder.parent,
     )
     if progress.finished is None:
         return None

@@ -13,8 +13,11 @@ from __future__ import annotations
 import contextlib
 import json
 import shutil
+import sys
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +26,8 @@ from pydantic import BaseModel
 
 from antdist.config.load import dump_config
 from antdist.errors import UserError
-from antdist.progress import say, tee
+from antdist.progress import QUIET_SECONDS, say, tee
+from antdist.training.live import Live
 
 # keys that may differ between two starts of a run: how and how long, not what
 OPERATIONAL = {
@@ -91,31 +95,76 @@ def logging_to(folder: Path) -> Iterator[None]:
         yield
 
 
+def show_live(folder: Path, live: Live) -> None:
+    """On the leader: how it goes, for the driver to show."""
+    write_json(folder / "live.json", asdict(live))
+
+
 @contextlib.contextmanager
 def following(folder: Path) -> Iterator[None]:
-    """On the driver: show lines of the run's log as they come."""
-    path, stop = folder / "log.txt", threading.Event()
-    path.touch()
-    start = path.stat().st_size
+    """On the driver: show the run's log as it comes, and how it goes: a bar on a terminal, else a line now and then."""
+    log, stop = folder / "log.txt", threading.Event()
+    log.touch()
+    start = log.stat().st_size
+    (folder / "live.json").unlink(missing_ok=True)
 
-    def follow() -> None:
-        with path.open(encoding="utf-8") as log:
-            log.seek(start)
+    def follow(show: Callable[[Live], None]) -> None:
+        shown: dict[str, Any] | None = None
+        with log.open(encoding="utf-8") as lines:
+            lines.seek(start)
             while True:
                 last = stop.is_set()
-                for line in iter(log.readline, ""):
+                for line in iter(lines.readline, ""):
                     say(line.rstrip("\n"))
+                live = read_json(folder / "live.json")
+                if live is not None and live != shown:
+                    shown = live
+                    show(Live(**live))
                 if last:
                     return
                 stop.wait(0.3)
 
-    thread = threading.Thread(target=follow, name="log", daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        stop.set()
-        thread.join()
+    with _bar() if sys.stderr.isatty() else _occasional_line() as show:
+        thread = threading.Thread(target=follow, args=(show,), name="log", daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            stop.set()
+            thread.join()
+
+
+@contextlib.contextmanager
+def _occasional_line() -> Iterator[Callable[[Live], None]]:
+    told = -QUIET_SECONDS
+
+    def show(live: Live) -> None:
+        nonlocal told
+        if time.monotonic() - told >= QUIET_SECONDS:
+            told = time.monotonic()
+            say(live.line())
+
+    yield show
+
+
+@contextlib.contextmanager
+def _bar() -> Iterator[Callable[[Live], None]]:
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[figures]}"))
+    # standard error is redirected while the bar lives, so that lines said meanwhile appear above it
+    with Progress(*columns, console=Console(stderr=True), transient=True, redirect_stderr=True) as progress:
+        task = progress.add_task("starting the workers", total=None, figures="")
+
+        def show(live: Live) -> None:
+            figures = (
+                f"{live.step}/{live.steps}  loss {live.loss:.4f}  {live.rate:,.0f} predictions/s  "
+                f"data wait {live.wait:.1%}  {live.left / 60:.1f} min left"
+            )
+            progress.update(task, description=live.name, completed=live.step, total=live.steps, figures=figures)
+
+        yield show
 
 
 def collect_training_state(folder: Path) -> Path:

@@ -42,7 +42,7 @@ def ray_session(config: RayConfig) -> Iterator[None]:
             ray.init(address=address, **quiet)
         else:
             needed = config.workers * config.cpus_per_worker
-            ray.init(num_cpus=max(os.cpu_count() or 1, needed), include_dashboard=False, **quiet)
+            ray.init("local", num_cpus=max(os.cpu_count() or 1, needed), include_dashboard=False, **quiet)
     except (ConnectionError, ValueError, RuntimeError, TimeoutError) as error:
         raise UserError(
             f"no Ray answers ({str(error).splitlines()[0]})",

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from antdist.config.schema import LossConfig, TrainingConfig
 from antdist.orchestration.inputs import Inputs
-from antdist.orchestration.runs import logging_to
+from antdist.orchestration.runs import logging_to, show_live
 
 if TYPE_CHECKING:
     from antdist.model.io import ModelCard
@@ -45,8 +45,10 @@ def learn(
     evaluate: Callable[[Recommender], Metrics],
     tracked: TrackedRun | None,
     start: Checkpoint | None = None,
+    log_folder: Path | None = None,
 ) -> Progress:
-    """Train `model` in `folder`; `evaluate` gives the validation metrics of a whole model, on all ranks together."""
+    """Train `model` in `folder`; `evaluate` gives the validation metrics of a whole model, on all ranks together. The
+    driver follows `log_folder` (default: `folder`)."""
     from antdist.training.feed import Feed
     from antdist.training.loop import Job, train
 
@@ -70,6 +72,7 @@ def learn(
         seed=seed,
         validate=validate,
         report=report,
+        live=lambda live: show_live(log_folder or folder, live),
         name=name,
         start=start,
     )

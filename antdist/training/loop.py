@@ -29,11 +29,13 @@ from antdist.progress import say
 from antdist.training.checkpoint import Checkpoint, load_latest, save_checkpoint
 from antdist.training.engine import Engine, EngineState
 from antdist.training.feed import Feed, StepInput
+from antdist.training.live import Live, say_line
 from antdist.training.noise import seed_noise
 from antdist.training.schedule import learning_rate
 from antdist.training.world import World, agree, barrier, row_gather, sum_over_ranks
 
 CHOSEN_BY = "Recall@10"  # on validation users (spec, section 7)
+SHOWN = ("loss", f"validation/{CHOSEN_BY}", "validation/NDCG@10")  # after each epoch
 Metrics = dict[str, float]
 
 
@@ -61,8 +63,8 @@ class Progress:
 class Job:
     """One training run on this rank.
 
-    `validate` is collective and returns the same metrics on every rank; `report` gets curves on the leader. `start` is a
-    state to begin from where `folder` has no checkpoint of its own.
+    `validate` is collective and returns the same metrics on every rank; `report` gets curves and `live` how it goes, on the
+    leader. `start` is a state to begin from where `folder` has no checkpoint of its own.
     """
 
     engine: Engine
@@ -73,6 +75,7 @@ class Job:
     seed: int
     validate: Callable[[], Metrics]
     report: Callable[[Metrics, int], None]
+    live: Callable[[Live], None] = say_line
     name: str = "training"
     start: Checkpoint | None = None
 
@@ -183,8 +186,8 @@ def _end_epoch(job: Job, progress: Progress) -> None:
     elif job.config.patience is not None and progress.worse >= job.config.patience:
         progress.finished = f"no better validation {CHOSEN_BY} in {progress.worse} validations"
     if job.world.leader:
-        shown = ", ".join(f"{name} {value:.4f}" for name, value in entry.items() if name != "epoch")
-        say(f"{job.name}: epoch {progress.epoch} of {job.config.epochs}: {shown}")
+        shown = [f"{name} {entry[name]:.4f}" for name in SHOWN if name in entry]
+        say(f"{job.name}: epoch {progress.epoch} of {job.config.epochs}: {', '.join(shown)}")
         job.report({**{k: v for k, v in entry.items() if k != "epoch"}, "epoch": progress.epoch}, progress.step)
 
 
@@ -301,12 +304,9 @@ class Meter:
 
     def _tell(self, progress: Progress, loss: float, rate: float, wait: float) -> None:
         now = time.perf_counter()
-        if not self.job.world.leader or now - self.told < 10:
+        if not self.job.world.leader or now - self.told < 1:
             return
         self.told = now
         steps = self.job.config.epochs * self.job.feed.stream.steps_per_epoch
         left = (steps - progress.step) * (now - self.begun) / (progress.step - self.first)
-        say(
-            f"{self.job.name}: step {progress.step} of {steps}, loss {loss:.4f}, {rate:,.0f} predictions/s, "
-            f"waited {wait:.1%} for data, {left / 60:.1f} min left"
-        )
+        self.job.live(Live(self.job.name, progress.step, steps, loss, rate, wait, left))
