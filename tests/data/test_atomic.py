@@ -62,8 +62,8 @@ def test_without_an_index_rows_name_items_by_id(source: Path) -> None:
     ("name", "old", "new", "line", "message"),
     [
         ("Tiny.train.inter", "y\t3 3\t1", "y\t3 4\t1", 129, "the row of user y does not follow"),
-        ("Tiny.train.inter", "y\t3 3\t1", "y\t3 3\t9", 129, "the row of user y does not follow"),
-        ("Tiny.train.inter", "y\t3\t3\n", "", None, "the row of user y does not follow"),
+        ("Tiny.train.inter", "y\t3 3\t1", "y\t3 3\t9", None, "the row of user y does not follow"),
+        ("Tiny.train.inter", "y\t3\t3\n", "", 129, "the row of user y does not follow"),
         ("Tiny.valid.inter", "y\t3 3 1\t2", "y\t3 3 1\t4", None, "the row of user y does not follow"),
         ("Tiny.valid.inter", "z\t5\t6", "z\t5", 4, "too few columns: 2, the header has 3"),
         ("Tiny.valid.inter", "z\t5\t6\n", "", None, "user z is not in Tiny.valid.inter"),

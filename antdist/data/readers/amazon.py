@@ -43,6 +43,7 @@ def read_amazon(reviews: Path, metadata: Path, images: Path | None = None, *, to
         if not isinstance(asin, str) or not asin.strip():
             raise UserError("empty asin", where=where, remedy="delete the line")
         if touched is not None and asin not in touched:
+            tally.add("items dropped: no review")
             continue
         if asin in items:
             tally.add("metadata lines dropped: the item came before", example=f"line {line}, item {asin}")

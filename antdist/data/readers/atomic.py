@@ -64,14 +64,14 @@ def read_atomic(folder: Path) -> Source:
 
 
 def _chain(train: list[_Row], valid: _Row, test: _Row, places: dict[str, int], paths: dict[str, Path]) -> list[str]:
-    """A user's whole sequence out of its rows (training rows longest first), every row checked against it."""
+    """A user's whole sequence out of its rows (training rows longest first); every row checked, the shortest first."""
     oldest = train[-1] if train else valid
     sequence = [oldest.history, *(row.target for row in reversed(train)), valid.target, test.target]
-    parts = [("test", test), ("valid", valid), *(("train", row) for row in train)]
-    for position, (part, row) in zip(range(len(sequence) - 1, 0, -1), parts, strict=True):
+    parts = [*(("train", row) for row in reversed(train)), ("valid", valid), ("test", test)]
+    for position, (part, row) in enumerate(parts, 1):
         history = sequence[max(0, position - LONGEST_HISTORY) : position]
         if " ".join(history) != row.history or (position == 1 and " " in row.history):
-            what = f"the row of user {row.user} does not follow from the user's other rows by leave-one-out"
+            what = f"the row of user {row.user} does not follow from the user's shorter rows"
             remedy = f"a row holds the last {LONGEST_HISTORY} items and the next one; a user's rows stand longest first"
             raise UserError(what, where=f"{paths[part]}:{row.line}", remedy=remedy)
         for token in (row.target, sequence[0]):
