@@ -43,6 +43,10 @@ class ModelConfig(Component):
         "normal",
         description="of the experts, fresh weights alike in every strategy: normal N(0, 0.02) or xavier; reference: normal, but re-learning draws xavier",
     )
+    initial_shift: Literal["zero", "mean"] = Field(
+        "zero",
+        description="where fresh experts' shifts start: zero is the paper's; mean centres the features, which helps those with a large common part (histograms, prices)",
+    )
     item_embeddings: bool = Field(
         False, description="ANT_t: a learned embedding for each target item, added to the item's embedding"
     )

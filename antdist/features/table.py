@@ -25,6 +25,8 @@ from antdist.errors import UserError
 from antdist.features.source import source_has
 
 if TYPE_CHECKING:
+    import torch
+
     from antdist.data.domain import Domain
 
 SCHEMA_VERSION = 1
@@ -380,6 +382,19 @@ class Catalogue:
             rows, mask = self._gather(modality, item_ids, groups)
             values[modality], present[modality] = torch.from_numpy(rows), torch.from_numpy(mask)
         return ItemFeatures(values, present, torch.from_numpy(item_ids.copy()))
+
+    def means(self, chunk: int = 65536) -> dict[str, torch.Tensor]:
+        """The mean feature (d_m,) of each modality over the items that have it."""
+        import torch
+
+        sums = {modality: np.zeros(self.dims[modality]) for modality in self.modalities}
+        counts = dict.fromkeys(self.modalities, 0)
+        for first in range(0, self.size, chunk):
+            some = self.features(np.arange(first, min(first + chunk, self.size)))
+            for modality in self.modalities:
+                sums[modality] += some.values[modality].sum(0).double().numpy()
+                counts[modality] += int(some.present[modality].sum())
+        return {m: torch.from_numpy(total / max(counts[m], 1)).float() for m, total in sums.items()}
 
     def _gather(
         self, modality: str, item_ids: IntArray, groups: list[tuple[int, slice | IntArray]]

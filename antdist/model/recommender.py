@@ -211,6 +211,25 @@ def reinitialise(model: Recommender, groups: Iterable[str], seed: int) -> None:
     _initialise(model, [name for group in groups for name in names[group]], seed)
 
 
+def centre(model: Recommender, means: dict[str, Tensor]) -> None:
+    """Start the item tower at centred features (`initial_shift` "mean"): each modality's transform gives zero for its mean.
+
+    Whitening shifts b_k become the mean; where there is a bias instead (price, no experts) it takes up the mean's image.
+
+    Args:
+        means: (d_m,) of each modality's present features.
+    """
+    with torch.no_grad():
+        for modality in model.tower.modalities:
+            transform, mean = model.tower.get_submodule(modality), means[modality].float()
+            if isinstance(transform, Projection):
+                transform.bias.copy_(-(transform.weight @ mean))
+            elif isinstance(transform, Experts) and transform.whitening:
+                transform.shift.copy_(mean.expand_as(transform.shift))
+            elif isinstance(transform, Experts):
+                transform.bias.copy_(-torch.einsum("m,kmd->kd", mean, transform.weight))
+
+
 def redraw_experts(model: Recommender, seed: int, how: Literal["normal", "xavier"]) -> None:
     """Draw the weights W_k of all modalities afresh, in place: N(0, 0.02), or Xavier-normal as the reference's
     re-learning does. Shifts, biases and routing stay."""

@@ -133,10 +133,12 @@ def pretrain_worker(settings: dict[str, Any]) -> None:
 
 
 def _train(config: PretrainConfig, world: World, folder: Path, tracked: Any, uri: str) -> dict[str, Any]:
-    from antdist.model.recommender import build_recommender
+    from antdist.model.recommender import build_recommender, centre
 
     inputs = pretrain_inputs(config)
     model = build_recommender(config.model, inputs.catalogue.dims, seed=config.seed)
+    if config.model.initial_shift == "mean":
+        centre(model, inputs.catalogue.means())
     evaluate = _evaluator(config, inputs, world)
     progress = learn(
         model,

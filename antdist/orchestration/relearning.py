@@ -285,6 +285,7 @@ def _train_trial(
         parent=parent.model if parent else None,
         variants=config.variants,
         catalogue_size=inputs.catalogue.size if config.model.item_embeddings else None,
+        means=inputs.catalogue.means() if config.model.initial_shift == "mean" else None,
         seed=seed,
     )
     sequences, longest = inputs.domains[0].sequences(), config.model.max_length

@@ -6,10 +6,11 @@ from collections.abc import Collection
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from antdist.config.schema import ModelConfig, Strategy, Variant
 from antdist.errors import UserError
-from antdist.model.recommender import Recommender, build_recommender, parameter_groups, redraw_experts
+from antdist.model.recommender import Recommender, build_recommender, centre, parameter_groups, redraw_experts
 
 
 @dataclass(frozen=True)
@@ -70,6 +71,7 @@ def adapt(
     parent: Recommender | None,
     variants: Collection[Variant] = (),
     catalogue_size: int | None = None,
+    means: dict[str, Tensor] | None = None,
     seed: int = 0,
 ) -> Recommender:
     """The model that a strategy starts from: fresh groups drawn by `seed`, others the parent's, frozen ones not learned.
@@ -79,6 +81,7 @@ def adapt(
     Args:
         dims: of the target's features; where THETA is inherited, the parent's.
         parent: the pre-trained model; not looked at by `scratch`.
+        means: of the target's features, to centre a fresh item tower with; None leaves its shifts at zero.
 
     Raises:
         UserError: no parent where one is needed, or one whose shapes do not fit.
@@ -92,6 +95,8 @@ def adapt(
     model = build_recommender(config, dims, catalogue_size, seed)
     if strategy == "relearn" and config.initialisation == "reference":
         redraw_experts(model, seed, "xavier")
+    if means is not None:
+        centre(model, means)
     groups, table = parameter_groups(model), treatments(strategy, variants)
     inherited = dict(parent.named_parameters()) if parent is not None else {}
     for group, treatment in table.items():

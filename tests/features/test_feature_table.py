@@ -265,3 +265,11 @@ def test_pickled_arrays_are_not_loaded(make_domain: Any) -> None:
     edit_meta(domain, parts=meta["parts"])
     with pytest.raises(UserError, match="not an array"):
         open_table(domain, "text")
+
+
+def test_means_are_over_the_items_that_have_the_modality(tmp_path: Path) -> None:
+    catalogue = Catalogue(make_domains(tmp_path, ["aa", "bbb"]), ["text", "price"])
+    every = catalogue.features(np.arange(catalogue.size))
+    for modality, mean in catalogue.means(chunk=7).items():
+        expected = every.values[modality][every.present[modality]].mean(0)
+        np.testing.assert_allclose(mean.numpy(), expected.numpy(), atol=1e-6)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from antdist.batch import ItemFeatures
 from antdist.config.schema import ModelConfig
 from antdist.errors import UserError
 from antdist.model.recommender import build_recommender, parameter_groups
@@ -85,3 +86,22 @@ def test_a_missing_or_misfitting_parent_is_told() -> None:
         UserError, match=r"model: the parent's encoder.* the configuration asks for .*Leave the keys of model"
     ):
         adapt("relearn", wider, DIMS, parent=parent())
+
+
+@pytest.mark.parametrize("mixture", [True, False])
+def test_a_centred_tower_gives_nothing_for_the_mean_item(mixture: bool) -> None:
+    config = CONFIG.model_copy(update={"mixture": mixture})
+    means = {m: torch.randn(d) for m, d in DIMS.items()}
+    model = adapt("scratch", config, DIMS, parent=None, means=means).eval()
+    present = {m: torch.ones(1, dtype=torch.bool) for m in DIMS}
+    features = ItemFeatures({m: v[None] for m, v in means.items()}, present, torch.zeros(1, dtype=torch.int64))
+    torch.testing.assert_close(model.embed_items(features).item, torch.zeros(1, 8), atol=1e-6, rtol=0)
+    plain = adapt("scratch", config, DIMS, parent=None).eval()
+    assert plain.embed_items(features).item.abs().max() > 1e-3
+
+
+def test_an_inherited_tower_is_not_centred() -> None:
+    source = parent()
+    model = adapt("finetune", CONFIG, DIMS, parent=source, means={m: torch.ones(d) for m, d in DIMS.items()})
+    for name in parameter_groups(model)["theta"]:
+        assert torch.equal(model.get_parameter(name), source.get_parameter(name)), name
