@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import re
 import shutil
@@ -34,6 +33,7 @@ from antdist.data.shards import (
     block_members,
     decode_block,
     decode_item,
+    decode_users,
     item_members,
     npy_array,
     npy_bytes,
@@ -95,12 +95,7 @@ class Domain:
             keys = [block.key for block in shard.blocks]
             path = _checked(self.folder, shard)
             for sample, block in zip(read_samples(path, keys, _is_json), shard.blocks, strict=True):
-                users = json.loads(sample.get("users.json", b"null"))
-                if not isinstance(users, list) or len(users) != block.users:
-                    raise UserError(
-                        f"{block.key}: the users' ids are not those of the manifest", where=path, remedy=TORN
-                    )
-                ids += users
+                ids += decode_users(sample, path, block.users)
         return ids
 
     def items(self, shard: ItemShard | None = None) -> Iterator[ItemRecord]:
@@ -119,7 +114,8 @@ class Domain:
         ids = []
         for shard in self.manifest.item_shards:
             path = _checked(self.folder, shard)
-            ids += [json.loads(s["json"])["item_id"] for s in read_samples(path, _item_keys(shard), _is_json)]
+            for sample in read_samples(path, _item_keys(shard), _is_json):
+                ids.append(decode_item(sample, path, images=False).item_id)
         return ids
 
     def popularity(self) -> NDArray[np.int64]:
@@ -210,9 +206,9 @@ def write_domain(
         UserError: the folder exists and `overwrite` is off, or the name is not a plain one.
     """
     folder = Path(folder)
-    if not re.fullmatch(PLAIN_NAME, name):
-        raise UserError(f"{name!r} is no name for a domain", remedy="use letters, digits, dots, dashes and underscores")
+    check_name(name)
     check_free(folder, overwrite)
+    assert min(block_users, items_per_shard, blocks_per_shard or 1) > 0
     lengths = np.diff(sequences.offsets)
     assert len(user_ids) == len(lengths) and sequences.offsets[0] == 0 and (lengths >= SHORTEST).all()
 
@@ -239,6 +235,12 @@ def write_domain(
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return manifest
+
+
+def check_name(name: str) -> None:
+    """Refuse a domain name that is not a plain file name."""
+    if not re.fullmatch(PLAIN_NAME, name):
+        raise UserError(f"{name!r} is no name for a domain", remedy="use letters, digits, dots, dashes and underscores")
 
 
 def check_free(folder: Path, overwrite: bool) -> None:

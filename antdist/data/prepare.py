@@ -14,7 +14,16 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from antdist.data.domain import BLOCK_USERS, ITEMS_PER_SHARD, SHORTEST, ItemRecord, Sequences, check_free, write_domain
+from antdist.data.domain import (
+    BLOCK_USERS,
+    ITEMS_PER_SHARD,
+    SHORTEST,
+    ItemRecord,
+    Sequences,
+    check_free,
+    check_name,
+    write_domain,
+)
 from antdist.data.images import BadImage, load_image
 from antdist.data.manifest import Manifest
 from antdist.data.readers.form import Item, Source, Tally
@@ -97,8 +106,12 @@ def prepare(
     """
     start = time.monotonic()
     folder = Path(out) / domain
+    check_name(domain)
     check_free(folder, overwrite)
     _check_options(format, k_core, max_sequence, drop_unknown)
+    for size in (block_users, items_per_shard, blocks_per_shard):
+        if size is not None and size < 1:
+            raise UserError(f"users a block, items a shard and blocks a shard must be positive, not {size}")
     data = read_source(
         source, format=format, interactions=interactions, items=items, images=images, columns=columns, k_core=k_core
     )

@@ -232,20 +232,42 @@ def decode_block(sample: Sample, where: Path, users: int, interactions: int) -> 
     return UserBlock(**columns)
 
 
-def decode_item(sample: Sample, where: Path) -> ItemRecord:
-    """An item from its members.
+def decode_users(sample: Sample, where: Path, users: int) -> list[str]:
+    """The ids of a block's users.
+
+    Raises:
+        UserError: they are missing, malformed or not as many as the manifest says.
+    """
+    try:
+        ids = json.loads(sample.get("users.json", b""))
+        if isinstance(ids, list) and len(ids) == users and all(isinstance(user, str) for user in ids):
+            return ids
+    except ValueError:
+        pass
+    what = f"the ids of the block's users are missing, malformed or not {users}"
+    raise UserError(what, where=f"{where} ({sample['__key__']})", remedy=TORN)
+
+
+def decode_item(sample: Sample, where: Path, *, images: bool = True) -> ItemRecord:
+    """An item from its members; `images` False: without its images, which then need not be in the sample.
 
     Raises:
         UserError: its JSON is malformed or an image is missing.
     """
     key = sample["__key__"]
-    place = f"{where} ({key})"
     try:
         fields = json.loads(sample["json"])
-        count = fields["images"]
-        return ItemRecord(int(key), fields["item_id"], fields["text"], fields["price"], _images(sample, count))
+        item_id, text, price, count = (fields[name] for name in ("item_id", "text", "price", "images"))
+        if (
+            not isinstance(item_id, str)
+            or not isinstance(text, str | None)
+            or not isinstance(price, int | float | None)
+        ):
+            raise TypeError("a field has a wrong type")
+        return ItemRecord(int(key), item_id, text, price, _images(sample, count) if images else [])
     except (KeyError, TypeError, ValueError) as error:
-        raise UserError(f"the item's members do not fit together ({error!r})", where=place, remedy=TORN) from None
+        what = f"the item's members do not fit together ({error!r})"
+        raise UserError(what, where=f"{where} ({key})", remedy=TORN) from None
 
 
 def _images(sample: Sample, count: int) -> list[bytes]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import re
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -16,8 +15,8 @@ from numpy.typing import NDArray
 
 from antdist.data.domain import SHORTEST, Domain, Sequences, open_domain, training_popularity
 from antdist.data.images import BadImage, modest
-from antdist.data.manifest import MANIFEST_NAME, PLAIN_NAME, ItemShard, SequenceShard
-from antdist.data.shards import Sample, UserBlock, decode_block, decode_item, read_samples
+from antdist.data.manifest import MANIFEST_NAME, File, ItemShard, SequenceShard
+from antdist.data.shards import Sample, UserBlock, decode_block, decode_item, decode_users, read_samples
 from antdist.errors import UserError
 from antdist.progress import track
 
@@ -141,15 +140,14 @@ def _feature_parts(domain: Domain, problems: list[str]) -> Iterator[tuple[Path, 
                 problems.append(f"{path}: key parts: {covered} items of the domain's {domain.manifest.items}")
             files = []
             for part in meta["parts"]:
-                if not re.fullmatch(PLAIN_NAME, part["name"]):
-                    raise ValueError(f"{part['name']!r} is not a plain file name")
-                files.append((path.with_name(f"{part['name']}.npy"), part["bytes"], part["sha256"]))
-                files.append(
-                    (path.with_name(f"{part['name']}.present.npy"), part["present_bytes"], part["present_sha256"])
-                )
+                for prefix, suffix in (("", ""), ("present_", ".present")):
+                    fields = {"bytes": part[f"{prefix}bytes"], "sha256": part[f"{prefix}sha256"]}
+                    file = File.model_validate({"name": f"{part['name']}{suffix}.npy", **fields})
+                    files.append((path.with_name(file.name), file.bytes, file.sha256))
             yield from files
         except (KeyError, TypeError, ValueError, OSError) as error:
-            problems.append(f"{path}: is not the description of a feature table ({error!r})")
+            said = " ".join(str(error).split())
+            problems.append(f"{path}: is not the description of a feature table ({type(error).__name__}: {said})")
 
 
 # ------------------------------------------------------------------------------------------------------------ content
@@ -194,7 +192,8 @@ def _check_sequences(domain: Domain, shard: SequenceShard, found: _Findings) -> 
         for sample, block in zip(samples, shard.blocks, strict=True):
             try:
                 columns = decode_block(sample, path, block.users, block.interactions)
-                faults = list(_block_faults(columns, sample, domain.manifest.items))
+                faults = list(_block_faults(columns, domain.manifest.items))
+                decode_users(sample, path, block.users)
             except UserError as error:
                 found.problems.append(str(error))
                 continue
@@ -209,7 +208,7 @@ def _check_sequences(domain: Domain, shard: SequenceShard, found: _Findings) -> 
     return popularity
 
 
-def _block_faults(block: UserBlock, sample: Sample, items: int) -> Iterator[str]:
+def _block_faults(block: UserBlock, items: int) -> Iterator[str]:
     lengths = np.diff(block.offsets)
     if not len(block.offsets) or block.offsets[0] != 0 or (lengths < 0).any() or block.offsets[-1] != len(block.items):
         yield "column offsets does not rise from 0 to the number of interactions"
@@ -222,9 +221,6 @@ def _block_faults(block: UserBlock, sample: Sample, items: int) -> Iterator[str]
     rising[block.offsets[1:-1] - 1] = True  # from one user to the next
     if not rising.all():
         yield "column times: a user's interactions are not in time order"
-    users = json.loads(sample["users.json"]) if "users.json" in sample else None
-    if not isinstance(users, list) or len(users) != len(lengths):
-        yield "the users' ids are missing or not as many as the users"
 
 
 def _check_popularity(domain: Domain, counted: NDArray[np.int64], found: _Findings) -> None:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import io
-import struct
-import zlib
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +10,7 @@ import pytest
 from PIL import Image
 
 from antdist.data.images import KEPT_SIDE, BadImage, load_image, modest
+from tests.pictures import png_of_stated_size
 
 
 def encoded(mode: str = "RGB", size: tuple[int, int] = (40, 30), kind: str = "JPEG") -> bytes:
@@ -19,16 +18,6 @@ def encoded(mode: str = "RGB", size: tuple[int, int] = (40, 30), kind: str = "JP
     buffer = io.BytesIO()
     Image.fromarray(noise).convert(mode).save(buffer, kind)
     return buffer.getvalue()
-
-
-def png_of_stated_size(width: int, height: int) -> bytes:
-    """A PNG of a few bytes whose header promises so many pixels."""
-    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
-    chunks = [(b"IHDR", header), (b"IDAT", zlib.compress(b"\0" * 100)), (b"IEND", b"")]
-    body = b"".join(
-        struct.pack(">I", len(data)) + tag + data + struct.pack(">I", zlib.crc32(tag + data)) for tag, data in chunks
-    )
-    return b"\x89PNG\r\n\x1a\n" + body
 
 
 @pytest.mark.parametrize(("mode", "kind"), [("RGB", "JPEG"), ("L", "JPEG"), ("CMYK", "JPEG"), ("RGBA", "PNG")])

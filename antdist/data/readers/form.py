@@ -101,7 +101,9 @@ def read_price(value: Any, item_id: str, tally: Tally) -> float | None:
     """`parse_price`, with what is no price counted."""
     price, fault = parse_price(value)
     if fault:
-        tally.add(f"prices treated as missing: {fault}", example=f"{' '.join(str(value).split())[:40]!r} of item {item_id}")
+        tally.add(
+            f"prices treated as missing: {fault}", example=f"{' '.join(str(value).split())[:40]!r} of item {item_id}"
+        )
     return price
 
 
