@@ -87,7 +87,7 @@ def fit(
             evaluate(model, catalogue, number, validation_queries(d.sequences(), MODEL.max_length, limit=800))
             for number, d in enumerate(domains)
         ]
-        return {"Recall@10": float(np.mean([part["Recall@10"] for part in parts]))}
+        return {name: float(np.mean([part[name] for part in parts])) for name in ("Recall@10", "NDCG@10")}
 
     feed = Feed(stream, catalogue, loss, popularity, accumulation=1, seed=seed, world=world)
     engine = PlainEngine(model, config, world)

@@ -42,6 +42,8 @@ if TYPE_CHECKING:
     from antdist.data.domain import Domain, ItemRecord
 
 CHUNK = 512  # items whose pictures are in memory together
+# Ray Data's loggers that tell of each execution
+RAY_CHATTER = ("ray.data._internal.execution.streaming_executor", "ray.data._internal.progress")
 PROJECTION_NAME = "hashed-text.safetensors"
 Description = dict[str, str | int | float | None]
 
@@ -398,9 +400,11 @@ def _with_ray(
     threads = threads or max(1, (os.cpu_count() or 1) // workers)
     started = not ray.is_initialized()
     if started:
-        local = {} if os.environ.get("RAY_ADDRESS") else {"num_cpus": workers * threads, "include_dashboard": False}
-        ray.init(log_to_driver=False, logging_level="warning", **local)
-    logging.getLogger("ray.data").setLevel(logging.WARNING)
+        os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # Ray's own remarks on what it retries
+        local = {"address": "local", "num_cpus": workers * threads, "include_dashboard": False}
+        ray.init(log_to_driver=False, logging_level="error", **({} if os.environ.get("RAY_ADDRESS") else local))
+    for chatty in RAY_CHATTER:
+        logging.getLogger(chatty).setLevel(logging.ERROR)
     try:
         ray.data.DataContext.get_current().enable_progress_bars = False
         gpus = ray.cluster_resources().get("GPU", 0) if device != "cpu" else 0

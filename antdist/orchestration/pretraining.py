@@ -11,7 +11,14 @@ from antdist.config.schema import PretrainConfig
 from antdist.errors import UserError
 from antdist.orchestration.checks import check_pretrain
 from antdist.orchestration.inputs import Inputs, open_domains, open_inputs, rank_together
-from antdist.orchestration.runs import claim_folder, collect_training_state, following, read_json, write_json
+from antdist.orchestration.runs import (
+    claim_folder,
+    collect_training_state,
+    following,
+    for_workers,
+    read_json,
+    write_json,
+)
 from antdist.orchestration.session import enter_worker, ray_session, run_workers
 from antdist.orchestration.worker import best_model, learn, save_best, telling
 from antdist.progress import say
@@ -40,11 +47,11 @@ class Pretrained:
     history: list[dict[str, float]]
 
     def lines(self) -> list[str]:
-        last = self.history[-1] if self.history else {}
-        shown = ", ".join(f"{k} {v:.4f}" for k, v in last.items() if k != "epoch" and "/" not in k[11:])
+        validated = [entry for entry in self.history if "validation/Recall@10" in entry]
+        best = max(validated, key=lambda entry: entry["validation/Recall@10"], default=None)
+        chosen = f", epoch {best['epoch']:.0f}, validation Recall@10 {best['validation/Recall@10']:.4f}" if best else ""
         return [
-            f"registered {self.model} ({self.champion})",
-            f"epochs {len(self.history)}: {shown}",
+            f"registered {self.model}{chosen} ({self.champion})",
             f"run {self.run_id} in {redact(self.tracking_uri)}; files in {self.folder}",
             "ended: " + (self.finished or "stopped by training.stop_after; the same command goes on"),
         ]
@@ -81,7 +88,7 @@ def pretrain(config: PretrainConfig) -> Pretrained:
     )
     write_json(folder / "run.json", {"run_id": tracked.run_id})
     tracked.finish(status=None)
-    settings = {"config": config.model_dump(by_alias=True), "uri": uri, "run_id": tracked.run_id, "folder": str(folder)}
+    settings = {"config": for_workers(config), "uri": uri, "run_id": tracked.run_id, "folder": str(folder)}
     with ray_session(config.ray), following(folder):
         run_workers(pretrain_worker, settings, config.ray, config.name)
     outcome = read_json(folder / "outcome.json")

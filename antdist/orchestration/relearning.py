@@ -17,7 +17,7 @@ from antdist.errors import UserError
 from antdist.orchestration.checks import check_relearn
 from antdist.orchestration.inputs import Inputs, open_domains, open_inputs, rank_together
 from antdist.orchestration.pretraining import feature_sources
-from antdist.orchestration.runs import claim_folder, following, read_json, write_json
+from antdist.orchestration.runs import claim_folder, following, for_workers, read_json, write_json
 from antdist.orchestration.session import enter_worker, ray_session, run_workers
 from antdist.orchestration.worker import best_model, learn, save_best, telling
 from antdist.progress import say
@@ -106,7 +106,7 @@ def relearn(config: RelearnConfig) -> Relearned:
     domain = open_domains(config.data, [config.target], "target")[0]
     for strategy, seed in trials:
         _open_trial(config, strategy, seed, folder, uri, _lineage(config, domain.fingerprint, strategy, parent_uri))
-    settings = {"config": config.model_dump(by_alias=True), "uri": uri, "folder": str(folder)}
+    settings = {"config": for_workers(config), "uri": uri, "folder": str(folder)}
     if not all((trial_folder(folder, *trial) / "outcome.json").is_file() for trial in trials):
         with ray_session(config.ray), following(folder):
             run_workers(relearn_worker, settings, config.ray, f"{config.name}-{config.target}")

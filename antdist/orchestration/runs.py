@@ -25,6 +25,7 @@ import yaml
 from pydantic import BaseModel
 
 from antdist.config.load import dump_config
+from antdist.config.schema import PretrainConfig, RelearnConfig
 from antdist.errors import UserError
 from antdist.progress import QUIET_SECONDS, say, tee
 from antdist.training.live import Live
@@ -86,6 +87,17 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
     partial = path.with_name(f".{path.name}.partial")
     partial.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     partial.replace(path)
+
+
+def for_workers(config: PretrainConfig | RelearnConfig) -> dict[str, Any]:
+    """The configuration with absolute folders: Ray starts workers in a folder of its own."""
+    data = config.data.model_copy(update={"root": str(Path(config.data.root).resolve())})
+    ray = config.ray.model_copy(update={"storage": str(Path(config.ray.storage).resolve())})
+    settings = config.model_copy(update={"data": data, "ray": ray}).model_dump(by_alias=True)
+    for key in ("resume", "from"):
+        if settings.get(key) and Path(settings[key]).is_dir():
+            settings[key] = str(Path(settings[key]).resolve())
+    return settings
 
 
 @contextlib.contextmanager

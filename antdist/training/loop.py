@@ -35,7 +35,7 @@ from antdist.training.schedule import learning_rate
 from antdist.training.world import World, agree, barrier, row_gather, sum_over_ranks
 
 CHOSEN_BY = "Recall@10"  # on validation users (spec, section 7)
-SHOWN = ("loss", f"validation/{CHOSEN_BY}", "validation/NDCG@10")  # after each epoch
+SHOWN = ("loss", f"validation/{CHOSEN_BY}", "validation/NDCG@10")  # after each validation
 Metrics = dict[str, float]
 
 
@@ -186,8 +186,9 @@ def _end_epoch(job: Job, progress: Progress) -> None:
     elif job.config.patience is not None and progress.worse >= job.config.patience:
         progress.finished = f"no better validation {CHOSEN_BY} in {progress.worse} validations"
     if job.world.leader:
-        shown = [f"{name} {entry[name]:.4f}" for name in SHOWN if name in entry]
-        say(f"{job.name}: epoch {progress.epoch} of {job.config.epochs}: {', '.join(shown)}")
+        if len(entry) > 2:  # validated
+            shown = [f"{name} {entry[name]:.4f}" for name in SHOWN]
+            say(f"{job.name}: epoch {progress.epoch} of {job.config.epochs}: {', '.join(shown)}")
         job.report({**{k: v for k, v in entry.items() if k != "epoch"}, "epoch": progress.epoch}, progress.step)
 
 

@@ -16,6 +16,7 @@ from antdist.data.domain import Domain, ItemRecord
 from antdist.errors import UserError
 from antdist.features import table
 from antdist.features.table import Catalogue, FeatureMeta, open_table, write_meta, write_part
+from tests.worlds import make_domains
 
 ENCODER: dict[str, Any] = {"name": "bert", "kind": "transformers", "digest": "a" * 64, "pooling": "cls"}
 

@@ -158,6 +158,14 @@ def test_without_scratch_the_verdict_is_unknown_and_nothing_is_promoted(world: P
         resolve("models:/alone-target@champion", done.tracking_uri)
 
 
+def test_folders_may_be_relative_to_where_the_command_runs(world: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(world)
+    config = pretrain_config(world, "relative", training={"epochs": 1})
+    data, ray = config.data.model_copy(update={"root": "data"}), config.ray.model_copy(update={"storage": "runs"})
+    done = pretrain(config.model_copy(update={"data": data, "ray": ray}))
+    assert done.folder == world / "runs" / "relative"
+
+
 def test_a_diverged_run_says_so_without_a_traceback(world: Path) -> None:
     with pytest.raises(UserError, match=r"the loss is nan since step \d+"):
         pretrain(pretrain_config(world, "diverged", training={"learning_rate": 1e30}))
