@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from decimal import Decimal
+
 import pytest
 
 from antdist.data.readers.form import Tally, clean_text, compose_text, parse_price, read_price
@@ -21,6 +23,7 @@ from antdist.data.readers.form import Tally, clean_text, compose_text, parse_pri
         ("0", 0.0),
         (3, 3.0),
         (0.25, 0.25),
+        (Decimal("9.75"), 9.75),
         ("1e-3", 0.001),
     ],
 )

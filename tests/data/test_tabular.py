@@ -184,6 +184,11 @@ def test_faulty_interaction_is_told_with_its_line(tmp_path: Path, content: str, 
             "timestamp None",
         ),
         (['{"user_id": "u", "item_id": "a", "timestamp": true}'], 1, "timestamp True is no number"),
+        (
+            ['{"user_id": "u", "item_id": "a", "timestamp": 1}', '{"user_id": 5, "item_id": "a", "timestamp": 1}'],
+            2,
+            "user_id is 5, but 'u' in the first line",
+        ),
         (['{"user_id": "u", "item_id": 1.5, "timestamp": 1}'], 1, "item_id is 1.5, text or a whole number was due"),
     ],
 )
@@ -261,6 +266,7 @@ def test_gzip_cut_short(tmp_path: Path, cut: str) -> None:
         ("user,item_id,timestamp\nu,a,1\n", "has no column 'user_id'; its columns are user, item_id, timestamp"),
         (HEAD, "holds no interactions"),
         ("", "is empty"),
+        ("user_id,user_id,item_id,timestamp\nu,v,a,1\n", "two columns are called 'user_id'"),
         ("[{}]", "is a JSON array. Write JSON lines"),
     ],
 )

@@ -183,8 +183,10 @@ def _times(column: Any) -> NDArray[Any]:
 
 def _tell_fault(path: Path, names: dict[str, str], error: Exception) -> NoReturn:
     """Find the first faulty line and tell it; if no line is to blame, tell what Arrow said."""
+    first: Row = {}
     for line, row in rows(path):
-        fault = _fault(row, names)
+        first = first or row
+        fault = _fault(row, names) or _mixture(row, first, names)
         if fault:
             raise UserError(fault, where=f"{path}:{line}", remedy=REMEDY) from None
     raise UserError(f"cannot be read: {str(error).splitlines()[0]}", where=path) from None
@@ -207,6 +209,14 @@ def _fault(row: Row, names: dict[str, str]) -> str | None:
     except (ValueError, OverflowError):
         return f"timestamp {value!r} is no number"
     return None if small_enough else f"timestamp {value!r} is not finite, or too large"
+
+
+def _mixture(row: Row, first: Row, names: dict[str, str]) -> str | None:
+    """JSON may mix text and numbers in a column; a column of ids or times may not."""
+    for role, name in names.items():
+        if isinstance(row[name], str) != isinstance(first[name], str):
+            return f"{role} is {row[name]!r}, but {first[name]!r} in the first line: text and numbers are mixed"
+    return None
 
 
 def _find(path: Path, column: str, item_id: str) -> str:

@@ -39,13 +39,16 @@ def open_binary(path: Path) -> Iterator[IO[bytes]]:
     Raises:
         UserError: it is missing, named .gz but not gzip, or its gzip stream is cut short or damaged.
     """
-    check_file(path)
     try:
+        check_file(path)
         with gzip.open(path, "rb") if is_gzip(path) else path.open("rb") as stream:
             yield stream  # type: ignore[misc]
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        what = f"the gzip file is cut short or damaged ({error})"
+        raise UserError(what, where=path, remedy="fetch it again") from None
+    except OSError as error:
         raise UserError(
-            f"the gzip file is cut short or damaged ({error})", where=path, remedy="fetch it again"
+            f"cannot be read ({error.strerror})", where=path, remedy="check the file's permissions"
         ) from None
 
 
@@ -85,7 +88,11 @@ def csv_header(path: Path) -> tuple[list[str], str]:
     with open_text(path) as text:
         line = text.readline()
     mark = delimiter(line)
-    return next(csv.reader([line], delimiter=mark)), mark
+    names = next(csv.reader([line], delimiter=mark))
+    if len(set(names)) < len(names):
+        twice = next(name for name in names if names.count(name) > 1)
+        raise UserError(f"two columns are called {twice!r}", where=f"{path}:1", remedy="rename one of them")
+    return names, mark
 
 
 def rows(path: Path) -> Iterator[tuple[int, Row]]:

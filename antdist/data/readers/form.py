@@ -7,6 +7,7 @@ import math
 import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -88,7 +89,7 @@ def parse_price(value: Any) -> tuple[float | None, str | None]:
             number = float(bare)
         except ValueError:
             return None, "a range" if len(text) < 60 and _RANGE.search(text) else "not a number"
-    elif isinstance(value, int | float) and not isinstance(value, bool):
+    elif isinstance(value, int | float | Decimal) and not isinstance(value, bool):
         number = float(value)
     else:
         return None, "not a number"
