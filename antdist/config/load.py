@@ -89,11 +89,10 @@ def _told(kind: type[BaseModel], error: ValidationError, where: str) -> UserErro
     key = ".".join(path)
     if first["type"] == "extra_forbidden":
         known = known_keys(kind)
-        near = difflib.get_close_matches(key, known, n=1, cutoff=0.5) or [
-            k for k in known if k.rsplit(".", 1)[-1] == path[-1]
-        ]
-        siblings = ", ".join(sorted(k for k in known if k.rpartition(".")[0] == ".".join(path[:-1])))
-        remedy = f"did you mean {near[0]}" if near else f"known keys here: {siblings}"
+        siblings = [k for k in known if k.rpartition(".")[0] == ".".join(path[:-1])]
+        elsewhere = [k for k in known if k.rpartition(".")[2] == path[-1]]
+        near = difflib.get_close_matches(key, siblings, n=1, cutoff=0.8) or elsewhere
+        remedy = f"did you mean {near[0]}" if near else f"known keys here: {', '.join(sorted(siblings))}"
         return UserError(f"unknown key {key}", where=where, remedy=remedy)
     message = str(first["msg"]).removeprefix("Value error, ")
     given = first.get("input")
