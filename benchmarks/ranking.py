@@ -10,6 +10,7 @@ import argparse
 import statistics
 import time
 from collections.abc import Callable
+from typing import cast
 
 import numpy as np
 import torch
@@ -19,7 +20,7 @@ from antdist.config.schema import ModelConfig
 from antdist.data.domain import Sequences
 from antdist.evaluation import ranking
 from antdist.evaluation.ranking import Queries, rank_targets, unit
-from antdist.model.recommender import build_recommender
+from antdist.model.recommender import Recommender, build_recommender
 
 
 class Ready(nn.Module):
@@ -77,7 +78,8 @@ def main() -> None:
         queries.exclude_offsets,
     )
     items, users = torch.randn(args.items, args.dim), torch.randn(args.users, args.dim)
-    model, vectors = build_recommender(ModelConfig(dim=args.dim, inner=args.dim), {"text": 384}), Ready(users)
+    model = build_recommender(ModelConfig(dim=args.dim, inner=args.dim), {"text": 384})
+    vectors = cast("Recommender", Ready(users))
 
     counted, sorted_ = rank_targets(vectors, items, ready), rank_by_sorting(users, items, ready)
     apart = (counted.ranks - sorted_)[~counted.seen]  # sorting knows no tolerance for ties
