@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -13,6 +14,27 @@ from pydantic import BaseModel, ValidationError
 from antdist.errors import UserError
 
 Config = TypeVar("Config", bound=BaseModel)
+FLOAT = re.compile(r"[-+]?([0-9]+(\.[0-9]*)?|\.[0-9]+)[eE][-+]?[0-9]+$")
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML as people mean it: 1e-3 is a number (YAML 1.1 takes it for text), and a key that stands twice is a mistake."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode) and key.value in keys:
+                raise yaml.constructor.ConstructorError(None, None, f"the key {key.value} stands twice", key.start_mark)
+            keys.add(key.value if isinstance(key, yaml.ScalarNode) else None)
+        return super().construct_mapping(node, deep)
+
+
+class _Dumper(yaml.SafeDumper):
+    """Quotes what `_Loader` would take for a number."""
+
+
+for _kind in (_Loader, _Dumper):
+    _kind.add_implicit_resolver("tag:yaml.org,2002:float", FLOAT, list("-+.0123456789"))
 
 
 def load_config(kind: type[Config], file: Path | None, overrides: Sequence[str] = ()) -> Config:
@@ -37,12 +59,12 @@ def check_config(kind: type[Config], tree: dict[str, Any], where: str = "configu
 
 def dump_config(config: BaseModel) -> str:
     """The resolved configuration as YAML that `load_config` reads back."""
-    return yaml.safe_dump(config.model_dump(by_alias=True), sort_keys=False)
+    return yaml.dump(config.model_dump(by_alias=True), Dumper=_Dumper, sort_keys=False)
 
 
 def _read(file: Path) -> dict[str, Any]:
     try:
-        tree = yaml.safe_load(file.read_text(encoding="utf-8"))
+        tree = yaml.load(file.read_text(encoding="utf-8"), _Loader)  # noqa: S506  a SafeLoader
     except FileNotFoundError:
         raise UserError("no such file", where=file, remedy="give --config the path of a YAML file") from None
     except (OSError, UnicodeDecodeError) as error:
@@ -64,15 +86,13 @@ def _set(tree: dict[str, Any], override: str) -> None:
     if not equals or not key or key.startswith("-"):
         raise UserError("not of the form key=value", where=override, remedy="write for example training.epochs=10")
     try:
-        value = yaml.safe_load(text) if text else None
+        value = yaml.load(text, _Loader) if text else None  # noqa: S506  a SafeLoader
     except yaml.YAMLError as error:
-        raise UserError(f"the value is not valid YAML ({error})", where=override) from None
-    # YAML 1.1 takes 1e-3 for text
-    if isinstance(value, str):
-        try:
-            value = float(value) if any(c in "eE" for c in value) else value
-        except ValueError:
-            value = text.strip()
+        raise UserError(
+            f"the value is not valid YAML: {getattr(error, 'problem', None) or 'malformed'}",
+            where=override,
+            remedy="quote a text that holds YAML's signs",
+        ) from None
     node = tree
     *parents, last = key.split(".")
     for parent in parents:
@@ -94,8 +114,13 @@ def _told(kind: type[BaseModel], error: ValidationError, where: str) -> UserErro
         near = difflib.get_close_matches(key, siblings, n=1, cutoff=0.8) or elsewhere
         remedy = f"did you mean {near[0]}" if near else f"known keys here: {', '.join(sorted(siblings))}"
         return UserError(f"unknown key {key}", where=where, remedy=remedy)
-    message = str(first["msg"]).removeprefix("Value error, ")
     given = first.get("input")
+    if first["type"] == "model_type":
+        section = [k for k in known_keys(kind) if k.rpartition(".")[0] == key]
+        return UserError(
+            f"{key} is a section of keys, not {given!r}", where=where, remedy=f"give its keys: {', '.join(section)}"
+        )
+    message = str(first["msg"]).removeprefix("Value error, ")
     shown = (
         f", not {given!r}"
         if isinstance(given, str | int | float | bool | None) and first["type"] != "value_error"

@@ -13,9 +13,9 @@ Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
 
 
 class Component(BaseModel):
-    """Base of all configuration: immutable, no unknown keys, no silent conversion of text to numbers."""
+    """Base of all configuration: immutable, no unknown keys, no silent conversion of text to numbers, no NaN."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
 
 class ModelConfig(Component):
@@ -178,7 +178,7 @@ Variant = Literal["learn_input_norm", "keep_price_bias", "redraw_positions"]
 class RelearnConfig(Component):
     """Adaptation to one target (spec, section 6)."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, validate_by_name=True, validate_by_alias=True)
+    model_config = ConfigDict(validate_by_name=True, validate_by_alias=True)  # `from` is a keyword of Python
 
     name: str = Field("relearn", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
     target: str | None = Field(None, description="domain below data.root to adapt to")
@@ -199,3 +199,9 @@ class RelearnConfig(Component):
     )
     ray: RayConfig = Field(default_factory=lambda: RayConfig())
     tracking: TrackingConfig = Field(default_factory=lambda: TrackingConfig())
+
+    @model_validator(mode="after")
+    def _distinct(self) -> RelearnConfig:
+        if len(set(self.seeds)) != len(self.seeds):
+            raise ValueError(f"seeds {self.seeds} must name each seed once")
+        return self

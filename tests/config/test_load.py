@@ -71,6 +71,34 @@ def test_an_override_that_is_none_is_told() -> None:
     assert "name holds a value" in message(None, "name=a", "name.b=2")
 
 
+def test_numbers_are_numbers_in_files_as_in_overrides(tmp_path: Path) -> None:
+    """YAML 1.1 takes 1e-3 for text; a whole number is a float, too."""
+    config = load_config(PretrainConfig, write(tmp_path, "training: {learning_rate: 1e-3, clip: 1}\nname: '1e5'\n"))
+    assert (config.training.learning_rate, config.training.clip, config.name) == (1e-3, 1.0, "1e5")
+    assert load_config(PretrainConfig, write(tmp_path, dump_config(config))) == config
+    assert load_config(PretrainConfig, None, ["training.learning_rate=1"]).training.learning_rate == 1.0
+    assert "finite number" in message(None, "model.beta=.nan")
+    assert "finite number" in message(None, "training.learning_rate=.inf")
+
+
+def test_a_key_that_stands_twice_is_told(tmp_path: Path) -> None:
+    told = message(write(tmp_path, "seed: 1\ntraining: {epochs: 2}\ntraining: {clip: 1.0}\n"))
+    assert "run.yaml:3: not valid YAML: the key training stands twice" in told
+
+
+def test_a_value_where_a_section_belongs_is_told_with_the_sections_keys() -> None:
+    assert "training.schedule is a section of keys, not 'cosine'. Give its keys: training.schedule.kind," in message(
+        None, "training.schedule=cosine"
+    )
+    assert "training is a section of keys, not 3" in message(None, "training=3")
+
+
+@pytest.mark.parametrize(("seeds", "told"), [("[]", "at least 1 item"), ("[0, 1, 0]", "each seed once")])
+def test_seeds_are_some_and_each_once(seeds: str, told: str) -> None:
+    with pytest.raises(UserError, match=told):
+        load_config(RelearnConfig, None, [f"seeds={seeds}"])
+
+
 def test_known_keys_carry_aliases() -> None:
     assert "from" in known_keys(RelearnConfig) and "training.schedule.kind" in known_keys(RelearnConfig)
 
