@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
+import socket
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -19,6 +21,8 @@ WORKER_ENVIRONMENT = {
     "TOKENIZERS_PARALLELISM": "false",
     "PYTHONWARNINGS": "ignore::FutureWarning",
 }
+
+KNOCK_SECONDS = 10
 
 
 @contextlib.contextmanager
@@ -40,20 +44,35 @@ def ray_session(config: RayConfig) -> Iterator[None]:
     quiet: dict[str, Any] = {"log_to_driver": False, "configure_logging": True, "logging_level": "ERROR"}
     try:
         if address:
+            _knock(address)
             ray.init(address=address, **quiet)
         else:
             needed = config.workers * config.cpus_per_worker
             ray.init("local", num_cpus=max(os.cpu_count() or 1, needed), include_dashboard=False, **quiet)
-    except (ConnectionError, ValueError, RuntimeError, TimeoutError) as error:
+    except (OSError, ValueError, RuntimeError) as error:
+        first = str(error).partition("\n")[0].partition(". ")[0]  # sentence; Ray's advice fills a page
         raise UserError(
-            f"no Ray answers ({str(error).splitlines()[0]})",
+            f"no Ray answers ({first})",
             where=f"ray.address {address}" if address else "ray",
-            remedy="start one with `ray start --head`, correct the address, or leave it out for a local Ray",
+            remedy="start one with `ray start --head`, correct the address or the token (RAY_AUTH_TOKEN_PATH), or leave "
+            "the address out for a local Ray",
         ) from None
     try:
         yield
     finally:
         ray.shutdown()
+
+
+def _knock(address: str) -> None:
+    """Raise OSError if nothing listens at HOST:PORT, which Ray would try for many minutes."""
+    if found := re.fullmatch(r"(?:ray://)?\[?([^/]+?)\]?:(\d+)", address):
+        socket.create_connection((found[1], int(found[2])), timeout=KNOCK_SECONDS).close()
+
+
+def inside_job() -> bool:
+    """Whether this process is the entry point of a job, as `ray job submit` starts it: in a passing copy of the
+    submitted folder, with RAY_ADDRESS set to the job's cluster."""
+    return "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ
 
 
 def run_workers(work: Callable[[dict[str, Any]], None], settings: dict[str, Any], config: RayConfig, name: str) -> None:
