@@ -130,6 +130,26 @@ class TrainingConfig(Component):
     log_every: Positive = Field(10, description="steps between two points of the training curves")
 
 
+class AdaptationLossConfig(LossConfig):
+    """In adaptation: all items of the target, no alignment (spec, section 6)."""
+
+    negatives: Literal["in_batch", "catalogue", "sampled"] = "catalogue"
+    alignment: Annotated[float, Field(ge=0)] = 0.0
+
+
+class AdaptationScheduleConfig(ScheduleConfig):
+    """In adaptation the learning rate decays faster."""
+
+    factor: Annotated[float, Field(gt=0, le=1)] = 0.99
+
+
+class AdaptationTrainingConfig(TrainingConfig):
+    """In adaptation the loop is shorter."""
+
+    epochs: Positive = 100
+    schedule: AdaptationScheduleConfig = Field(default_factory=lambda: AdaptationScheduleConfig())
+
+
 class DataConfig(Component):
     """Prepared domains below one folder."""
 
@@ -192,11 +212,9 @@ class RelearnConfig(Component):
     )
     data: DataConfig = Field(default_factory=lambda: DataConfig())
     model: ModelConfig = Field(default_factory=lambda: ModelConfig())
-    loss: LossConfig = Field(default_factory=lambda: LossConfig(negatives="catalogue", alignment=0.0))
+    loss: AdaptationLossConfig = Field(default_factory=lambda: AdaptationLossConfig())
     stream: StreamConfig = Field(default_factory=lambda: StreamConfig())
-    training: TrainingConfig = Field(
-        default_factory=lambda: TrainingConfig(epochs=100, schedule=ScheduleConfig(factor=0.99))
-    )
+    training: AdaptationTrainingConfig = Field(default_factory=lambda: AdaptationTrainingConfig())
     ray: RayConfig = Field(default_factory=lambda: RayConfig())
     tracking: TrackingConfig = Field(default_factory=lambda: TrackingConfig())
 

@@ -324,7 +324,7 @@ class Catalogue:
 
     Raises:
         UserError: what `open_table` raises; tables of different encoders (law: features must be comparable), saying
-            which domain has which; a modality that no domain has.
+            which domain has which, or of another dimension than `dims`; a modality that no domain has.
     """
 
     def __init__(
@@ -350,7 +350,7 @@ class Catalogue:
             wanted = (identities or {}).get(modality)
             _refuse_mixture(modality, filled, wanted)
             if filled:
-                self.dims[modality] = filled[0][1].meta.dim
+                self.dims[modality] = _refuse_dim(filled[0], (dims or {}).get(modality))
                 self.identities[modality] = filled[0][1].meta.identity
             elif dims is not None and modality in dims:
                 self.dims[modality] = dims[modality]
@@ -407,6 +407,17 @@ class Catalogue:
                 found, mask[chosen] = table.rows(item_ids[chosen] - self.offsets[number])
                 rows[chosen] = found.astype(self.dtype, copy=False)
         return rows, mask
+
+
+def _refuse_dim(filled: tuple[Domain, FeatureTable], wanted: int | None) -> int:
+    domain, table = filled
+    if wanted is not None and table.meta.dim != wanted:
+        raise UserError(
+            f"the model reads {table.modality} features of dimension {wanted}, {domain.name} has {table.meta.dim}",
+            where=domain.folder,
+            remedy="featurize the domain with the encoder that the model was trained with",
+        )
+    return table.meta.dim
 
 
 def _table_if_any(domain: Domain, modality: str) -> FeatureTable | None:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from antdist.config.schema import TrackingConfig
-from antdist.errors import UserError
+from antdist.progress import say
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -54,13 +54,9 @@ def open_model(model: str, domain: Path, storage: Path, tracking_uri: str | None
     identities = {modality: source.identity for modality, source in card.features.items()}
     dims = {str(modality): width for modality, width in card.dims.items()}
     catalogue = Catalogue([opened], list(dims), dims=dims, identities=identities)
-    for modality, width in dims.items():
-        if catalogue.dims[modality] != width:
-            raise UserError(
-                f"the model reads {modality} features of dimension {width}, {opened.name} has {catalogue.dims[modality]}",
-                where=opened.folder,
-                remedy="featurize the domain with the encoder that the model was trained with",
-            )
+    unknown = [modality for modality in dims if modality not in identities]
+    if unknown:
+        say(f"note: {model} does not say which encoders made its {', '.join(unknown)} features: see to it")
     return OpenModel(recommender, opened, embed_catalogue(recommender, catalogue))
 
 

@@ -103,12 +103,7 @@ def register(
     Raises:
         UserError: a folder that is missing, empty or holds links; a name that MLflow refuses; a store that is away.
     """
-    if not re.fullmatch(NAME, name):
-        raise UserError(
-            f"{name!r} cannot name a registered model",
-            where="tracking.registered_model",
-            remedy="leave out / : @ and quotes",
-        )
+    check_model_name(name)
     digest = folder_digest(folder)
     told = {**lineage.tags(), **(tags or {}), "digest": digest}
     if validation is not None:
@@ -144,6 +139,16 @@ def register(
         if moves:
             client.set_registered_model_alias(name, "champion", str(number))
     return ModelVersionInfo(name, number, version.source, digest, champion)
+
+
+def check_model_name(name: str) -> None:
+    """Raises UserError for a name that MLflow refuses."""
+    if not re.fullmatch(NAME, name):
+        raise UserError(
+            f"{name!r} cannot name a registered model",
+            where="tracking.registered_model",
+            remedy="leave out / : @ and quotes",
+        )
 
 
 def judge_champion(holder: Any, candidate: Any) -> tuple[bool, str]:

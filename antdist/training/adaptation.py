@@ -32,6 +32,14 @@ _TABLE: dict[Strategy, tuple[Treatment, Treatment, Treatment]] = {
 }
 
 
+# keys of `model` by which a group's values mean what they meant in the parent; shapes alone do not tell all of them
+_MADE_BY: dict[str, tuple[str, ...]] = {
+    "theta": ("dim", "mixture", "experts", "missing"),
+    "positions": ("dim", "max_length"),
+    "phi": ("dim", "layers", "heads", "inner"),
+}
+
+
 def treatments(strategy: Strategy, variants: Collection[Variant] = ()) -> dict[str, Treatment]:
     """Of each group of `parameter_groups`, under a strategy and the reference's variants of it.
 
@@ -84,7 +92,7 @@ def adapt(
         means: of the target's features, to centre a fresh item tower with; None leaves its shifts at zero.
 
     Raises:
-        UserError: no parent where one is needed, or one whose shapes do not fit.
+        UserError: no parent where one is needed, or one that was built otherwise than the configuration asks for.
     """
     if needs_parent(strategy) and parent is None:
         raise UserError(
@@ -92,12 +100,15 @@ def adapt(
             where="from",
             remedy="give one, e.g. from=models:/NAME/latest",
         )
+    table = treatments(strategy, variants)
+    if parent is not None:
+        _check_same_build(config, parent.config, table)
     model = build_recommender(config, dims, catalogue_size, seed)
     if strategy == "relearn" and config.initialisation == "reference":
         redraw_experts(model, seed, "xavier")
     if means is not None:
         centre(model, means)
-    groups, table = parameter_groups(model), treatments(strategy, variants)
+    groups = parameter_groups(model)
     inherited = dict(parent.named_parameters()) if parent is not None else {}
     for group, treatment in table.items():
         for name in groups[group]:
@@ -108,13 +119,25 @@ def adapt(
     return model
 
 
+def _check_same_build(config: ModelConfig, parent: ModelConfig, table: dict[str, Treatment]) -> None:
+    for group, keys in _MADE_BY.items():
+        for key in keys if table[group].inherited else ():
+            there, here = getattr(parent, key), getattr(config, key)
+            if there != here and (key != "experts" or config.mixture):
+                raise UserError(
+                    f"the parent's is {there}, the configuration asks for {here}",
+                    where=f"model.{key}",
+                    remedy=f"set model.{key}={str(there).lower()}, as in the parent's pre-training",
+                )
+
+
 def _inherit(parameter: torch.nn.Parameter, source: torch.Tensor | None, name: str) -> None:
     if source is None or source.shape != parameter.shape:
-        there = "none" if source is None else tuple(source.shape)
+        there = "absent" if source is None else f"of shape {tuple(source.shape)}"
         raise UserError(
             f"the parent's {name} is {there}, the configuration asks for {tuple(parameter.shape)}",
-            where="model",
-            remedy="leave the keys of model: as they were in the parent's pre-training",
+            where="from",
+            remedy="adapt a parent with the modalities and feature dimensions of the target",
         )
     with torch.no_grad():
         parameter.copy_(source)

@@ -71,6 +71,11 @@ def steps_in(parent: Path) -> list[int]:
     return sorted(int(name.removeprefix(PREFIX)) for name in names if name.removeprefix(PREFIX).isdigit())
 
 
+def progress_of_all(parent: Path) -> list[dict[str, Any]]:
+    """What the `progress.json` of each checkpoint below `parent` says, oldest first."""
+    return [json.loads((parent / f"{PREFIX}{step:08d}" / "progress.json").read_text()) for step in steps_in(parent)]
+
+
 def load_latest(parent: Path) -> Checkpoint | None:
     """The newest whole checkpoint below `parent`, or None. One that is damaged is named, and the one before it is tried."""
     for step in reversed(steps_in(parent)):

@@ -38,7 +38,13 @@ def check_passthrough(section: dict[str, Any]) -> None:
             where=f"training.deepspeed.{key}",
             remedy=f"remove it and set {OURS[key]}",
         )
-    if "stage" in section.get("zero_optimization", {}):
+    if not isinstance(zero := section.get("zero_optimization", {}), dict):
+        raise UserError(
+            f"is a section of keys, not {zero!r}",
+            where="training.deepspeed.zero_optimization",
+            remedy="write it as in DeepSpeed's documentation; its stage is training.zero_stage",
+        )
+    if "stage" in zero:
         raise UserError(
             "this is decided elsewhere in the configuration",
             where="training.deepspeed.zero_optimization.stage",
@@ -77,12 +83,21 @@ class DeepSpeedEngine:
         # under stage 3 evaluation runs on a copy: its ranks do not take the same number of forward passes
         self._copy = copy.deepcopy(model) if config.zero_stage == 3 else None
         model.to(world.device)
-        self.engine, self.optimizer, _, _ = deepspeed.initialize(
-            model=model,
-            optimizer=optimizer_for(model, config, world.device),
-            config=deepspeed_config(config),
-            dist_init_required=False,
-        )
+        try:
+            self.engine, self.optimizer, _, _ = deepspeed.initialize(
+                model=model,
+                optimizer=optimizer_for(model, config, world.device),
+                config=deepspeed_config(config),
+                dist_init_required=False,
+            )
+        except (ValueError, TypeError, AssertionError, KeyError) as error:
+            if not config.deepspeed:
+                raise
+            raise UserError(
+                f"DeepSpeed refuses it: {' '.join(str(error).split())[:300]}",
+                where="training.deepspeed",
+                remedy="correct it after DeepSpeed's documentation, or leave it out",
+            ) from error
         self.model: nn.Module = self.engine.module
 
     def forward(self, *args: object) -> object:

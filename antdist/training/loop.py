@@ -26,10 +26,11 @@ from antdist.config.schema import TrainingConfig
 from antdist.data.stream import StreamState
 from antdist.errors import UserError
 from antdist.progress import say
-from antdist.training.checkpoint import Checkpoint, load_latest, save_checkpoint
+from antdist.training.checkpoint import Checkpoint, load_latest, progress_of_all, save_checkpoint
 from antdist.training.engine import Engine, EngineState
 from antdist.training.feed import Feed, StepInput
 from antdist.training.live import Live, say_line
+from antdist.training.memory import release_now_and_then
 from antdist.training.noise import seed_noise
 from antdist.training.schedule import learning_rate
 from antdist.training.world import World, agree, barrier, row_gather, sum_over_ranks
@@ -103,15 +104,25 @@ def _resume(job: Job) -> Progress:
         _check_fits(job, found)
     job.engine.load(found.state if found else EngineState())
     progress = Progress(**document["progress"])
-    # a longer run than the one that finished goes on
-    if progress.epoch < job.config.epochs and progress.finished == "all epochs done":
-        progress.finished = None
+    progress.finished = _finished(job.config, progress)
     if job.world.leader:
         assert found is not None
-        say(f"{job.name}: goes on at step {progress.step}, epoch {progress.epoch + 1}, from {found.folder}")
+        if progress.finished:
+            say(f"{job.name}: is finished ({progress.finished}, step {progress.step}): nothing is trained")
+        else:
+            say(f"{job.name}: goes on at step {progress.step}, epoch {progress.epoch + 1}, from {found.folder}")
         _bring_best(job, found.folder, progress)
     barrier(job.world)
     return progress
+
+
+def _finished(config: TrainingConfig, progress: Progress) -> str | None:
+    """Why nothing is left to do, None if something is. Asked anew after a resume: more epochs or patience go on."""
+    if progress.epoch >= config.epochs:
+        return "all epochs done"
+    if config.patience is not None and progress.worse >= config.patience:
+        return f"no better validation {CHOSEN_BY} in {progress.worse} validations"
+    return None
 
 
 def _check_fits(job: Job, found: Checkpoint) -> None:
@@ -172,6 +183,7 @@ def train_step(job: Job, step_input: StepInput) -> Tensor:
 
 
 def _end_epoch(job: Job, progress: Progress) -> None:
+    _refuse_broken(job, progress)
     entry: dict[str, float] = {"epoch": progress.epoch + 1, "loss": progress.epoch_loss / progress.epoch_predictions}
     last = progress.epoch + 1 == job.config.epochs
     if (progress.epoch + 1) % job.config.validate_every == 0 or last:
@@ -181,10 +193,7 @@ def _end_epoch(job: Job, progress: Progress) -> None:
     progress.history.append(entry)
     progress.epoch, progress.batch = progress.epoch + 1, 0
     progress.epoch_loss, progress.epoch_predictions = 0.0, 0
-    if progress.epoch >= job.config.epochs:
-        progress.finished = "all epochs done"
-    elif job.config.patience is not None and progress.worse >= job.config.patience:
-        progress.finished = f"no better validation {CHOSEN_BY} in {progress.worse} validations"
+    progress.finished = _finished(job.config, progress)
     if job.world.leader:
         if len(entry) > 2:  # validated
             shown = [f"{name} {entry[name]:.4f}" for name in SHOWN]
@@ -209,7 +218,7 @@ def _judge(job: Job, progress: Progress, metric: float) -> None:
         partial.rename(path)
 
 
-def best_weights(folder: Path, epoch: int | None) -> Path:
+def best_weights(folder: Path, epoch: int) -> Path:
     """Where the weights after `epoch` (counted from 1), the best on validation so far, are kept."""
     return folder / "best" / f"epoch-{epoch:05d}.safetensors"
 
@@ -231,15 +240,38 @@ def _bring_best(job: Job, checkpoint: Path, progress: Progress) -> None:
 
 
 def _checkpoint(job: Job, progress: Progress) -> None:
+    _refuse_broken(job, progress)
     state = job.engine.state()
     if job.world.leader:
         position = job.feed.stream.state(progress.epoch, progress.batch)
         document = {"progress": asdict(progress), "stream": asdict(position)}
-        save_checkpoint(job.folder / "checkpoints", progress.step, state, document, job.config.keep_checkpoints)
+        folder = job.folder / "checkpoints"
+        save_checkpoint(folder, progress.step, state, document, job.config.keep_checkpoints)
+        # each kept checkpoint may be the one that a restart falls back on, so its best weights stay too
+        epochs = [kept["progress"]["best_epoch"] for kept in progress_of_all(folder)]
+        needed = {best_weights(job.folder, epoch) for epoch in epochs if epoch is not None}
         for path in (job.folder / "best").glob("*.safetensors"):
-            if path != best_weights(job.folder, progress.best_epoch):
+            if path not in needed:
                 path.unlink()
     barrier(job.world)
+
+
+def _refuse_broken(job: Job, progress: Progress) -> None:
+    """No checkpoint and no validation of weights that are no numbers: a restart could not mend them. Collective."""
+    # under DeepSpeed's stage 3 each rank holds a part of a parameter
+    held = [getattr(parameter, "ds_tensor", parameter).detach() for parameter in job.engine.model.parameters()]
+    broken = torch.stack([~weight.isfinite().all() for weight in held]).sum()
+    if sum_over_ranks(job.world, broken):
+        raise _diverged(job, f"weights are no numbers after step {progress.step} (epoch {progress.epoch + 1})")
+
+
+def _diverged(job: Job, what: str) -> Diverged:
+    return Diverged(
+        what,
+        where=job.name,
+        remedy="lower training.learning_rate, set training.clip, or run in fp32; then start again: it goes on from the "
+        "last checkpoint",
+    )
 
 
 class Meter:
@@ -279,14 +311,10 @@ class Meter:
         if not math.isfinite(total):
             bad = [int(i) for i in torch.nonzero(~losses.isfinite().all(1).cpu()).flatten()]
             step = progress.step - len(self.pending) + bad[0] if bad else progress.step
-            raise Diverged(
-                f"the loss is {total} since step {step + 1} (epoch {progress.epoch + 1})",
-                where=self.job.name,
-                remedy="lower training.learning_rate, set training.clip, or run in fp32; then start again: it goes on "
-                "from the last checkpoint",
-            )
+            raise _diverged(self.job, f"the loss is {total} since step {step + 1} (epoch {progress.epoch + 1})")
         progress.epoch_loss += total * float(counts.sum())
         progress.epoch_predictions += int(counts.sum())
+        release_now_and_then()
         elapsed = time.perf_counter() - self.since
         self._tell(progress, total, float(counts.sum()) / elapsed, self.waited / elapsed)
         if self.job.world.leader:

@@ -93,6 +93,12 @@ def test_a_value_where_a_section_belongs_is_told_with_the_sections_keys() -> Non
     assert "training is a section of keys, not 3" in message(None, "training=3")
 
 
+def test_a_key_of_a_section_leaves_adaptations_other_defaults() -> None:
+    config = load_config(RelearnConfig, None, ["loss.chunk=100", "training.log_every=1", "training.schedule.floor=0.1"])
+    assert (config.loss.negatives, config.loss.alignment) == ("catalogue", 0.0)
+    assert (config.training.epochs, config.training.schedule.factor) == (100, 0.99)
+
+
 @pytest.mark.parametrize(("seeds", "told"), [("[]", "at least 1 item"), ("[0, 1, 0]", "each seed once")])
 def test_seeds_are_some_and_each_once(seeds: str, told: str) -> None:
     with pytest.raises(UserError, match=told):

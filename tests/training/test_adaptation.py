@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -81,11 +83,32 @@ def test_a_missing_or_misfitting_parent_is_told() -> None:
         UserError, match=r"from: strategy relearn starts from a pre-trained model.*from=models:/NAME/latest"
     ):
         adapt("relearn", CONFIG, DIMS, parent=None)
-    wider = CONFIG.model_copy(update={"inner": 16})
-    with pytest.raises(
-        UserError, match=r"model: the parent's encoder.* the configuration asks for .*Leave the keys of model"
-    ):
-        adapt("relearn", wider, DIMS, parent=parent())
+    with pytest.raises(UserError, match=r"from: the parent's tower.text.* absent.*Adapt a parent with the modalities"):
+        image_only = build_recommender(CONFIG, {"image": 5}, seed=1)
+        adapt("finetune", CONFIG, DIMS, parent=image_only)
+
+
+@pytest.mark.parametrize(
+    ("strategy", "key", "value"),
+    [
+        ("relearn", "heads", 4),  # the same shapes, another transformer
+        ("relearn", "layers", 1),  # every shape that is asked for is there
+        ("relearn", "inner", 16),
+        ("finetune", "max_length", 4),
+        ("finetune", "mixture", False),
+        ("finetune", "missing", "reference"),
+    ],
+)
+def test_a_parent_of_another_build_is_told_by_its_key(strategy: Any, key: str, value: Any) -> None:
+    other = CONFIG.model_copy(update={key: value})
+    was = str(getattr(CONFIG, key))
+    with pytest.raises(UserError, match=f"model.{key}: the parent's is {was}, .* Set model.{key}={was.lower()}"):
+        adapt(strategy, other, DIMS, parent=parent())
+
+
+def test_what_is_drawn_afresh_may_be_of_another_build() -> None:
+    other = CONFIG.model_copy(update={"experts": 3, "max_length": 4, "missing": "reference", "temperature": 0.1})
+    assert adapt("relearn", other, DIMS, parent=parent()).positions.weight.shape == (4, 8)
 
 
 @pytest.mark.parametrize("mixture", [True, False])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,7 @@ def run(
     mode: str = "sequence",
     start: Path | None = None,
     loss: dict[str, Any] | None = None,
+    recalls: list[float] | None = None,
     **training: Any,
 ) -> dict[str, Any]:
     """Train a small model on two domains; give the curve, the last weights and the progress."""
@@ -60,6 +62,7 @@ def run(
         if "train/loss" in metrics:
             curve.append((step, metrics["train/loss"]))
 
+    validations = iter(recalls) if recalls is not None else itertools.repeat(0.1)
     popularity = np.concatenate([domain.popularity() for domain in domains])
     losses = LossConfig(**{"negatives": negatives, "samples": 20, "alignment": 0.1, **(loss or {})})
     job = Job(
@@ -69,7 +72,7 @@ def run(
         world=world,
         folder=folder,
         seed=3,
-        validate=lambda: {"Recall@10": 0.1, "NDCG@10": 0.05},
+        validate=lambda: {"Recall@10": next(validations), "NDCG@10": 0.05},
         report=report,
         start=load_checkpoint(start) if start else None,
     )
@@ -180,6 +183,37 @@ def test_patience_ends_the_run_and_the_best_weights_stay(data: Path, tmp_path: P
     assert progress.finished == "no better validation Recall@10 in 2 validations"
     kept = list((tmp_path / "a" / "best").iterdir())
     assert kept == [best_weights(tmp_path / "a", 1)]
+
+
+def test_more_epochs_or_more_patience_go_on_and_the_same_do_not(data: Path, tmp_path: Path) -> None:
+    first = run(data, tmp_path / "a", epochs=9, patience=1)["progress"]
+    assert (first.epoch, first.finished) == (2, "no better validation Recall@10 in 1 validations")
+    again = run(data, tmp_path / "a", epochs=9, patience=1)
+    assert again["progress"] == first and not again["curve"]
+    patient = run(data, tmp_path / "a", epochs=9, patience=3)["progress"]
+    assert (patient.epoch, patient.finished) == (4, "no better validation Recall@10 in 3 validations")
+    longer = run(data, tmp_path / "b", epochs=2) and run(data, tmp_path / "b", epochs=3)
+    assert (longer["progress"].epoch, longer["progress"].finished) == (3, "all epochs done")
+
+
+def test_weights_that_are_no_numbers_are_neither_kept_nor_validated(data: Path, tmp_path: Path) -> None:
+    """The loss of a step is computed before its update: it does not tell that the update broke the weights."""
+    with pytest.raises(UserError, match=r"weights are no numbers after step \d+ \(epoch 1\)"):
+        run(data, tmp_path / "a", epochs=3, learning_rate=1e38, checkpoint_every=1, weight_decay=1e10)
+    assert load_latest(tmp_path / "a" / "checkpoints") is None
+
+
+def test_a_damaged_last_checkpoint_costs_an_epoch_and_no_more(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The one before it still has its best weights, though a later validation was better."""
+    run(data, tmp_path / "a", epochs=2, recalls=[0.1, 0.2])
+    newest = sorted((tmp_path / "a" / "checkpoints").iterdir())[-1]
+    (newest / "moments.safetensors").write_bytes(b"torn")
+    best_weights(tmp_path / "a", 2).unlink()
+    done = run(data, tmp_path / "a", epochs=3, recalls=[0.05, 0.04])["progress"]
+    assert "moments.safetensors: missing, cut short or altered" in capsys.readouterr().err
+    assert (done.epoch, done.best_epoch) == (3, 1) and best_weights(tmp_path / "a", 1).is_file()
 
 
 def test_all_candidates_sampled_with_correction_train(data: Path, tmp_path: Path) -> None:
