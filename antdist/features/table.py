@@ -345,7 +345,7 @@ class Catalogue:
         self.identities: dict[str, str] = {}
         self._tables: dict[str, list[FeatureTable | None]] = {}
         for modality in self.modalities:
-            tables = [_table_if_any(domain, modality) for domain in domains]
+            tables = [table_if_any(domain, modality) for domain in domains]
             filled = [(d, t) for d, t in zip(domains, tables, strict=True) if t is not None and t.meta.present]
             wanted = (identities or {}).get(modality)
             _refuse_mixture(modality, filled, wanted)
@@ -420,7 +420,12 @@ def _refuse_dim(filled: tuple[Domain, FeatureTable], wanted: int | None) -> int:
     return table.meta.dim
 
 
-def _table_if_any(domain: Domain, modality: str) -> FeatureTable | None:
+def table_if_any(domain: Domain, modality: str) -> FeatureTable | None:
+    """The feature table of a domain; None if it has none and needs none, as no item has the modality in the source.
+
+    Raises:
+        UserError: what `open_table` raises.
+    """
     if has_table(domain, modality) or source_has(domain, modality):
         return open_table(domain, modality)
     return None

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from antdist.config.schema import PretrainConfig, RelearnConfig
 from antdist.errors import UserError
+from antdist.progress import say
 
 if TYPE_CHECKING:
     from antdist.orchestration.inputs import Inputs
@@ -17,16 +18,22 @@ MIB = 1024 * 1024
 
 @dataclass
 class CheckReport:
-    """What was looked at and found right, a line each, and figures for people to judge."""
+    """What was looked at and found right, a line each; what is allowed but worth knowing; figures for people to judge."""
 
     checked: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
     figures: dict[str, Any] = field(default_factory=dict)
 
     def lines(self) -> list[str]:
-        return [f"ok    {line}" for line in self.checked] + [f"      {k}: {v}" for k, v in self.figures.items()]
+        told = [f"ok    {line}" for line in self.checked] + [f"note  {line}" for line in self.notes]
+        return told + [f"      {k}: {v}" for k, v in self.figures.items()]
 
     def to_json(self) -> dict[str, Any]:
-        return {"checked": self.checked, **self.figures}
+        return {"checked": self.checked, "notes": self.notes, **self.figures}
+
+    def say_notes(self) -> None:
+        for note in self.notes:
+            say(f"note: {note}")
 
 
 def check_pretrain(config: PretrainConfig) -> CheckReport:
@@ -34,6 +41,10 @@ def check_pretrain(config: PretrainConfig) -> CheckReport:
     from antdist.orchestration.pretraining import pretrain_inputs
 
     report = CheckReport()
+    if config.model.item_embeddings:
+        _contradiction(
+            "model.item_embeddings", "they belong to the items of a target", "set it to false, or run relearn"
+        )
     _check_common(config, report)
     inputs = pretrain_inputs(config)
     _tell_inputs(inputs, config, report)
@@ -47,7 +58,7 @@ def check_pretrain(config: PretrainConfig) -> CheckReport:
 
 def check_relearn(config: RelearnConfig) -> CheckReport:
     """Raises UserError at the first thing that would stop the run."""
-    from antdist.orchestration.relearning import open_parent, relearn_inputs, strategies_of
+    from antdist.orchestration.relearning import available, open_parent, parent_notes, relearn_inputs, strategies_of
     from antdist.training.adaptation import adapt, needs_parent
 
     report = CheckReport()
@@ -72,13 +83,17 @@ def check_relearn(config: RelearnConfig) -> CheckReport:
             f"strategy {strategy}" + (f" from {parent.uri}" if parent and needs_parent(strategy) else "")
         )
     _tell_inputs(inputs, config, report)
-    if parent is not None and config.target in parent.card.domains:
-        report.checked.append(f"note: the target {config.target} is one of the parent's auxiliary domains")
+    if parent is not None:
+        report.notes += parent_notes(config, parent)
+    absent = [m for m in config.model.modalities if m not in available(config, inputs.domains[0])]
+    if absent:
+        report.notes.append(f"no item of {config.target} has {' or '.join(absent)}: models do without")
     return report
 
 
 def _check_common(config: PretrainConfig | RelearnConfig, report: CheckReport) -> None:
     from antdist.orchestration.session import inside_job
+    from antdist.tracking.registry import check_model_name
     from antdist.tracking.store import check_reachable, redact
     from antdist.training.deepspeed_engine import deepspeed_config
 
@@ -88,6 +103,8 @@ def _check_common(config: PretrainConfig | RelearnConfig, report: CheckReport) -
             where="ray.storage",
             remedy="give an absolute path, to a folder that all nodes share",
         )
+    if config.tracking.registered_model is not None:
+        check_model_name(config.tracking.registered_model)
     deepspeed_config(config.training)
     if config.training.precision == "fp16" and config.ray.gpus_per_worker == 0:
         _contradiction("training.precision", "fp16 needs a GPU", "set fp32, or ray.gpus_per_worker=1")

@@ -12,15 +12,18 @@ from antdist.errors import UserError
 from antdist.orchestration.checks import check_pretrain
 from antdist.orchestration.inputs import Inputs, open_domains, open_inputs, rank_together
 from antdist.orchestration.runs import (
-    claim_folder,
+    GENTLER,
+    LONGER,
+    claimed,
     collect_training_state,
+    ending_runs,
     following,
     for_workers,
     read_json,
     write_json,
 )
 from antdist.orchestration.session import enter_worker, ray_session, run_workers
-from antdist.orchestration.worker import best_model, learn, save_best, telling
+from antdist.orchestration.worker import alone, best_model, learn, save_best
 from antdist.progress import say
 from antdist.tracking.registry import Lineage, register, resolve, resolve_training_state
 from antdist.tracking.run import start_run
@@ -67,12 +70,18 @@ def pretrain(config: PretrainConfig) -> Pretrained:
     registry holds, in the MLflow run that it came from.
 
     Raises:
-        UserError: whatever `check_pretrain` finds; a run of this name with another configuration; a loss that diverged.
+        UserError: whatever `check_pretrain` finds; a run of this name with another configuration, or at work; a loss that
+            diverged.
     """
-    check_pretrain(config)
+    check_pretrain(config).say_notes()
     storage = Path(config.ray.storage).resolve()
-    folder, uri = storage / config.name, tracking_uri(config.tracking, storage)
-    claim_folder(folder, config)
+    folder = storage / config.name
+    diverged = "error" in (read_json(folder / "outcome.json") or {})
+    with claimed(folder, config, LONGER | GENTLER if diverged else LONGER):
+        return _pretrain(config, folder, tracking_uri(config.tracking, storage))
+
+
+def _pretrain(config: PretrainConfig, folder: Path, uri: str) -> Pretrained:
     domains = open_domains(config.data, config.data.domains, "data.domains")
     lineage = Lineage({domain.name: domain.fingerprint for domain in domains})
     known = read_json(folder / "run.json")
@@ -89,7 +98,8 @@ def pretrain(config: PretrainConfig) -> Pretrained:
     write_json(folder / "run.json", {"run_id": tracked.run_id})
     tracked.finish(status=None)
     settings = {"config": for_workers(config), "uri": uri, "run_id": tracked.run_id, "folder": str(folder)}
-    with ray_session(config.ray), following(folder):
+    (folder / "outcome.json").unlink(missing_ok=True)
+    with ending_runs(uri, [folder]), ray_session(config.ray), following(folder):
         run_workers(pretrain_worker, settings, config.ray, config.name)
     outcome = read_json(folder / "outcome.json")
     assert outcome is not None, "the workers ended without a word"
@@ -126,9 +136,8 @@ def pretrain_worker(settings: dict[str, Any]) -> None:
     tracked = None
     if world.leader:
         tracked = start_run(settings["uri"], config.tracking.experiment, config.name, folder, run_id=settings["run_id"])
-        (folder / "outcome.json").unlink(missing_ok=True)
     try:
-        with telling(world, folder):
+        with alone(world, folder):
             outcome = _train(config, world, folder, tracked, settings["uri"])
     except Diverged as error:  # on all ranks alike: a restart by Ray would only repeat it
         outcome = {"error": {"what": error.what, "where": error.where, "remedy": error.remedy}}
@@ -158,7 +167,7 @@ def _train(config: PretrainConfig, world: World, folder: Path, tracked: Any, uri
         name=config.name,
         evaluate=evaluate,
         tracked=tracked,
-        start=_registered_state(config, uri) if world.leader else None,
+        start=_registered_state(config, folder, uri) if world.leader else None,
     )
     best = best_model(model, folder, progress, world)
     card = _card(config, inputs, {"epoch": progress.best_epoch, "validation Recall@10": progress.best})
@@ -183,11 +192,14 @@ def pretrain_inputs(config: PretrainConfig) -> Inputs:
     )
 
 
-def _registered_state(config: PretrainConfig, uri: str) -> Checkpoint | None:
-    """The state that `resume` names."""
-    from antdist.training.checkpoint import load_latest
+def _registered_state(config: PretrainConfig, folder: Path, uri: str) -> Checkpoint | None:
+    """The state that `resume` names; not looked for where the run has checkpoints of its own, as after a restart."""
+    from antdist.training.checkpoint import load_latest, steps_in
 
     if config.resume is None:
+        return None
+    if steps_in(folder / "checkpoints"):
+        say(f"{config.name}: has checkpoints of its own in {folder}, so {config.resume} is not read")
         return None
     found = load_latest(resolve_training_state(config.resume, uri) / "checkpoints")
     if found is None:

@@ -17,15 +17,16 @@ from antdist.errors import UserError
 from antdist.orchestration.checks import check_relearn
 from antdist.orchestration.inputs import Inputs, open_domains, open_inputs, rank_together
 from antdist.orchestration.pretraining import feature_sources
-from antdist.orchestration.runs import claim_folder, following, for_workers, read_json, write_json
+from antdist.orchestration.runs import claimed, ending_runs, following, for_workers, read_json, write_json
 from antdist.orchestration.session import enter_worker, ray_session, run_workers
-from antdist.orchestration.worker import best_model, learn, save_best, telling
+from antdist.orchestration.worker import alone, best_model, learn, save_best
 from antdist.progress import say
 from antdist.tracking.registry import Lineage, register, resolve
 from antdist.tracking.run import start_run
 from antdist.tracking.store import redact, tracking_uri
 
 if TYPE_CHECKING:
+    from antdist.data.domain import Domain
     from antdist.evaluation.report import Row
     from antdist.evaluation.results import Run, RunKey
     from antdist.evaluation.significance import Verdict
@@ -93,33 +94,58 @@ def relearn(config: RelearnConfig) -> Relearned:
     Trials that are finished under the same name are not run again.
 
     Raises:
-        UserError: whatever `check_relearn` finds; a run of this name with another configuration; a loss that diverged.
+        UserError: whatever `check_relearn` finds; a run of this name with another configuration, or at work; a loss that
+            diverged; trials that `training.stop_after` ended early.
     """
-    check_relearn(config)
+    check_relearn(config).say_notes()
     assert config.target is not None
     storage = Path(config.ray.storage).resolve()
-    folder, uri = storage / config.name / config.target, tracking_uri(config.tracking, storage)
+    folder = storage / config.name / config.target
     # strategies, seeds and parents are the trials' own
-    claim_folder(folder, config.model_copy(update={"strategy": "auto", "seeds": [0], "parent": None}))
+    shared = config.model_copy(update={"strategy": "auto", "seeds": [0], "parent": None})
+    with claimed(folder, shared):
+        return _relearn(config, config.target, folder, tracking_uri(config.tracking, storage))
+
+
+def _relearn(config: RelearnConfig, target: str, folder: Path, uri: str) -> Relearned:
     parent_uri = resolve(config.parent, uri).uri if config.parent else None
     trials = [(strategy, seed) for strategy in strategies_of(config) for seed in config.seeds]
-    domain = open_domains(config.data, [config.target], "target")[0]
+    domain = open_domains(config.data, [target], "target")[0]
     for strategy, seed in trials:
         _open_trial(config, strategy, seed, folder, uri, _lineage(config, domain.fingerprint, strategy, parent_uri))
-    settings = {"config": for_workers(config), "uri": uri, "folder": str(folder)}
-    if not all((trial_folder(folder, *trial) / "outcome.json").is_file() for trial in trials):
-        with ray_session(config.ray), following(folder):
-            run_workers(relearn_worker, settings, config.ray, f"{config.name}-{config.target}")
-    for strategy, seed in trials:
-        outcome = read_json(trial_folder(folder, strategy, seed) / "outcome.json") or {}
-        if outcome.get("error"):
-            (trial_folder(folder, strategy, seed) / "outcome.json").unlink()
-            raise UserError(**outcome["error"])
+    outcomes = [trial_folder(folder, *trial) / "outcome.json" for trial in trials]
+    if all(outcome.is_file() for outcome in outcomes):
+        say("all trials are finished: nothing is trained")
+    else:
+        settings = {"config": for_workers(config), "uri": uri, "folder": str(folder)}
+        with ending_runs(uri, [outcome.parent for outcome in outcomes]), ray_session(config.ray), following(folder):
+            run_workers(relearn_worker, settings, config.ray, f"{config.name}-{target}")
+    _refuse_unfinished(outcomes)
     return _conclude(config, folder, uri, domain.fingerprint, parent_uri)
 
 
+def _refuse_unfinished(outcomes: list[Path]) -> None:
+    """Raises UserError if a trial diverged (it is tried again by the next start) or was ended early."""
+    for outcome in outcomes:
+        error = (read_json(outcome) or {}).get("error")
+        if error:
+            outcome.unlink()
+            raise UserError(
+                error["what"],
+                where=error["where"],
+                remedy="lower training.learning_rate, set training.clip, or run in fp32; and choose another name",
+            )
+    stopped = [outcome.parent.name for outcome in outcomes if not outcome.is_file()]
+    if stopped:
+        raise UserError(
+            f"ended early: {', '.join(stopped)}",
+            where="training.stop_after",
+            remedy="the same command goes on; without the key to the end",
+        )
+
+
 def strategies_of(config: RelearnConfig) -> list[Strategy]:
-    """The strategies that a call runs; `auto` leaves out those that need a parent where none is given."""
+    """The strategies that a call runs, in the order in which they win ties."""
     if config.strategy == "auto":
         return list(AUTO)
     return [config.strategy]
@@ -147,24 +173,40 @@ def open_parent(config: RelearnConfig, uri: str) -> Parent | None:
     return Parent(model, card, found.uri)
 
 
+def parent_notes(config: RelearnConfig, parent: Parent) -> list[str]:
+    """What a user should know of this parent for this target, though it may be adapted."""
+    from antdist.training.adaptation import treatments
+
+    notes = []
+    if config.target in parent.card.domains:
+        notes.append(f"the target {config.target} is one of the parent's auxiliary domains: its gain is no transfer")
+    if any(treatments(strategy)["theta"].inherited for strategy in strategies_of(config)):
+        unknown = [modality for modality in parent.card.dims if modality not in parent.card.features]
+        if unknown:
+            notes.append(f"{parent.uri} does not say which encoders made its {', '.join(unknown)} features: see to it")
+    return notes
+
+
 def relearn_inputs(config: RelearnConfig, strategy: Strategy, parent: Parent | None) -> Inputs:
-    """The target's data as a strategy reads them: where the item tower is inherited, in the parent's modalities and of
-    the parent's encoders; else in those of `model.modalities` that the target has."""
+    """The target's data as a strategy reads them: of `model.modalities` those that the parent has, of its encoders, where
+    the item tower is inherited; else those that the target has."""
     from antdist.features.table import Catalogue
     from antdist.training.adaptation import treatments
 
     domains = open_domains(config.data, [config.target or ""], "target")
     if parent is not None and treatments(strategy)["theta"].inherited:
         identities = {m: source.identity for m, source in parent.card.features.items()}
-        catalogue = Catalogue(
-            domains,
-            list(parent.card.dims),
-            config.data.feature_dtype,
-            dims=dict(parent.card.dims),
-            identities=identities,
-        )
+        shared = [m for m in parent.card.dims if m in config.model.modalities]
+        if not shared:
+            raise UserError(
+                f"the parent reads {', '.join(parent.card.dims)} and nothing else",
+                where="model.modalities",
+                remedy="name one of these, or choose strategy=relearn",
+            )
+        dims: dict[str, int] = {modality: parent.card.dims[modality] for modality in shared}
+        catalogue = Catalogue(domains, shared, config.data.feature_dtype, dims=dims, identities=identities)
     else:
-        catalogue = Catalogue(domains, _available(config, domains[0]), config.data.feature_dtype)
+        catalogue = Catalogue(domains, available(config, domains[0]), config.data.feature_dtype)
     return open_inputs(
         domains,
         catalogue,
@@ -176,12 +218,12 @@ def relearn_inputs(config: RelearnConfig, strategy: Strategy, parent: Parent | N
     )
 
 
-def _available(config: RelearnConfig, domain: Any) -> list[str]:
-    from antdist.features.table import open_table, source_has
+def available(config: RelearnConfig, domain: Domain) -> list[str]:
+    """Those of `model.modalities` that the target has. Raises UserError if it has none."""
+    from antdist.features.table import table_if_any
 
-    kept: list[str] = [
-        m for m in config.model.modalities if source_has(domain, m) and open_table(domain, m).meta.present
-    ]
+    tables = {modality: table_if_any(domain, modality) for modality in config.model.modalities}
+    kept: list[str] = [modality for modality, table in tables.items() if table is not None and table.meta.present]
     if not kept:
         raise UserError(
             f"{domain.name} has none of {', '.join(config.model.modalities)}",
@@ -232,7 +274,7 @@ def relearn_worker(settings: dict[str, Any]) -> None:
 
     world, folder = current_world(), Path(settings["folder"])
     parent = open_parent(config, settings["uri"])
-    with telling(world, folder):
+    with alone(world, folder):
         for strategy in strategies_of(config):
             for seed in config.seeds:
                 mine = trial_folder(folder, strategy, seed)
@@ -355,7 +397,7 @@ def _key(config: RelearnConfig, inputs: Inputs, seed: int, split: Any) -> RunKey
     from antdist.evaluation.results import RunKey, budget_digest
 
     domain = inputs.domains[0]
-    present = _available(config, domain)
+    present = available(config, domain)
     return RunKey(
         target=domain.name,
         manifest=domain.fingerprint,
@@ -379,6 +421,8 @@ def _conclude(config: RelearnConfig, folder: Path, uri: str, fingerprint: str, p
         for split in SPLITS
     }
     scratch = {split: runs.get(("scratch", split)) or _known_scratch(folder, config, split) for split in SPLITS}
+    if scratch["test"] is None:
+        say(f"no scratch trials with the same seeds in {folder}: the transfer is unknown (strategy=scratch makes them)")
     verdicts: dict[str, Verdict] = {
         s: judge(runs[s, "validation"], scratch["validation"]) for s in strategies if s != "scratch"
     }
@@ -390,7 +434,7 @@ def _conclude(config: RelearnConfig, folder: Path, uri: str, fingerprint: str, p
     # the first of the best: scratch stands first in AUTO and so wins a tie
     chosen = max(strategies, key=lambda s: validation[s])
     per_seed = metric_of(runs[chosen, "validation"], "Recall@10").mean(1)
-    seed = config.seeds[int(np.argmax(per_seed))]
+    seed = runs[chosen, "validation"].key.seeds[int(np.argmax(per_seed))]  # pooled runs are in the order of their seeds
     mine = trial_folder(folder, chosen, seed)
     verdict = verdicts.get(chosen)
     promote = verdict is None or verdict.transfer in ("positive", "none")
@@ -413,11 +457,8 @@ def _conclude(config: RelearnConfig, folder: Path, uri: str, fingerprint: str, p
 
 
 def _known_scratch(folder: Path, config: RelearnConfig, split: str) -> Run | None:
-    """`scratch` trials that this run's folder holds from an earlier call, for the same seeds."""
+    """The `scratch` trials that this run's folder holds from an earlier call, if for all of the same seeds."""
     from antdist.evaluation.results import load_ranks, pool
 
     files = [trial_folder(folder, "scratch", seed) / f"{split}.npz" for seed in config.seeds]
-    if not all(file.is_file() for file in files):
-        say(f"no scratch trials with the same seeds in {folder}: the transfer is unknown (strategy=scratch makes them)")
-        return None
-    return pool([load_ranks(file) for file in files])
+    return pool([load_ranks(file) for file in files]) if all(file.is_file() for file in files) else None

@@ -4,22 +4,25 @@ STORAGE/NAME/
   config.yaml     as resolved; a second start under the same name must agree with it
   run.json        the MLflow run that this run writes to, kept over restarts
   log.txt         what the leader said
+  live.json       how it goes
   outcome.json    what became of it
+  lock, leader.lock   held by the command, by the leading worker
   checkpoints/  best/  model/  training_state/
 """
 
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import json
 import shutil
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import yaml
 from pydantic import BaseModel
@@ -30,51 +33,82 @@ from antdist.errors import UserError
 from antdist.progress import QUIET_SECONDS, say, tee
 from antdist.training.live import Live
 
+EARLIER_WORKERS_SECONDS = 120.0
+
 # keys that may differ between two starts of a run: how and how long, not what
-OPERATIONAL = {
-    "resume": None,
-    "name": None,
-    "ray": None,
-    "tracking": None,
-    "training": {
-        "epochs", "engine", "zero_stage", "deepspeed", "checkpoint_every", "keep_checkpoints", "stop_after", "log_every",
-        "patience",
-    },
-}  # fmt: skip
+OPERATIONAL = frozenset(
+    {"resume", "name", "ray", "tracking"}
+    | {f"training.{key}" for key in ("engine", "zero_stage", "deepspeed", "checkpoint_every", "keep_checkpoints")}
+    | {f"training.{key}" for key in ("stop_after", "log_every")}
+)
+# pre-training may also go on longer, and more carefully once it diverged; trials that are compared may not
+LONGER = frozenset({"training.epochs", "training.patience"})
+GENTLER = frozenset({"training.learning_rate", "training.clip", "training.precision"})
 
 
-def claim_folder(folder: Path, config: BaseModel) -> None:
-    """Make the run's folder, or take it up again if it holds the same run.
+@contextlib.contextmanager
+def claimed(folder: Path, config: BaseModel, adjustable: frozenset[str] = frozenset()) -> Iterator[None]:
+    """Within the block the run's folder is this command's: made, or taken up again if it holds the same run.
 
     Raises:
-        UserError: the folder holds a run of another configuration; says which keys differ.
+        UserError: another command holds it; it holds a run of another configuration, saying which keys differ.
     """
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "lock").open("a") as lock:
+        if not _locked(lock):
+            raise UserError(
+                "another command is working on this run",
+                where=folder,
+                remedy="wait for it or stop it, or choose another name=...",
+            )
+        _take_up(folder, config, adjustable)
+        yield
+
+
+def _take_up(folder: Path, config: BaseModel, adjustable: frozenset[str]) -> None:
     file = folder / "config.yaml"
     if file.is_file():
-        differing = _differing(yaml.safe_load(file.read_text(encoding="utf-8")), yaml.safe_load(dump_config(config)))
-        if differing:
+        changed = _changed(yaml.safe_load(file.read_text(encoding="utf-8")), yaml.safe_load(dump_config(config)))
+        refused = [told for key, told in changed.items() if key not in adjustable]
+        if refused:
             raise UserError(
-                f"a run of this name exists with another configuration: {'; '.join(differing[:5])}",
+                f"a run of this name exists with another configuration: {'; '.join(refused[:5])}",
                 where=folder,
                 remedy="choose another name=..., undo the change to go on with that run, or remove its folder",
             )
-        say(f"{folder} exists: going on with that run")
-    folder.mkdir(parents=True, exist_ok=True)
-    file.write_text(dump_config(config), encoding="utf-8")
+        say(f"{folder} exists: going on with that run" + "".join(f"; {told}" for told in changed.values()))
+    partial = file.with_suffix(".partial")
+    partial.write_text(dump_config(config), encoding="utf-8")
+    partial.replace(file)
 
 
-def _differing(there: dict[str, Any], here: dict[str, Any], prefix: str = "") -> list[str]:
-    told = []
+def _changed(there: dict[str, Any], here: dict[str, Any], prefix: str = "") -> dict[str, str]:
+    """What differs between two configurations, beyond operation: by dotted key, in words."""
+    told: dict[str, str] = {}
     for key in sorted(there.keys() | here.keys()):
-        skip = OPERATIONAL.get(key, ()) if not prefix else ()
-        if skip is None or (prefix == "training." and key in (OPERATIONAL["training"] or ())):
+        old, new, dotted = there.get(key), here.get(key), prefix + key
+        if dotted in OPERATIONAL:
             continue
-        old, new = there.get(key), here.get(key)
         if isinstance(old, dict) and isinstance(new, dict):
-            told += _differing(old, new, f"{prefix}{key}.")
+            told |= _changed(old, new, f"{dotted}.")
         elif old != new:
-            told.append(f"{prefix}{key} was {old!r}, is {new!r}")
+            told[dotted] = f"{dotted} was {old!r}, is {new!r}"
     return told
+
+
+def _locked(file: TextIO, seconds: float = 0.0) -> bool:
+    """Whether the file could be locked, within so long; the lock goes when the file is closed or the process dies."""
+    deadline = time.monotonic() + seconds
+    while True:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return True
+        except BlockingIOError:
+            if time.monotonic() >= deadline:
+                return False
+            time.sleep(0.2)
+        except OSError:  # a file system without locks
+            return True
 
 
 def read_json(path: Path) -> dict[str, Any] | None:
@@ -101,10 +135,35 @@ def for_workers(config: PretrainConfig | RelearnConfig) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def logging_to(folder: Path) -> Iterator[None]:
-    """On the leader: what is said goes to the run's log too, from where the driver shows it."""
-    with (folder / "log.txt").open("a", encoding="utf-8", buffering=1) as log, tee(log):
+def ending_runs(uri: str, folders: Sequence[Path]) -> Iterator[None]:
+    """If the block fails or is stopped, the MLflow runs of those folders that have no outcome yet are told so."""
+    from antdist.tracking.run import TrackedRun
+
+    try:
         yield
+    except BaseException as error:
+        for folder in folders:
+            known = read_json(folder / "run.json")
+            if known is not None and not (folder / "outcome.json").is_file():
+                run = TrackedRun(uri, known["run_id"], folder, resumed=True)
+                run.finish("KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED", timeout=5)
+        raise
+
+
+@contextlib.contextmanager
+def leading(folder: Path) -> Iterator[None]:
+    """On the leader: alone at work in the run's folder; what is said goes to its log too, from where the driver shows it.
+
+    Workers outlive a killed driver by some seconds, and must not write into what the next ones begin.
+
+    Raises:
+        UserError: earlier workers of this run do not end.
+    """
+    with (folder / "leader.lock").open("a") as lock:
+        if not _locked(lock, EARLIER_WORKERS_SECONDS):
+            raise UserError("earlier workers of this run are still at work", where=folder, remedy="stop them")
+        with (folder / "log.txt").open("a", encoding="utf-8", buffering=1) as log, tee(log):
+            yield
 
 
 def show_live(folder: Path, live: Live) -> None:

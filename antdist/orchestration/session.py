@@ -5,14 +5,19 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+import signal
 import socket
+import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, wait
 from pathlib import Path
 from typing import Any
 
 from antdist.config.schema import RayConfig
 from antdist.errors import UserError
+from antdist.orchestration.runs import read_json, write_json
+from antdist.progress import say
 
 # Ray asks every worker for these; the first two cost time or network, the others fill logs
 WORKER_ENVIRONMENT = {
@@ -23,6 +28,7 @@ WORKER_ENVIRONMENT = {
 }
 
 KNOCK_SECONDS = 10
+SETTLE_SECONDS = 3  # until a new Ray knows what it has
 
 
 @contextlib.contextmanager
@@ -58,9 +64,23 @@ def ray_session(config: RayConfig) -> Iterator[None]:
             "the address out for a local Ray",
         ) from None
     try:
-        yield
+        with _terminable():
+            yield
     finally:
         ray.shutdown()
+
+
+@contextlib.contextmanager
+def _terminable() -> Iterator[None]:
+    """A scheduler's SIGTERM ends the command in order, as Ctrl-C does; Ray's own answer is a dump of its stack."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _knock(address: str) -> None:
@@ -84,48 +104,108 @@ def run_workers(work: Callable[[dict[str, Any]], None], settings: dict[str, Any]
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
 
+    _check_room(config)
+    # a name of its own, since Ray goes on silently with a run of the same name; resuming is ours
+    name = f"{name}-{time.time_ns():x}"
+    storage = Path(config.storage).resolve() / "ray"
+    storage.mkdir(parents=True, exist_ok=True)
+    mistake = storage / f"{name}.mistake.json"
+
+    def work_or_tell(settings: dict[str, Any]) -> None:
+        """A user's mistake is noted for the driver, and workers that Ray restarts after it end at once: trying again,
+        perhaps for ever, would not mend it."""
+        from antdist.training.world import agree, current_world
+
+        if agree(current_world(), mistake.is_file()):
+            return
+        try:
+            work(settings)
+        except UserError as error:
+            write_json(mistake, {"what": error.what, "where": error.where, "remedy": error.remedy})
+            raise
+
     on_gpu = config.gpus_per_worker > 0
     resources: dict[str, float] = {"CPU": config.cpus_per_worker}
     if on_gpu:
         resources["GPU"] = config.gpus_per_worker
     trainer = TorchTrainer(
-        work,
+        work_or_tell,
         train_loop_config=settings,
         torch_config=TorchConfig(backend="nccl" if on_gpu else "gloo"),
         scaling_config=ScalingConfig(num_workers=config.workers, use_gpu=on_gpu, resources_per_worker=resources),
         run_config=RunConfig(
-            # a name of its own, since Ray goes on silently with a run of the same name; resuming is ours
-            name=f"{name}-{time.time_ns():x}",
-            storage_path=str(Path(config.storage).resolve() / "ray"),
+            name=name,
+            storage_path=str(storage),
             failure_config=FailureConfig(max_failures=config.max_failures),
             worker_runtime_env={"env_vars": WORKER_ENVIRONMENT},
         ),
     )
+    failure: Exception | None = None
     try:
-        trainer.fit()
+        _fit(trainer)
     except Exception as error:  # Ray wraps whatever a worker raised
-        told = _user_error(error)
-        if told is None:
-            raise
-        raise told from None
+        failure = error
+    told = read_json(mistake)
+    if told is not None:
+        mistake.unlink()
+        raise UserError(**told)
+    if failure is not None:
+        raise _told(failure, config) from None
 
 
-def _user_error(error: BaseException | None) -> UserError | None:
-    """The user's mistake inside Ray's wrapping, if that is what it was."""
-    seen: set[int] = set()
-    pending: list[BaseException | None] = [error]
-    while pending:
-        one = pending.pop()
-        if one is None or id(one) in seen:
-            continue
-        seen.add(id(one))
-        if isinstance(one, UserError):
-            return one
-        pending += [one.__cause__, one.__context__, getattr(one, "cause", None)]
-        failures = getattr(one, "worker_failures", None)
-        if isinstance(failures, dict):
-            pending += list(failures.values())
-    return None
+def _check_room(config: RayConfig) -> None:
+    """Workers that fit nowhere would be waited for in silence. Raises UserError on a local Ray, which cannot grow."""
+    import ray
+
+    asked = {"CPU": config.workers * config.cpus_per_worker, "GPU": config.workers * config.gpus_per_worker}
+    deadline = time.monotonic() + SETTLE_SECONDS
+    while True:
+        there = ray.cluster_resources()
+        short = [f"{n:g} {kind}s ({there.get(kind, 0):g} there)" for kind, n in asked.items() if n > there.get(kind, 0)]
+        if not short:
+            return
+        if time.monotonic() > deadline:
+            break
+        time.sleep(0.2)
+    if config.address or os.environ.get("RAY_ADDRESS"):
+        say(f"the workers ask for {' and '.join(short)}: waiting until nodes join the cluster")
+        return
+    raise UserError(
+        f"the workers ask for {' and '.join(short)} on this machine",
+        where="ray.workers, ray.cpus_per_worker, ray.gpus_per_worker",
+        remedy="lower them, or name a cluster with ray.address",
+    )
+
+
+def _fit(trainer: Any) -> None:
+    """In a thread: in the main one Ray Train takes Ctrl-C to itself, and the command would end as if it had failed."""
+    done: Future[None] = Future()
+
+    def fit() -> None:
+        try:
+            trainer.fit()
+        except BaseException as error:
+            done.set_exception(error)
+        else:
+            done.set_result(None)
+
+    threading.Thread(target=fit, name="fit", daemon=True).start()
+    while not done.done():  # a signal that another thread takes does not end a wait, so none is long
+        wait([done], timeout=0.3)
+    done.result()
+
+
+def _told(failure: Exception, config: RayConfig) -> Exception:
+    """What ended the workers, in one line if they died; their own traceback if they failed."""
+    if "The actor died unexpectedly" not in str(failure):
+        return failure
+    log = re.search(r"log_file_path='([^']+)'", str(failure))
+    return UserError(
+        "a worker died: killed, out of memory, or its node is gone"
+        + (f" (its log, on its node: {log[1]})" if log else ""),
+        where=f"ray.max_failures {config.max_failures}",
+        remedy="the same command goes on from the last checkpoint",
+    )
 
 
 def enter_worker(cpus: int) -> None:

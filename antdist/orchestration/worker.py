@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from antdist.config.schema import LossConfig, TrainingConfig
 from antdist.orchestration.inputs import Inputs
-from antdist.orchestration.runs import logging_to, show_live
+from antdist.orchestration.runs import leading, show_live
 
 if TYPE_CHECKING:
     from antdist.model.io import ModelCard
@@ -110,11 +110,6 @@ def save_best(model: Recommender, folder: Path, card: ModelCard, world: World) -
     barrier(world)
 
 
-@contextlib.contextmanager
-def telling(world: World, folder: Path) -> Iterator[None]:
-    """The leader's words go to the run's log; the driver shows them."""
-    if not world.leader:
-        yield
-        return
-    with logging_to(folder):
-        yield
+def alone(world: World, folder: Path) -> contextlib.AbstractContextManager[None]:
+    """Around a worker's work: its leader is alone at work in the run's folder, and the driver shows what it says."""
+    return leading(folder) if world.leader else contextlib.nullcontext()

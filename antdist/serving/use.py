@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from antdist.config.schema import TrackingConfig
+from antdist.errors import UserError
 from antdist.progress import say
 
 if TYPE_CHECKING:
@@ -51,6 +52,14 @@ def open_model(model: str, domain: Path, storage: Path, tracking_uri: str | None
     if not folder.is_dir():  # a folder needs no registry
         folder = resolve(model, store(TrackingConfig(uri=tracking_uri), storage.resolve())).folder
     recommender, card = load_model(folder)
+    made_for = card.made.get("fingerprint")
+    if card.config.item_embeddings and made_for not in (None, opened.fingerprint):
+        raise UserError(
+            f"the model has an embedding for each item of {card.target} as it was (fingerprint {made_for[:12]}), none for "
+            f"{opened.name} ({opened.fingerprint[:12]})",
+            where=opened.folder,
+            remedy="use the domain that it was adapted to, or a model without model.item_embeddings",
+        )
     identities = {modality: source.identity for modality, source in card.features.items()}
     dims = {str(modality): width for modality, width in card.dims.items()}
     catalogue = Catalogue([opened], list(dims), dims=dims, identities=identities)

@@ -105,7 +105,7 @@ def register(
     """
     check_model_name(name)
     digest = folder_digest(folder)
-    told = {**lineage.tags(), **(tags or {}), "digest": digest}
+    told = {key: redact(value) for key, value in {**lineage.tags(), **(tags or {}), "digest": digest}.items()}
     if validation is not None:
         told[VALIDATION] = repr(float(validation))
     state_digest = None if training_state is None else folder_digest(training_state)
@@ -124,9 +124,9 @@ def register(
                 client.log_artifacts(run_id, str(training_state), told["training_state"])
             source = f"{client.get_run(run_id).info.artifact_uri}/{path}"
             _ensure_model(client, name)
-            version = client.create_model_version(
-                name, source, run_id, tags={key: redact(value) for key, value in told.items()}
-            )
+            version = client.create_model_version(name, source, run_id, tags=told)
+        for key in [key for key in told if version.tags.get(key) != told[key]]:  # what is known of it since
+            client.set_model_version_tag(name, version.version, key, told[key])
         number = int(version.version)
         newest = _holder(client, name, "newest")
         if newest is None or int(newest.version) < number:

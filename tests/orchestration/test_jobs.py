@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 import shutil
+import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 from click.testing import CliRunner
 from safetensors.numpy import load_file
@@ -158,6 +163,58 @@ def test_without_scratch_the_verdict_is_unknown_and_nothing_is_promoted(world: P
         resolve("models:/alone-target@champion", done.tracking_uri)
 
 
+def test_the_registered_model_is_the_best_seeds_in_whatever_order_they_were_named(
+    world: Path, pretrained: Pretrained
+) -> None:
+    done = relearn(relearn_config(world, name="order", strategy="scratch", seeds=[2, 1, 0]))
+    found = resolve(done.model, done.tracking_uri)
+    cards = {seed: read_card(done.folder / f"scratch-seed{seed}" / "model") for seed in (0, 1, 2)}
+    reached = {seed: card.made["validation"]["Recall@10"] for seed, card in cards.items()}
+    assert len(set(reached.values())) == 3
+    best = max(reached, key=lambda seed: reached[seed])
+    assert read_card(found.folder).seed == best and found.tags["seed"] == str(best)
+    assert float(found.tags["validation_recall_at_10"]) == reached[best]
+
+
+def test_a_relearning_that_is_stopped_early_goes_on(world: Path) -> None:
+    stopped = relearn_config(world, name="pause", strategy="scratch", training={"epochs": 2, "stop_after": 1})
+    with pytest.raises(UserError, match=r"training.stop_after: ended early: scratch-seed0, scratch-seed1\. The same"):
+        relearn(stopped)
+    done = relearn(relearn_config(world, name="pause", strategy="scratch"))
+    assert read_card(done.folder / "scratch-seed1" / "model").made["epochs"] == 2
+    with pytest.raises(UserError, match=r"another configuration: training.epochs was 2, is 3"):
+        relearn(relearn_config(world, name="pause", strategy="scratch", training={"epochs": 3}))
+
+
+def test_a_transfer_that_becomes_known_is_told_of_the_version_that_was_there(
+    world: Path, pretrained: Pretrained
+) -> None:
+    first = relearn(relearn_config(world, name="later", strategy="relearn", **{"from": pretrained.model}))
+    assert resolve(first.model, first.tracking_uri).tags["transfer"] == "unknown"
+    relearn(relearn_config(world, name="later", strategy="scratch"))
+    again = relearn(relearn_config(world, name="later", strategy="relearn", **{"from": pretrained.model}))
+    assert again.model == first.model
+    assert resolve(again.model, again.tracking_uri).tags["transfer"] == again.verdicts["relearn"].transfer != "unknown"
+
+
+def test_item_embeddings_are_of_one_catalogue(world: Path) -> None:
+    """ANT_t knows the items of its target, and of no other domain, be it of the same size."""
+    done = relearn(
+        relearn_config(world, name="ant_t", strategy="scratch", model={**SMALL_MODEL, "item_embeddings": True})
+    )
+    assert evaluate_model(open_model(done.model, world / "data/target", world / "runs"), "test")["users"] == 40
+    with pytest.raises(UserError, match=r"an embedding for each item of target as it was .* none for aa"):
+        open_model(done.model, world / "data/aa", world / "runs")
+
+
+def test_a_finished_run_is_not_trained_again(
+    world: Path, pretrained: Pretrained, capsys: pytest.CaptureFixture[str]
+) -> None:
+    again = pretrain(pretrain_config(world, "straight"))
+    assert again.model == pretrained.model and curve(again) == curve(pretrained)
+    assert "straight: is finished (all epochs done, step" in capsys.readouterr().err
+
+
 def test_folders_may_be_relative_to_where_the_command_runs(world: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(world)
     config = pretrain_config(world, "relative", training={"epochs": 1})
@@ -166,9 +223,54 @@ def test_folders_may_be_relative_to_where_the_command_runs(world: Path, monkeypa
     assert done.folder == world / "runs" / "relative"
 
 
-def test_a_diverged_run_says_so_without_a_traceback(world: Path) -> None:
-    with pytest.raises(UserError, match=r"the loss is nan since step \d+"):
+def test_a_diverged_run_says_so_and_goes_on_as_advised(world: Path) -> None:
+    with pytest.raises(
+        UserError, match=r"the loss is nan since step \d+.*[Ll]ower training.learning_rate.*start again"
+    ):
         pretrain(pretrain_config(world, "diverged", training={"learning_rate": 1e30}))
+    again = pretrain(pretrain_config(world, "diverged", training={"learning_rate": 1e-3}))
+    assert again.finished == "all epochs done"
+
+
+def test_a_killed_worker_costs_nothing(world: Path, tmp_path: Path) -> None:
+    """Ray starts another, which goes on from the last checkpoint: the same weights as without."""
+    training = {"epochs": 40, "validate_every": 40}
+    straight = pretrain(pretrain_config(world, "unkilled", training=training, workers=1))
+    config = pretrain_config(world, "killed", training=training, workers=1)
+    config = config.model_copy(update={"ray": config.ray.model_copy(update={"max_failures": 1})})
+    folder = world / "runs" / "killed"
+    killer = threading.Thread(target=kill_leader_after, args=(folder, 5))
+    killer.start()
+    killed = pretrain(config)
+    killer.join()
+    assert "goes on at step" in (folder / "log.txt").read_text()
+    for name, weight in weights(straight.folder / "model").items():
+        np.testing.assert_array_equal(weights(killed.folder / "model")[name], weight, err_msg=name)
+
+
+def test_a_worker_that_dies_for_good_is_one_line(world: Path) -> None:
+    config = pretrain_config(world, "dead", training={"epochs": 400}, workers=1)
+    killer = threading.Thread(target=kill_leader_after, args=(world / "runs" / "dead", 1))
+    killer.start()
+    with pytest.raises(UserError, match=r"a worker died: killed, .* The same command goes on from the last checkpoint"):
+        pretrain(config)
+    killer.join()
+    known = json.loads((world / "runs" / "dead" / "run.json").read_text())["run_id"]
+    assert connect(f"sqlite:///{world}/runs/mlflow.db").get_run(known).info.status == "FAILED"
+
+
+def kill_leader_after(folder: Path, epochs: int) -> None:
+    """Kill the training worker once it wrote so many checkpoints; its open lock tells which process it is."""
+    seen: set[str] = set()
+    while len(seen) < epochs:
+        seen |= {path.parent.name for path in folder.glob("checkpoints/step-*/COMPLETE.json")}
+        time.sleep(0.02)
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error):
+            if process.name().startswith("ray::") and any(
+                file.path == str(folder / "leader.lock") for file in process.open_files()
+            ):
+                process.kill()
 
 
 def test_another_configuration_under_the_same_name_is_refused(world: Path, pretrained: Pretrained) -> None:

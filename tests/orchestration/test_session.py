@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import subprocess
+import sys
 import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
+import psutil
 import pytest
 
 from antdist.config.schema import RayConfig
 from antdist.errors import UserError
-from antdist.orchestration.session import ray_session
+from antdist.orchestration.session import ray_session, run_workers
 from tests.ranks import free_port
+from tests.worlds import make_domains
 
 
 @pytest.mark.parametrize("scheme", ["", "ray://"])
@@ -35,3 +44,69 @@ def test_the_address_of_the_jobs_page_is_not_rays(monkeypatch: pytest.MonkeyPatc
         ray_session(RayConfig()),
     ):
         pass
+
+
+@pytest.fixture(scope="module")
+def local_ray() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("RAY_ADDRESS", raising=False)
+        with ray_session(RayConfig()):
+            yield
+
+
+@pytest.mark.ray
+def test_a_users_mistake_in_a_worker_is_not_tried_again_for_ever(local_ray: None, tmp_path: Path) -> None:
+    def work(settings: dict[str, Any]) -> None:
+        with Path(settings["attempts"]).open("a") as file:
+            file.write("x")
+        raise UserError("a torn shard", where="items-00000.tar", remedy="prepare again")
+
+    config = RayConfig(storage=str(tmp_path), max_failures=-1)
+    with pytest.raises(UserError, match=r"^items-00000.tar: a torn shard\. Prepare again\.$"):
+        run_workers(work, {"attempts": str(tmp_path / "attempts")}, config, "torn")
+    assert (tmp_path / "attempts").read_text() == "x"
+
+
+@pytest.mark.ray
+def test_a_fault_in_a_worker_keeps_its_traceback(local_ray: None, tmp_path: Path) -> None:
+    def work(settings: dict[str, Any]) -> None:
+        raise ZeroDivisionError("of ours")
+
+    with pytest.raises(Exception, match=r"in work\n(?s:.)*ZeroDivisionError: of ours"):
+        run_workers(work, {}, RayConfig(storage=str(tmp_path), max_failures=0), "fault")
+
+
+@pytest.mark.ray
+def test_workers_that_fit_nowhere_are_not_waited_for(local_ray: None, tmp_path: Path) -> None:
+    config = RayConfig(storage=str(tmp_path), workers=1, cpus_per_worker=1000)
+    with pytest.raises(UserError, match=r"the workers ask for 1000 CPUs \(\d+ there\) on this machine\. Lower them"):
+        run_workers(print, {}, config, "big")
+
+
+@pytest.mark.ray
+@pytest.mark.parametrize("sign", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_a_run_in_order(sign: int, tmp_path: Path) -> None:
+    """Ctrl-C and a scheduler's SIGTERM: exit code 130, no traceback, no worker left."""
+    make_domains(tmp_path / "data", ["aa"])
+    overrides = [
+        "name=long", f"data.root={tmp_path}/data", "data.domains=[aa]", f"ray.storage={tmp_path}/runs", "model.dim=8",
+        "training.epochs=5000", "model.max_length=8", "stream.batch_size=64", "training.validate_every=5000",
+    ]  # fmt: skip
+    environment = {
+        name: value for name, value in os.environ.items() if name not in ("RAY_ADDRESS", "MLFLOW_TRACKING_URI")
+    }
+    with (tmp_path / "said").open("w") as said:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "antdist", "pretrain", *overrides], stdout=said, stderr=said, env=environment
+        )
+    deadline = time.monotonic() + 120
+    while not list((tmp_path / "runs/long").glob("checkpoints/step-*/COMPLETE.json")):
+        assert process.poll() is None and time.monotonic() < deadline, (tmp_path / "said").read_text()
+        time.sleep(0.2)
+    started = psutil.Process(process.pid).children(recursive=True)
+    process.send_signal(sign)
+    assert process.wait(timeout=30) == 130
+    told = (tmp_path / "said").read_text()
+    assert told.rstrip().endswith("stopped") and "Traceback" not in told
+    left = psutil.wait_procs(started, timeout=20)[1]
+    assert not left, left

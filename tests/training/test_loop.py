@@ -137,6 +137,21 @@ def test_the_deepspeed_engine_gives_the_plain_engines_losses(data: Path, tmp_pat
     assert_same(plain, twin[0], 1e-5)
 
 
+def test_bfloat16_gives_nearly_the_losses_of_float32_in_both_engines(data: Path, tmp_path: Path) -> None:
+    exact = run(data, tmp_path / "exact", epochs=2)
+    plain = run(data, tmp_path / "plain", epochs=2, precision="bf16")
+    options = {"engine": "deepspeed", "epochs": 2, "precision": "bf16"}
+    (twin,) = on_ranks(1, _run, data, tmp_path / "twin", options)
+    losses = {name: np.array([loss for _, loss in each["curve"]]) for name, each in
+              {"exact": exact, "plain": plain, "twin": twin}.items()}  # fmt: skip
+    assert losses["exact"][-1] < losses["exact"][0] - 1
+    for name in ("plain", "twin"):
+        np.testing.assert_allclose(losses[name], losses["exact"], rtol=0.02)
+        assert (losses[name] != losses["exact"]).all(), "not in bfloat16"
+    np.testing.assert_allclose(losses["plain"], losses["twin"], rtol=2e-3)
+    assert all(value.dtype == np.float32 for value in twin["weights"].values())
+
+
 @pytest.mark.parametrize("mode", ["sequence", "prefix"])
 def test_stopped_and_resumed_equals_uninterrupted_bit_for_bit(data: Path, tmp_path: Path, mode: str) -> None:
     """Law 3, with dropout and routing noise on, stops in mid-epoch and across epoch ends."""

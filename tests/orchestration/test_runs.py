@@ -1,0 +1,92 @@
+"""A run's folder: one command and one leading worker at a time, the same run or none."""
+
+from __future__ import annotations
+
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from antdist.config.load import check_config
+from antdist.config.schema import PretrainConfig
+from antdist.errors import UserError
+from antdist.orchestration import runs
+from antdist.orchestration.runs import GENTLER, LONGER, claimed, leading
+from antdist.progress import say
+
+
+def config(**training: Any) -> PretrainConfig:
+    return check_config(PretrainConfig, {"training": training})
+
+
+def test_a_second_command_on_the_same_run_is_refused(tmp_path: Path) -> None:
+    with claimed(tmp_path / "run", config()), claimed(tmp_path / "other", config()):
+        refused = pytest.raises(UserError, match="run: another command is working on this run")
+        with refused, claimed(tmp_path / "run", config()):
+            pass
+    with claimed(tmp_path / "run", config()):
+        pass
+
+
+def test_what_a_run_is_may_not_change_and_how_it_runs_may(tmp_path: Path) -> None:
+    with claimed(tmp_path, config()):
+        pass
+    with claimed(tmp_path, config(engine="plain", checkpoint_every=5)):
+        pass
+    with (
+        pytest.raises(UserError, match=r"another configuration: training.weight_decay was 0.0, is 0.5\. Choose"),
+        claimed(tmp_path, config(weight_decay=0.5), LONGER | GENTLER),
+    ):
+        pass
+
+
+def test_only_who_may_adjust_goes_on_longer_or_slower_and_it_is_said(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with claimed(tmp_path, config()):
+        pass
+    changed = config(epochs=400, learning_rate=1e-4)
+    with (
+        pytest.raises(UserError, match=r"training.epochs was 300, is 400; training.learning_rate was 0.001, is 0.0001"),
+        claimed(tmp_path, changed),
+    ):
+        pass
+    with claimed(tmp_path, changed, LONGER | GENTLER):
+        pass
+    assert "going on with that run; training.epochs was 300, is 400; training.learning_rate" in capsys.readouterr().err
+    with claimed(tmp_path, changed):
+        pass
+
+
+def test_a_leader_waits_until_the_one_before_it_has_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    order = []
+    entered, leave = threading.Event(), threading.Event()
+
+    def earlier() -> None:
+        with leading(tmp_path):
+            entered.set()
+            leave.wait()
+            order.append("earlier ends")
+
+    thread = threading.Thread(target=earlier)
+    thread.start()
+    entered.wait()
+    monkeypatch.setattr(runs, "EARLIER_WORKERS_SECONDS", 0.1)
+    with pytest.raises(UserError, match="earlier workers of this run are still at work"), leading(tmp_path):
+        pass
+    monkeypatch.setattr(runs, "EARLIER_WORKERS_SECONDS", 20.0)
+    threading.Timer(0.5, leave.set).start()
+    with leading(tmp_path):
+        order.append("later begins")
+        say("here")
+    thread.join()
+    assert order == ["earlier ends", "later begins"]
+    assert (tmp_path / "log.txt").read_text() == "here\n"
+
+
+def test_time_is_not_lost_on_a_free_folder(tmp_path: Path) -> None:
+    start = time.monotonic()
+    with leading(tmp_path):
+        assert time.monotonic() - start < 0.2
