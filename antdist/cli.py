@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import sys
 from collections.abc import Callable, Sequence
@@ -14,6 +15,8 @@ from antdist import __version__
 from antdist.errors import UserError
 
 EXIT_USER_ERROR = 2
+# what a user mends outside of antdist: permissions, a full or read-only disk
+THE_MACHINES = (errno.EACCES, errno.EPERM, errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 
 
 class Report(Protocol):
@@ -44,9 +47,11 @@ def main() -> NoReturn:
     try:
         cli(standalone_mode=False)
     except UserError as error:
-        click.secho("error: ", fg="red", err=True, nl=False)
-        click.echo(str(error), err=True)
-        sys.exit(EXIT_USER_ERROR)
+        _refuse(str(error))
+    except OSError as error:
+        if error.errno not in THE_MACHINES:
+            raise
+        _refuse(f"{error.filename or 'file system'}: {error.strerror}.")
     except click.exceptions.Abort:
         click.echo("stopped", err=True)
         sys.exit(130)
@@ -56,11 +61,32 @@ def main() -> NoReturn:
     sys.exit(0)
 
 
+def _refuse(message: str) -> NoReturn:
+    click.secho("error: ", fg="red", err=True, nl=False)
+    click.echo(message, err=True)
+    sys.exit(EXIT_USER_ERROR)
+
+
 def json_option(command: Callable[..., Any]) -> Callable[..., Any]:
     """`--json FILE` for verbs that measure."""
     return click.option(
-        "--json", "json_file", type=click.Path(path_type=Path, dir_okay=False), help="Write the figures to FILE too."
+        "--json",
+        "json_file",
+        type=click.Path(path_type=Path, dir_okay=False),
+        callback=_writable,
+        help="Write the figures to FILE too.",
     )(command)
+
+
+def _writable(context: click.Context, option: click.Parameter, file: Path | None) -> Path | None:
+    """Told before hours of work, not after them."""
+    if file is not None:
+        try:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.open("a").close()
+        except OSError as error:
+            raise UserError(f"cannot be written ({error.strerror})", where=file, remedy="name another --json") from None
+    return file
 
 
 def config_options(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -83,7 +109,6 @@ def tell(report: Report, json_file: Path | None = None) -> None:
 
 def write_document(document: dict[str, Any], json_file: Path | None) -> None:
     if json_file is not None:
-        json_file.parent.mkdir(parents=True, exist_ok=True)
         json_file.write_text(json.dumps(document, indent=1, default=str) + "\n", encoding="utf-8")
 
 

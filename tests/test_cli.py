@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import subprocess
 import sys
@@ -10,7 +11,7 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
-from antdist.cli import cli
+from antdist.cli import cli, main
 
 VERBS = sorted(cli.commands)
 
@@ -45,6 +46,7 @@ def test_help_imports_nothing_heavy() -> None:
         (["relearn", "strategy=magic"], "strategy"),
         (["relearn"], "target: no target is named"),
         (["verify", "absent"], "absent"),
+        (["verify", "absent", "--json", "/proc/no/figures.json"], "/proc/no/figures.json: cannot be written"),
         (["evaluate", "absent", "absent"], "absent"),
         (["prepare", "--domain", "d", "--out", "o", "--column", "x"], "--column: 'x' is not of the form OURS=THEIRS"),
     ],
@@ -100,3 +102,13 @@ def test_validate_checks_before_anything_runs(tmp_path: Path) -> None:
     ]:
         done = run("validate", *base, *overrides)
         assert done.returncode == 2 and message in done.stderr, (overrides, done.stderr)
+
+
+def test_a_full_disk_is_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def full(**_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device", "/data/shard.tar")
+
+    monkeypatch.setattr("antdist.cli.cli", full)
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 2 and capsys.readouterr().err == "error: /data/shard.tar: No space left on device.\n"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 from collections.abc import Iterator
@@ -18,6 +17,7 @@ from antdist.data.images import BadImage, modest
 from antdist.data.manifest import MANIFEST_NAME, File, ItemShard, SequenceShard
 from antdist.data.shards import Sample, UserBlock, decode_block, decode_item, decode_users, read_samples
 from antdist.errors import UserError
+from antdist.files import file_sha256
 from antdist.progress import track
 
 
@@ -108,14 +108,8 @@ def _file_problems(path: Path, size: int, digest: str) -> Iterator[str]:
     actual = path.stat().st_size
     if actual != size:
         yield f"{path}: {actual} bytes, {size} were written"
-    elif file_digest(path) != digest:
+    elif file_sha256(path) != digest:
         yield f"{path}: the content is not what was written (SHA-256 differs)"
-
-
-def file_digest(path: Path) -> str:
-    """SHA-256 of a file."""
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def _strangers(domain: Domain) -> Iterator[str]:

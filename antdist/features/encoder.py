@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from antdist.errors import UserError
+from antdist.files import file_sha256
 
 if TYPE_CHECKING:
     import torch
@@ -114,8 +115,7 @@ def folder_digest(folder: Path) -> str:
     """sha256 over names and contents of a model's configuration, vocabulary and weight files, in order of name."""
     whole = hashlib.sha256()
     for path in sorted({path for pattern in DIGESTED for path in folder.glob(pattern)}):
-        with path.open("rb") as file:
-            whole.update(f"{path.name}\0{hashlib.file_digest(file, 'sha256').hexdigest()}\n".encode())
+        whole.update(f"{path.name}\0{file_sha256(path)}\n".encode())
     return whole.hexdigest()
 
 

@@ -31,11 +31,11 @@ from antdist.features.table import (
     Part,
     features_folder,
     part_is_whole,
-    write_json,
     write_meta,
     write_part,
 )
 from antdist.features.text import FIT_TEXTS, HashedText, Pooling, find_text_encoder, fit_projection, open_projection
+from antdist.files import write_json
 from antdist.progress import say, track
 
 if TYPE_CHECKING:

@@ -7,7 +7,6 @@ table exists when it does. A table of which no item has the modality has no part
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -23,6 +22,7 @@ from pydantic import BaseModel, ConfigDict, Field, StringConstraints, Validation
 from antdist.batch import IntArray, ItemFeatures
 from antdist.errors import UserError
 from antdist.features.source import source_has
+from antdist.files import file_sha256, write_json
 
 if TYPE_CHECKING:
     import torch
@@ -125,20 +125,8 @@ def _write_array(path: Path, array: NDArray[Any]) -> tuple[int, str]:
     return size, digest
 
 
-def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Write JSON so that a reader sees the whole file or none."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(json.dumps(content, indent=1, sort_keys=True) + "\n", encoding="utf-8")
-    temporary.replace(path)
-
-
 def write_meta(folder: Path, meta: FeatureMeta) -> None:
     write_json(folder / f"{meta.modality}.json", meta.model_dump())
-
-
-def file_sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def part_is_whole(folder: Path, part: Part) -> bool:

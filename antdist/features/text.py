@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from antdist.errors import UserError
 from antdist.features.encoder import Encoded, Loaded, find_minilm, find_pretrained, folder_digest, load_frozen
 from antdist.features.source import has_text
-from antdist.features.table import file_sha256
+from antdist.files import file_sha256
 
 if TYPE_CHECKING:
     from antdist.data.domain import ItemRecord

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Literal, NamedTuple
 
 import torch
@@ -203,12 +203,6 @@ def parameter_groups(model: Recommender) -> dict[str, list[str]]:
     for name, _ in model.named_parameters():
         groups[_group_of(name)].append(name)
     return groups
-
-
-def reinitialise(model: Recommender, groups: Iterable[str], seed: int) -> None:
-    """Draw the parameters of `groups` afresh, in place, as `build_recommender` with this seed makes them."""
-    names = parameter_groups(model)
-    _initialise(model, [name for group in groups for name in names[group]], seed)
 
 
 def centre(model: Recommender, means: dict[str, Tensor]) -> None:

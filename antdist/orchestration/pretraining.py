@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from antdist.config.load import check_config
 from antdist.config.schema import PretrainConfig
 from antdist.errors import UserError
+from antdist.files import read_json, write_json
 from antdist.orchestration.checks import check_pretrain
 from antdist.orchestration.inputs import Inputs, open_domains, open_inputs, rank_together
 from antdist.orchestration.runs import (
@@ -19,8 +20,6 @@ from antdist.orchestration.runs import (
     ending_runs,
     following,
     for_workers,
-    read_json,
-    write_json,
 )
 from antdist.orchestration.session import enter_worker, ray_session, run_workers
 from antdist.orchestration.worker import alone, best_model, learn, save_best

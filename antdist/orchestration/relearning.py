@@ -14,10 +14,11 @@ import numpy as np
 from antdist.config.load import check_config
 from antdist.config.schema import RelearnConfig, Strategy
 from antdist.errors import UserError
+from antdist.files import read_json, write_json
 from antdist.orchestration.checks import check_relearn
 from antdist.orchestration.inputs import Inputs, open_domains, open_inputs, rank_together
 from antdist.orchestration.pretraining import feature_sources
-from antdist.orchestration.runs import claimed, ending_runs, following, for_workers, read_json, write_json
+from antdist.orchestration.runs import claimed, ending_runs, following, for_workers
 from antdist.orchestration.session import enter_worker, ray_session, run_workers
 from antdist.orchestration.worker import alone, best_model, learn, save_best
 from antdist.progress import say

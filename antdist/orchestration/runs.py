@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
-import json
 import shutil
 import sys
 import threading
@@ -30,6 +29,7 @@ from pydantic import BaseModel
 from antdist.config.load import dump_config
 from antdist.config.schema import PretrainConfig, RelearnConfig
 from antdist.errors import UserError
+from antdist.files import read_json, write_json
 from antdist.progress import QUIET_SECONDS, say, tee
 from antdist.training.live import Live
 
@@ -109,18 +109,6 @@ def _locked(file: TextIO, seconds: float = 0.0) -> bool:
             time.sleep(0.2)
         except OSError:  # a file system without locks
             return True
-
-
-def read_json(path: Path) -> dict[str, Any] | None:
-    """The mapping in a small JSON file, or None if there is no such file."""
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
-
-
-def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Write a small JSON file whole or not at all."""
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    partial.replace(path)
 
 
 def for_workers(config: PretrainConfig | RelearnConfig) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from typing import Any
 
 from antdist.config.schema import RayConfig
 from antdist.errors import UserError
-from antdist.orchestration.runs import read_json, write_json
+from antdist.files import read_json, write_json
 from antdist.progress import say
 
 # Ray asks every worker for these; the first two cost time or network, the others fill logs

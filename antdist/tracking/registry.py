@@ -18,6 +18,7 @@ from urllib.parse import urlsplit
 from urllib.request import url2pathname
 
 from antdist.errors import UserError
+from antdist.files import file_sha256
 from antdist.tracking.run import clean_key
 from antdist.tracking.store import connect, redact, told_clearly
 
@@ -234,9 +235,7 @@ def folder_digest(folder: Path) -> str:
         raise UserError("the folder is empty", where=folder, remedy="give the folder that holds the model's files")
     whole = hashlib.sha256()
     for name in sorted(files):
-        with files[name].open("rb") as file:
-            content = hashlib.file_digest(file, "sha256").hexdigest()
-        whole.update(json.dumps([name, content]).encode())
+        whole.update(json.dumps([name, file_sha256(files[name])]).encode())
     return whole.hexdigest()
 
 

@@ -11,15 +11,14 @@ Nothing in it knows ranks, ZeRO stages or engines, and nothing in it is a pickle
 
 from __future__ import annotations
 
-import hashlib
 import json
-import os
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from antdist.errors import UserError
+from antdist.files import file_sha256, flush_to_disk
 from antdist.progress import say
 from antdist.training.engine import MOMENTS, EngineState
 
@@ -52,12 +51,12 @@ def save_checkpoint(parent: Path, step: int, state: EngineState, progress: dict[
     (folder / "progress.json").write_text(json.dumps(document, indent=1, allow_nan=False))
     files = {path.name: _describe(path) for path in sorted(folder.iterdir())}
     for path in folder.iterdir():
-        _flush(path)
+        flush_to_disk(path)
     (folder / MARKER).write_text(json.dumps(files, indent=1))
-    _flush(folder / MARKER)
+    flush_to_disk(folder / MARKER)
     shutil.rmtree(final, ignore_errors=True)
     folder.rename(final)
-    _flush(parent)
+    flush_to_disk(parent)
     for old in steps_in(parent)[:-keep]:
         shutil.rmtree(parent / f"{PREFIX}{old:08d}", ignore_errors=True)
     return final
@@ -120,14 +119,4 @@ def check_checkpoint(folder: Path) -> None:
 
 
 def _describe(path: Path) -> dict[str, Any]:
-    with path.open("rb") as stream:
-        return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(stream, "sha256").hexdigest()}
-
-
-def _flush(path: Path) -> None:
-    """Down to the disk, so that a marker never survives a power cut that its files do not."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    return {"bytes": path.stat().st_size, "sha256": file_sha256(path)}

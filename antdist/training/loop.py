@@ -25,6 +25,7 @@ from torch import Tensor
 from antdist.config.schema import TrainingConfig
 from antdist.data.stream import StreamState
 from antdist.errors import UserError
+from antdist.files import flush_to_disk
 from antdist.progress import say
 from antdist.training.checkpoint import Checkpoint, load_latest, progress_of_all, save_checkpoint
 from antdist.training.engine import Engine, EngineState
@@ -215,6 +216,7 @@ def _judge(job: Job, progress: Progress, metric: float) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = path.with_suffix(".partial")
         save_file({name: value.contiguous() for name, value in state.weights.items()}, partial)
+        flush_to_disk(partial)
         partial.rename(path)
 
 

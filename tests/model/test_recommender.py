@@ -11,7 +11,6 @@ from antdist.model.recommender import (
     build_recommender,
     parameter_groups,
     redraw_experts,
-    reinitialise,
 )
 from tests.reference.small_world import DIMS, SmallWorld, local_rows, make_batch, windows
 
@@ -78,20 +77,6 @@ def test_weights_are_a_function_of_seed_and_name() -> None:
         assert torch.equal(one[name], again[name]), name
     assert not torch.equal(one["tower.text.weight"], other["tower.text.weight"])
     assert not torch.equal(one["encoder.layers.0.qkv.weight"], one["encoder.layers.1.qkv.weight"])
-
-
-def test_reinitialise_draws_the_groups_and_leaves_the_others() -> None:
-    fresh = dict(build_recommender(tiny(), DIMS, seed=7).named_parameters())
-    model = build_recommender(tiny(), DIMS, seed=1)
-    with torch.no_grad():
-        for value in model.parameters():
-            value.add_(1.0)
-    kept = {name: value.clone() for name, value in model.named_parameters()}
-    reinitialise(model, ["theta", "positions"], seed=7)
-    groups = parameter_groups(model)
-    for name, value in model.named_parameters():
-        drawn = name in groups["theta"] or name in groups["positions"]
-        assert torch.equal(value, fresh[name] if drawn else kept[name]), name
 
 
 @pytest.mark.parametrize("mixture", [True, False])
