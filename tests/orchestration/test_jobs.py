@@ -186,17 +186,6 @@ def test_a_relearning_that_is_stopped_early_goes_on(world: Path) -> None:
         relearn(relearn_config(world, name="pause", strategy="scratch", training={"epochs": 3}))
 
 
-def test_a_transfer_that_becomes_known_is_told_of_the_version_that_was_there(
-    world: Path, pretrained: Pretrained
-) -> None:
-    first = relearn(relearn_config(world, name="later", strategy="relearn", **{"from": pretrained.model}))
-    assert resolve(first.model, first.tracking_uri).tags["transfer"] == "unknown"
-    relearn(relearn_config(world, name="later", strategy="scratch"))
-    again = relearn(relearn_config(world, name="later", strategy="relearn", **{"from": pretrained.model}))
-    assert again.model == first.model
-    assert resolve(again.model, again.tracking_uri).tags["transfer"] == again.verdicts["relearn"].transfer != "unknown"
-
-
 def test_item_embeddings_are_of_one_catalogue(world: Path) -> None:
     """ANT_t knows the items of its target, and of no other domain, be it of the same size."""
     done = relearn(

@@ -84,7 +84,7 @@ def test_workers_that_fit_nowhere_are_not_waited_for(local_ray: None, tmp_path: 
 
 
 @pytest.mark.ray
-@pytest.mark.parametrize("sign", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("sign", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
 def test_a_signal_ends_a_run_in_order(sign: int, tmp_path: Path) -> None:
     """Ctrl-C and a scheduler's SIGTERM: exit code 130, no traceback, no worker left."""
     make_domains(tmp_path / "data", ["aa"])

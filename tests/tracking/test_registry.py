@@ -45,6 +45,15 @@ def known(uri: str, tmp_path_factory: pytest.TempPathFactory) -> Any:
     )
 
 
+def test_what_becomes_known_later_is_told_of_the_version_that_is_there(uri: str, tmp_path: Path) -> None:
+    run_id, folder = new_run(uri, tmp_path / "run"), model_folder(tmp_path / "m", "later")
+    first = register(uri, run_id, folder, "later", PRETRAIN, promote=False, tags={"transfer": "unknown", "seed": "1"})
+    again = register(uri, run_id, folder, "later", PRETRAIN, tags={"transfer": "positive"})
+    assert again.version == first.version
+    tags = resolve("models:/later/1", uri).tags
+    assert (tags["transfer"], tags["seed"]) == ("positive", "1")
+
+
 def test_a_version_comes_back_whole_with_its_lineage(uri: str, tmp_path: Path) -> None:
     run_id = new_run(uri, tmp_path / "run")
     parent = register(uri, run_id, model_folder(tmp_path / "p", "p"), "whole", PRETRAIN, validation=0.5)
