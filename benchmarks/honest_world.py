@@ -94,6 +94,7 @@ def fit(
     progress = train(Job(engine, feed, config, world, folder, seed, validate, report=lambda metrics, step: None))
     from safetensors.torch import load_file
 
+    assert progress.best_epoch is not None
     model.load_state_dict(load_file(best_weights(folder, progress.best_epoch)))
     return model
 
