@@ -1,0 +1,74 @@
+"""`python -m benchmarks NAME`: run one, print its table, write it as JSON. Without a name: what there is."""
+
+from __future__ import annotations
+
+import importlib
+import json
+from pathlib import Path
+
+import click
+
+from antdist.errors import UserError
+from benchmarks.machine import cores, machine
+from benchmarks.report import Options, Report, show, to_json
+
+NAMES = {
+    "throughput": "training: predictions/s against the usual way (padded, a prefix an example, B x N logits)",
+    "loss": "the chunked softmax: extra memory and seconds, up to 1,000,000 candidates",
+    "stream": "users/s from shards in the page cache, shuffled, against a webdataset pipeline of samples",
+    "ranking": "full ranking by counting, against sorting the masked score matrix",
+    "scaling": "predictions/s of 2 workers over 1, the same work a worker",
+    "startup": "antdist --help in a fresh process",
+    "prepare": "10 million interactions from CSV to shards: rows/s and peak memory, against pandas",
+    "overhead": "share of a run that logging, progress, checkpoints and waiting for data take",
+    "modes": "predictions/s of `sequence` over `prefix` training",
+    "honest_world": "quality: the generated world rewards the order of items, not their bare set",
+    "gpu": "predictions/s, MFU and memory on a GPU, plain and DeepSpeed",
+}
+
+
+def run(name: str, options: Options) -> Report:
+    """One benchmark by name, in this process."""
+    import torch
+
+    torch.set_num_threads(options.threads)
+    report: Report = importlib.import_module(f"benchmarks.{name}").run(options)
+    return report
+
+
+@click.command(context_settings={"help_option_names": ["-h", "--help"]})
+@click.argument("name", required=False, type=click.Choice(list(NAMES)), metavar="[NAME]")
+@click.option("--short", is_flag=True, help="A tiny form that only shows that it works; its figures mean nothing.")
+@click.option("--repeats", type=click.IntRange(1), help="Rounds that are measured. Default: 5; 2 with --short.")
+@click.option("--threads", type=click.IntRange(1), help="Threads of torch. Default: all cores at hand.")
+@click.option(
+    "--data", type=click.Path(path_type=Path, exists=True, file_okay=False), help="A prepared domain DATA/NAME."
+)
+@click.option(
+    "--json", "json_file", type=click.Path(path_type=Path, dir_okay=False), help="Write the figures to FILE too."
+)
+def main(
+    name: str | None,
+    short: bool,
+    repeats: int | None,
+    threads: int | None,
+    data: Path | None,
+    json_file: Path | None,
+) -> None:
+    """Measure one part of antdist against the usual way of doing it. Without NAME: list them."""
+    if name is None:
+        click.echo("\n".join(f"{known:13} {what}" for known, what in NAMES.items()))
+        return
+    options = Options(short, repeats or (2 if short else 5), threads or cores(), data)
+    facts = machine(options.threads)
+    try:
+        report = run(name, options)
+    except UserError as error:
+        raise click.ClickException(str(error)) from error
+    click.echo(show(report, facts))
+    if json_file is not None:
+        json_file.write_text(json.dumps(to_json(report, facts), indent=1, allow_nan=False) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
