@@ -12,10 +12,6 @@ from torch.utils.checkpoint import checkpoint
 from antdist.config.schema import ModelConfig
 from antdist.model.dropout import dropout
 
-# Windows are padded to the longest of their bucket, on the CPU only: at most by half, by about a fifth on average.
-BUCKETS = (4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512)
-
-
 def token_positions(offsets: Tensor, tokens: int) -> Tensor:
     """Position of each of the packed tokens in its window (T,), from 0."""
     starts = offsets[:-1].repeat_interleave(offsets.diff(), output_size=tokens)
@@ -23,40 +19,44 @@ def token_positions(offsets: Tensor, tokens: int) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Packing:
-    """How packed tokens are laid out for attention, the one place that pads.
-
-    `slots[b]` (w, l) holds the tokens of the w windows of bucket b, each filled up to l with any token: it comes after
-    the real ones, so no real query sees it under the causal mask. `back` (T,) finds each token in the buckets' rows,
-    laid one after the other.
+class Bands:
+    """How attention sees packed tokens: in blocks of `width`, each block of queries with the keys of its own and of the
+    block before. No window is longer than a block, so that covers it; `mask` (blocks, 1, width, 2 width) lets a query
+    see the keys of its own window up to itself. Only the last block is filled up; where windows begin plays no part,
+    so nothing has to be read from the device.
     """
 
-    slots: list[Tensor]
-    back: Tensor
+    width: int
+    mask: Tensor
+
+    def blocks(self, x: Tensor) -> Tensor:
+        """(T, ...) to (blocks, width, ...)."""
+        blocks = len(self.mask)
+        filled = F.pad(x, (0, 0, 0, blocks * self.width - len(x)))
+        return filled.view(blocks, self.width, -1)
 
 
-def pack(offsets: Tensor, tokens: int, longest: int, *, by_length: bool) -> Packing:
-    """Sort windows into buckets of similar length, if `by_length`.
+def bands(offsets: Tensor, tokens: int, longest: int) -> Bands:
+    """The bands of packed windows that begin at `offsets` (W + 1,), none longer than `longest`."""
+    width = -(-max(longest, 1) // 8) * 8  # what fused kernels ask of a mask's rows
+    blocks = max(1, -(-tokens // width))  # a rank may have no token
+    window = torch.full((blocks * width,), -1, device=offsets.device)
+    numbers = torch.arange(len(offsets) - 1, device=offsets.device)
+    window[:tokens] = numbers.repeat_interleave(offsets.diff(), output_size=tokens)
+    queries = window.view(blocks, width)
+    keys = torch.cat([F.pad(queries[:-1], (0, 0, 1, 0), value=-2), queries], dim=1)
+    place = torch.arange(2 * width, device=offsets.device)
+    earlier = place <= place[:width].unsqueeze(1) + width
+    return Bands(width, ((queries.unsqueeze(2) == keys.unsqueeze(1)) & earlier).unsqueeze(1))
 
-    That reads the lengths, which are at hand on a CPU. On an accelerator it would stall the step, so there all windows
-    make one bucket of `longest`, which the host knows: attention is a small part of the work there.
-    """
-    starts, lengths = offsets[:-1], offsets.diff()
-    everyone = torch.arange(len(lengths), device=offsets.device)
-    if by_length and len(lengths):
-        bucket = torch.bucketize(lengths, torch.tensor(BUCKETS, device=offsets.device))
-        groups = [everyone[bucket == b] for b in bucket.unique()]
-        widths = [max(1, int(lengths[group].max())) for group in groups]
-    else:
-        groups, widths = [everyone], [max(1, longest)]
-    slots, first, begin = [], torch.zeros_like(starts), 0
-    for group, width in zip(groups, widths, strict=True):
-        slot = starts[group].unsqueeze(1) + torch.arange(width, device=offsets.device)
-        slots.append(slot.clamp_(max=max(tokens - 1, 0)))
-        first[group] = begin + width * torch.arange(len(group), device=offsets.device)
-        begin += slot.numel()
-    back = first.repeat_interleave(lengths, output_size=tokens) + token_positions(offsets, tokens)
-    return Packing(slots, back)
+
+def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, dropped: float) -> Tensor:
+    """softmax(q k / sqrt(d_h)) v with dropout on the softmax. On a CPU written out: torch's draws its mask slowly there."""
+    if not q.is_cpu:
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropped)
+    scores = q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5
+    weights = scores.masked_fill(~mask, float("-inf")).softmax(-1)
+    return dropout(weights.to(v.dtype), dropped, dropped > 0) @ v
 
 
 class Norm(nn.LayerNorm):
@@ -84,24 +84,21 @@ class Layer(nn.Module):
         self.contract = nn.Linear(config.inner, config.dim)
         self.forward_norm = Norm(config.dim)
 
-    def forward(self, x: Tensor, packing: Packing) -> Tensor:
-        attended = self.output(self.attend(self.qkv(x), packing))
+    def forward(self, x: Tensor, bands: Bands) -> Tensor:
+        attended = self.output(self.attend(self.qkv(x), bands))
         h = self.attention_norm(x + dropout(attended, self.dropout, self.training))
         inner = self.contract(F.gelu(self.expand(h)))
         out: Tensor = self.forward_norm(h + dropout(inner, self.dropout, self.training))
         return out
 
-    def attend(self, qkv: Tensor, packing: Packing) -> Tensor:
+    def attend(self, qkv: Tensor, bands: Bands) -> Tensor:
         """Causal attention of each token to its window's earlier ones: (T, 3d) to (T, d)."""
-        dropped = self.dropout if self.training else 0.0
         dim = qkv.shape[1] // 3
-        padded = qkv.index_select(0, torch.cat([slots.flatten() for slots in packing.slots]))
-        outputs = []
-        for rows, slots in zip(padded.split([s.numel() for s in packing.slots]), packing.slots, strict=True):
-            q, k, v = rows.view(*slots.shape, 3, self.heads, dim // self.heads).permute(2, 0, 3, 1, 4).unbind(0)
-            attended = F.scaled_dot_product_attention(q, k, v, dropout_p=dropped, is_causal=True)
-            outputs.append(attended.transpose(1, 2).reshape(-1, dim))
-        return torch.cat(outputs).index_select(0, packing.back)
+        q, kv = bands.blocks(qkv).split([dim, 2 * dim], dim=2)
+        k, v = torch.cat([F.pad(kv[:-1], (0, 0, 0, 0, 1, 0)), kv], dim=1).chunk(2, dim=2)
+        q, k, v = (part.unflatten(2, (self.heads, -1)).transpose(1, 2) for part in (q, k, v))
+        dropped = self.dropout if self.training else 0.0
+        return attention(q, k, v, bands.mask, dropped).transpose(1, 2).reshape(-1, dim)[: len(qkv)]
 
 
 class SequenceEncoder(nn.Module):
@@ -126,10 +123,10 @@ class SequenceEncoder(nn.Module):
             (T, d); a token's state has seen its window up to and including itself.
         """
         x = dropout(self.input_norm(x), self.dropout, self.training)
-        packing = pack(offsets, len(x), longest, by_length=x.is_cpu)
+        seen = bands(offsets, len(x), longest)
         for layer in self.layers:
             if self.checkpointing and self.training:
-                x = checkpoint(layer, x, packing, use_reentrant=False)
+                x = checkpoint(layer, x, seen, use_reentrant=False)
             else:
-                x = layer(x, packing)
+                x = layer(x, seen)
         return x

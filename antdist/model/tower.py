@@ -51,12 +51,15 @@ class Experts(nn.Module):
         self.gate = nn.Parameter(torch.zeros(features, experts))
         self.noise = nn.Parameter(torch.zeros(features, experts))
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, present: Tensor | None = None) -> Tensor:
+        """Args: x (n, d_m); present (n,) bool: where it is False the result is zero. None: all are there."""
         x = x.to(self.weight.dtype)
         experts, features, dim = self.weight.shape
         flat = self.weight.transpose(0, 1).reshape(features, experts * dim)
         outputs = (dropout(x, self.dropout, self.training) @ flat).unflatten(1, (experts, dim))
         routing = self.route(x).to(outputs.dtype)
+        if present is not None:
+            routing = routing * present.unsqueeze(1)
         offsets = -torch.bmm(self.shift.unsqueeze(1), self.weight).squeeze(1) if self.whitening else self.bias
         mixed: Tensor = _Mix.apply(routing, outputs)
         return mixed + routing @ offsets.to(outputs.dtype)
@@ -88,8 +91,9 @@ class _Mix(torch.autograd.Function):
 class Projection(nn.Linear):
     """The ablation without experts: one linear layer with bias, no dropout."""
 
-    def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x.to(self.weight.dtype))
+    def forward(self, x: Tensor, present: Tensor | None = None) -> Tensor:
+        embedding = super().forward(x.to(self.weight.dtype))
+        return embedding if present is None else embedding * present.unsqueeze(1)
 
 
 class ItemTower(nn.Module):
@@ -134,9 +138,8 @@ class ItemTower(nn.Module):
         return ItemEmbeddings(item, text, image, self._present("text", features), self._present("image", features))
 
     def _transform(self, modality: str, features: ItemFeatures) -> Tensor:
-        embedding: Tensor = self.get_submodule(modality)(features.values[modality])
-        if self.mask_missing:
-            embedding = embedding * features.present[modality].unsqueeze(1).to(embedding.dtype)
+        present = features.present[modality] if self.mask_missing else None
+        embedding: Tensor = self.get_submodule(modality)(features.values[modality], present)
         return embedding
 
     def _present(self, modality: str, features: ItemFeatures) -> Tensor:
