@@ -15,6 +15,7 @@ from torch.nn import functional
 
 from antdist.batch import IntArray
 from antdist.errors import UserError
+from antdist.products import exact_products
 
 if TYPE_CHECKING:
     from antdist.data.domain import Sequences
@@ -162,18 +163,6 @@ def unit(vectors: Tensor, what: str) -> Tensor:
             remedy="the training diverged: take an earlier checkpoint, or train with a lower learning rate or clipping",
         )
     return functional.normalize(vectors.float(), dim=-1)
-
-
-@contextmanager
-def exact_products(device: torch.device) -> Iterator[None]:
-    """Matrix products in true float32, whatever the training around it has set (autocast, TF32)."""
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
-    try:
-        with torch.autocast(device.type, enabled=False):
-            yield
-    finally:
-        torch.set_float32_matmul_precision(before)
 
 
 def rank_targets(

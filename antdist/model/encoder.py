@@ -12,6 +12,7 @@ from torch.utils.checkpoint import checkpoint
 from antdist.config.schema import ModelConfig
 from antdist.model.dropout import dropout
 
+
 def token_positions(offsets: Tensor, tokens: int) -> Tensor:
     """Position of each of the packed tokens in its window (T,), from 0."""
     starts = offsets[:-1].repeat_interleave(offsets.diff(), output_size=tokens)

@@ -41,7 +41,8 @@ def recommend(
     Raises:
         UserError: the history is empty, or the model's vectors are not finite.
     """
-    from antdist.evaluation.ranking import encode_histories, exact_products, unit
+    from antdist.evaluation.ranking import encode_histories, unit
+    from antdist.products import exact_products
 
     if not history:
         raise UserError("the history is empty", remedy="name at least one item")

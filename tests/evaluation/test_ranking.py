@@ -202,18 +202,13 @@ def test_numbers_that_are_not_finite_are_an_error(broken: str) -> None:
         rank_targets(LastItem(users), items, queries)
 
 
-def test_scores_stay_float32_under_autocast_and_low_precision_products() -> None:
+def test_scores_stay_float32_under_autocast() -> None:
     torch.manual_seed(0)
     queries = ranking.test_queries(random_sequences(np.random.default_rng(2), 50, 400), 6)
     model, embeddings = LastItem(torch.randn(400, 32)), torch.randn(400, 32)
     exact = rank_targets(model, embeddings, queries).ranks
-    torch.set_float32_matmul_precision("medium")
-    try:
-        with torch.autocast("cpu", dtype=torch.bfloat16):
-            assert np.array_equal(rank_targets(model, embeddings, queries).ranks, exact)
-        assert torch.get_float32_matmul_precision() == "medium"
-    finally:
-        torch.set_float32_matmul_precision("highest")
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert np.array_equal(rank_targets(model, embeddings, queries).ranks, exact)
 
 
 def test_the_real_model_one_user_at_a_time() -> None:
