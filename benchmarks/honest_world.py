@@ -1,30 +1,23 @@
 """Is the generated world honest? A model must gain from the order of a user's items, not from their bare set.
 
-    python -m benchmarks.honest_world [--epochs 30] [--seeds 0,1,2] [--transfer]
-
-Generates the world, prepares and featurizes it twice: as it is, and with each user's items in random order; then ranks
-the target's test users by popularity and by a model trained from scratch. With --transfer it also pre-trains on the
-auxiliary domains and adapts. Plain torch, one process. Prints Recall@10, NDCG@10 and the ratios to popularity.
+Generates the world, prepares and featurizes its target twice: as it is, and with each user's items in random order; then
+ranks its test users by popularity and by a model trained from scratch. Each repeat is another seed of the model. The
+figures are of quality, not of speed.
 """
 
 from __future__ import annotations
 
-import argparse
 import csv
 import gzip
-import json
 import shutil
 import tempfile
-import time
 from collections import defaultdict
-from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import torch
+from safetensors.torch import load_file
 
-from antdist.config.schema import LossConfig, ModelConfig, ScheduleConfig, Strategy, StreamConfig, TrainingConfig
+from antdist.config.schema import LossConfig, ModelConfig, ScheduleConfig, StreamConfig, TrainingConfig
 from antdist.data.domain import Domain, open_domain
 from antdist.data.grammar import shuffle_orders
 from antdist.data.prepare import prepare
@@ -40,11 +33,11 @@ from antdist.training.adaptation import adapt
 from antdist.training.engine import PlainEngine
 from antdist.training.feed import Feed
 from antdist.training.loop import Job, best_weights, train
-from antdist.training.world import current_world
+from antdist.training.world import World
+from benchmarks.report import Line, Options, Report, ratio
 
 MODEL = ModelConfig(dim=128, experts=4, inner=128, dropout=0.2)
-PRETRAINING = LossConfig(negatives="in_batch")
-ADAPTATION = LossConfig(negatives="catalogue", alignment=0.0)
+LOSS = LossConfig(negatives="catalogue", alignment=0.0)
 
 
 def shuffle_source(source: Path, out: Path, seed: int) -> None:
@@ -63,114 +56,77 @@ def shuffle_source(source: Path, out: Path, seed: int) -> None:
         csv.writer(file).writerows([header, *zip((r[0] for r in rows), items, (r[2] for r in rows), strict=True)])
 
 
-def fit(
-    domains: list[Domain],
-    strategy: Strategy,
-    loss: LossConfig,
-    epochs: int,
-    batch_size: int,
-    seed: int,
-    folder: Path,
-    parent: Recommender | None = None,
-) -> Recommender:
-    """Train; return the best epoch on the validation users of all domains."""
-    catalogue, world = Catalogue(domains, MODEL.modalities), current_world()
+def fit(target: Domain, epochs: int, seed: int, folder: Path) -> Recommender:
+    """Train from scratch; return the best epoch on the validation users."""
+    catalogue, world = Catalogue([target], MODEL.modalities), World()
     config = TrainingConfig(
         epochs=epochs, engine="plain", learning_rate=1e-3, schedule=ScheduleConfig(kind="cosine", warmup_steps=20)
     )
-    stream = Stream(domains, StreamConfig(batch_size=batch_size), max_length=MODEL.max_length, seed=seed)
-    popularity = np.concatenate([domain.popularity() for domain in domains])
-    model = adapt(strategy, MODEL, catalogue.dims, parent=parent, seed=seed).to(world.device)
-
-    def validate() -> dict[str, float]:
-        parts = [
-            evaluate(model, catalogue, number, validation_queries(d.sequences(), MODEL.max_length, limit=800))
-            for number, d in enumerate(domains)
-        ]
-        return {name: float(np.mean([part[name] for part in parts])) for name in ("Recall@10", "NDCG@10")}
-
-    feed = Feed(stream, catalogue, loss, popularity, accumulation=1, seed=seed, world=world)
+    stream = Stream([target], StreamConfig(batch_size=128), max_length=MODEL.max_length, seed=seed)
+    model = adapt("scratch", MODEL, catalogue.dims, parent=None, seed=seed)
+    queries = validation_queries(target.sequences(), MODEL.max_length, limit=800)
+    feed = Feed(stream, catalogue, LOSS, target.popularity(), accumulation=1, seed=seed, world=world)
     engine = PlainEngine(model, config, world)
-    progress = train(Job(engine, feed, config, world, folder, seed, validate, report=lambda metrics, step: None))
-    from safetensors.torch import load_file
-
+    job = Job(
+        engine,
+        feed,
+        config,
+        world,
+        folder,
+        seed,
+        validate=lambda: evaluate(model, catalogue, queries),
+        report=lambda metrics, step: None,
+    )
+    progress = train(job)
     assert progress.best_epoch is not None
     model.load_state_dict(load_file(best_weights(folder, progress.best_epoch)))
     return model
 
 
-def evaluate(model: Recommender, catalogue: Catalogue, number: int, queries: Queries) -> dict[str, float]:
-    """Full ranking in the catalogue of one of the domains."""
-    items = np.arange(catalogue.offsets[number], catalogue.offsets[number + 1])
-    return summary(rank_targets(model, embed_catalogue(model, catalogue, items), queries))
+def evaluate(model: Recommender, catalogue: Catalogue, queries: Queries) -> dict[str, float]:
+    """Full ranking in the domain's catalogue."""
+    return summary(rank_targets(model, embed_catalogue(model, catalogue, np.arange(catalogue.size)), queries))
 
 
-def prepared(world: SynthReport, names: list[str], folder: Path, shuffled: bool) -> list[Domain]:
-    for name in names:
-        source = world.folder / name
-        if shuffled:
-            shuffle_source(source, folder / "source" / name, seed=1)
-            source = folder / "source" / name
-        prepare(source, format="tabular", domain=name, out=folder)
-    domains = [open_domain(folder / name) for name in names]
-    featurize(domains, text="hashed", image="histogram", price="quantile", workers=0)
-    return domains
+def prepared(world: SynthReport, folder: Path, shuffled: bool) -> Domain:
+    """The world's target, prepared and featurized below `folder`."""
+    source = world.folder / world.target
+    if shuffled:
+        shuffle_source(source, folder / "source", seed=1)
+        source = folder / "source"
+    prepare(source, format="tabular", domain=world.target, out=folder)
+    target = open_domain(folder / world.target)
+    featurize([target], text="hashed", image="histogram", price="quantile", workers=0)
+    return target
 
 
-def measure(args: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
-    world = synth(folder / "source", seed=args.world_seed)
-    print("\n".join(str(asdict(domain)) for domain in world.domains))
-    seeds = [int(seed) for seed in args.seeds.split(",")]
-    auxiliaries = [domain.name for domain in world.domains[:-1]] if args.transfer else []
-    rows: list[dict[str, Any]] = []
+def run(options: Options) -> Report:
+    values: dict[tuple[str, str, str], list[float]] = {}
+    epochs = 1 if options.short else 30
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        if options.short:
+            world = synth(folder / "source", domains=1, target_users=60, target_items=40)
+        else:
+            world = synth(folder / "source")
+        for order in ("as it is", "shuffled"):
+            target = prepared(world, folder / order, order == "shuffled")
+            queries = test_queries(target.sequences(), MODEL.max_length)
+            popularity = summary(rank_by_popularity(target.popularity(), queries))
+            for seed in range(options.repeats):
+                model = fit(target, epochs, seed, folder / "runs" / order / str(seed))
+                scratch = evaluate(model, Catalogue([target], MODEL.modalities), queries)
+                for ranking, found in (("popularity", popularity), ("scratch", scratch)):
+                    for metric in ("Recall@10", "NDCG@10"):
+                        values.setdefault((order, ranking, metric), []).append(found[metric])
+    lines = [Line(f"{order}, {ranking}: {metric}", found, "") for (order, ranking, metric), found in values.items()]
     for order in ("as it is", "shuffled"):
-        shuffled = order == "shuffled"
-        domains = prepared(world, ([] if shuffled else auxiliaries) + [world.target], folder / order, shuffled)
-        target = domains[-1]
-        queries = test_queries(target.sequences(), MODEL.max_length)
-        baseline = summary(rank_by_popularity(target.popularity(), queries))
-        rows.append({"order": order, "ranking": "popularity", **baseline, "ratio": 1.0})
-        strategies: list[Strategy] = ["scratch"]
-        parent = None
-        if len(domains) > 1:
-            strategies += ["finetune", "finetune_all", "relearn"]
-            parent = fit(domains[:-1], "scratch", PRETRAINING, args.pretrain_epochs, 512, 0, folder / "parent")
-        for strategy in strategies:
-            start, results = time.monotonic(), []
-            for seed in seeds:
-                place = folder / "runs" / order / f"{strategy}-{seed}"
-                model = fit([target], strategy, ADAPTATION, args.epochs, args.batch_size, seed, place, parent)
-                results.append(evaluate(model, Catalogue([target], MODEL.modalities), 0, queries))
-            mean = {key: float(np.mean([result[key] for result in results])) for key in results[0]}
-            seconds = (time.monotonic() - start) / len(seeds)
-            ratio = mean["Recall@10"] / baseline["Recall@10"]
-            rows.append({"order": order, "ranking": strategy, **mean, "ratio": ratio, "seconds": seconds})
-    return rows
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--epochs", type=int, default=30)
-    parser.add_argument("--batch-size", type=int, default=128)
-    parser.add_argument("--pretrain-epochs", type=int, default=8)
-    parser.add_argument("--seeds", default="0")
-    parser.add_argument("--world-seed", type=int, default=0)
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--transfer", action="store_true")
-    parser.add_argument("--json", type=Path)
-    args = parser.parse_args()
-    torch.set_num_threads(args.threads)
-    with tempfile.TemporaryDirectory() as folder:
-        rows = measure(args, Path(folder))
-    print(f"{'order':<10} {'ranking':<13} {'Recall@10':>9} {'NDCG@10':>9} {'x popularity':>12} {'seconds':>8}")
-    for row in rows:
-        print(
-            f"{row['order']:<10} {row['ranking']:<13} {row['Recall@10']:>9.4f} {row['NDCG@10']:>9.4f} "
-            f"{row['ratio']:>12.2f} {row.get('seconds', 0):>8.0f}"
-        )
-    if args.json:
-        args.json.write_text(json.dumps(rows, indent=1) + "\n")
-
-
-if __name__ == "__main__":
-    main()
+        ours, popular = values[order, "scratch", "Recall@10"], values[order, "popularity", "Recall@10"]
+        lines.append(ratio(f"{order}, scratch over popularity: Recall@10", ours, popular))
+    return Report(
+        "honest_world",
+        f"test users of a generated domain ranked by popularity and by a model trained from scratch ({epochs} epochs, best "
+        "by validation), the domain as it is and with the items of each user in random order; a repeat is a seed",
+        lines,
+        [],
+    )

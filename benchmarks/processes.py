@@ -1,0 +1,71 @@
+"""Work in processes of its own: fresh ones, for memory and start-up, and ranks that talk over gloo."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import socket
+import time
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import Any, TypeVar
+
+T = TypeVar("T")
+
+
+def in_fresh_process(function: Callable[..., T], *arguments: Any) -> T:
+    """`function(*arguments)` in a new interpreter; arguments and result are picklable."""
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(function, *arguments).result()
+
+
+def on_ranks(size: int, function: Callable[..., T], *arguments: Any) -> list[T]:
+    """`function(rank, *arguments)` on `size` new processes of one gloo group, a thread each; in rank order."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = int(probe.getsockname()[1])
+    with ProcessPoolExecutor(size, multiprocessing.get_context("spawn")) as pool:
+        ranks = [pool.submit(_on_rank, rank, size, port, function, arguments) for rank in range(size)]
+        return [rank.result() for rank in ranks]
+
+
+def _on_rank(rank: int, size: int, port: int, function: Callable[..., T], arguments: tuple[Any, ...]) -> T:
+    import torch
+    import torch.distributed as dist
+
+    torch.set_num_threads(1)
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    dist.init_process_group("gloo", rank=rank, world_size=size)
+    try:
+        return function(rank, *arguments)
+    finally:
+        dist.destroy_process_group()
+
+
+def peak_bytes() -> int:
+    """The most memory that this process has held resident since it began, or since `forget_peak`. Linux."""
+    return _status("VmHWM")
+
+
+def resident_bytes() -> int:
+    """The memory that this process holds resident. Linux."""
+    return _status("VmRSS")
+
+
+def forget_peak() -> None:
+    """Let `peak_bytes` begin anew."""
+    Path("/proc/self/clear_refs").write_text("5")
+
+
+def _status(name: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(f"{name}:"))
+
+
+def seconds_and_extra_bytes(work: Callable[[], object]) -> tuple[float, int]:
+    """How long a work takes, and how much more memory than before is resident at its peak."""
+    forget_peak()
+    before, start = resident_bytes(), time.perf_counter()
+    work()
+    return time.perf_counter() - start, peak_bytes() - before
