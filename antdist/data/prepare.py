@@ -248,15 +248,15 @@ def select(users: IntArray, items: IntArray, k_core: int | None, tally: Tally) -
         k_core: least interactions of a user (but never fewer than three) and of an item; None: no k-core.
     """
     least_user, least_item = (SHORTEST, 0) if k_core is None else (max(k_core, SHORTEST), k_core)
-    kept = np.arange(len(users))
+    kept, kept_users, kept_items = np.arange(len(users)), users, items
     while True:
-        enough = np.bincount(users[kept])[users[kept]] >= least_user
-        enough &= np.bincount(items[kept])[items[kept]] >= least_item
+        enough = (np.bincount(kept_users) >= least_user)[kept_users]
+        enough &= (np.bincount(kept_items) >= least_item)[kept_items]
         if enough.all():
             break
-        kept = kept[enough]
+        kept, kept_users, kept_items = kept[enough], kept_users[enough], kept_items[enough]
     why = "fewer than three interactions" if k_core is None else f"{k_core}-core"
-    dropped = _distinct(users) - _distinct(users[kept])
+    dropped = _distinct(users) - _distinct(kept_users)
     tally.add(f"users dropped: {why}", dropped)
     tally.add(f"interactions dropped: {why}", len(users) - len(kept))
     return kept
@@ -274,9 +274,11 @@ def _emptied(k_core: int | None) -> str:
 
 def _touched(sequences: Sequences, items: list[Item], k_core: int, tally: Tally) -> tuple[Sequences, list[Item]]:
     """Only the items that occur, renumbered in their old order."""
-    touched, renumbered = np.unique(sequences.items, return_inverse=True)
-    tally.add(f"items dropped: {k_core}-core", len(items) - len(touched))
-    return replace(sequences, items=renumbered.astype(np.int64)), [items[place] for place in touched]
+    touched = np.bincount(sequences.items, minlength=len(items)) > 0
+    renumbered = np.cumsum(touched) - 1
+    tally.add(f"items dropped: {k_core}-core", len(items) - int(touched.sum()))
+    left = [items[place] for place in np.flatnonzero(touched)]
+    return replace(sequences, items=renumbered[sequences.items]), left
 
 
 # ----------------------------------------------------------------------------------------------------------- ordering
@@ -287,9 +289,13 @@ def order(users: IntArray, items: IntArray, times: NDArray[Any]) -> tuple[Sequen
 
     Returns the sequences and the code of each user in them.
     """
-    by_user_and_time = np.lexsort((times, users))  # stable
-    codes, lengths = np.unique(users.astype(np.int64), return_counts=True)
-    offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
+    by_user_and_time = np.argsort(times, kind="stable")
+    # a user's code in two halves, the lower first: numpy sorts 16 bits by radix, several times as fast as 32
+    for half in users.astype("<u4").view("<u2").reshape(-1, 2).T:
+        by_user_and_time = by_user_and_time[np.argsort(half[by_user_and_time], kind="stable")]
+    lengths = np.bincount(users)
+    codes = np.flatnonzero(lengths)
+    offsets = np.concatenate([[0], np.cumsum(lengths[codes])]).astype(np.int64)
     in_order = times[by_user_and_time]
     return Sequences(offsets, items[by_user_and_time].astype(np.int64), in_order.astype(np.int64)), codes
 

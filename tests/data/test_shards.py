@@ -45,6 +45,23 @@ def test_equal_content_gives_equal_bytes_and_the_stated_digest(tmp_path: Path) -
     assert owners == {(0, 0, 0, "", "", 0o644)}
 
 
+@pytest.mark.parametrize("sizes", [[], [0, 1, 511, 512, 513], [8191] * 3, [1 << 20, 7]])
+def test_a_shard_is_what_tarfile_writes(tmp_path: Path, sizes: list[int]) -> None:
+    members = [
+        (f"{'k' * min(100 - 5, 9 * n)}{n:04d}.", bytes(range(256)) * (size // 256) + b"x" * (size % 256))
+        for n, size in enumerate(sizes)
+    ]
+    with ShardWriter(tmp_path / "ours.tar") as writer:
+        for name, data in members:
+            writer.add(name, data)
+    with tarfile.TarFile(tmp_path / "theirs.tar", "w", format=tarfile.USTAR_FORMAT) as tar:
+        for name, data in members:
+            info = tarfile.TarInfo(name)
+            info.size, info.mode = len(data), 0o644
+            tar.addfile(info, io.BytesIO(data))
+    assert (tmp_path / "ours.tar").read_bytes() == (tmp_path / "theirs.tar").read_bytes()
+
+
 def test_plain_webdataset_opens_a_shard(tmp_path: Path) -> None:
     import webdataset
 

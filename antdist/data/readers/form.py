@@ -110,13 +110,15 @@ def read_price(value: Any, item_id: str, tally: Tally) -> float | None:
 
 def clean_text(text: str) -> str:
     """HTML entities unescaped, tags removed, white space single (spec, section 1)."""
-    bare = re.sub(r"</?[A-Za-z][^<>]*>", " ", html.unescape(html.unescape(text)))
-    return re.sub(r"\s+", " ", valid_text(bare)).strip()
+    bare = html.unescape(html.unescape(text)) if "&" in text else text
+    if "<" in bare:
+        bare = re.sub(r"</?[A-Za-z][^<>]*>", " ", bare)
+    return " ".join(valid_text(bare).split())
 
 
 def valid_text(text: str) -> str:
     """Without lone surrogates, which no file could hold."""
-    return text.encode("utf-8", "replace").decode("utf-8")
+    return text if text.isascii() else text.encode("utf-8", "replace").decode("utf-8")
 
 
 def compose_text(title: str | None, categories: Iterable[str], brand: str | None) -> str | None:
