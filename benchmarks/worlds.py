@@ -1,0 +1,83 @@
+"""Worlds that the benchmarks train on: users, items and histories drawn to the shape of public data, random features."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from antdist.batch import IntArray, ItemFeatures
+from antdist.data.domain import Domain, ItemRecord, Sequences, open_domain, write_domain
+
+PAPER_DIMS = {"text": 768, "image": 1024, "price": 64}  # the authors' features
+
+
+@dataclass(frozen=True)
+class Shape:
+    """How large a world is. Lengths are at least 5, log-normal above, with this mean; item popularity is Zipf's."""
+
+    users: int
+    items: int
+    mean_length: float
+
+
+TARGET = Shape(8_442, 4_385, 7.0)  # as Amazon Scientific: the paper's own target
+LARGE_TARGET = Shape(50_000, 26_000, 7.0)
+AUXILIARY = Shape(55_000, 28_800, 14.4)  # as four public domains together
+
+
+class RandomFeatures:
+    """Features of all items in memory, in place of a domain's feature tables (`antdist.training.feed.Features`)."""
+
+    def __init__(self, items: int, dims: dict[str, int], seed: int = 0) -> None:
+        random = torch.Generator().manual_seed(seed)
+        self.size, self.dims = items, dims
+        self.values = {m: torch.randn(items, dim, generator=random) / dim**0.5 for m, dim in dims.items()}
+
+    def features(self, item_ids: IntArray) -> ItemFeatures:
+        index = torch.from_numpy(np.asarray(item_ids, dtype=np.int64))
+        present = torch.ones(len(index), dtype=torch.bool)
+        return ItemFeatures(
+            {m: v.index_select(0, index) for m, v in self.values.items()}, dict.fromkeys(self.values, present), index
+        )
+
+
+def sequences_of(shape: Shape, seed: int = 0) -> Sequences:
+    """Histories of random users, each with at least five interactions."""
+    random = np.random.default_rng(seed)
+    above = random.lognormal(0.0, 1.0, shape.users)
+    lengths = 5 + np.floor(above * (shape.mean_length - 4.5) / above.mean()).astype(np.int64)
+    offsets = np.concatenate([[0], np.cumsum(lengths)])
+    chance = 1.0 / (np.arange(shape.items) + 10.0) ** 0.8
+    items = random.choice(shape.items, size=int(offsets[-1]), p=chance / chance.sum())
+    return Sequences(offsets, items.astype(np.int64), np.arange(offsets[-1]))
+
+
+def write_world(folder: Path, shape: Shape, seed: int = 0) -> Domain:
+    """A prepared domain of that shape below `folder`, without features."""
+    records = (ItemRecord(i, f"item-{i}", None, None, []) for i in range(shape.items))
+    write_domain(
+        folder / "world", "world", records, sequences_of(shape, seed), [f"user-{u}" for u in range(shape.users)], {}
+    )
+    return open_domain(folder / "world")
+
+
+def padded_prefixes(domain: Domain, length: int, examples: int, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+    """Some of a domain's predictions as the usual loader hands them out: histories (B, length) padded at the end, their
+    lengths (B,) and the next items (B,)."""
+    known = domain.sequences()
+    lengths = np.diff(known.offsets) - 2  # less validation and test item
+    random = np.random.default_rng(seed)
+    chances: NDArray[np.float64] = (lengths - 1) / (lengths - 1).sum()
+    users = random.choice(len(lengths), size=examples, p=chances)
+    target = random.integers(1, lengths[users])
+    histories, sizes = np.zeros((examples, length), dtype=np.int64), np.minimum(target, length)
+    for row, (user, place, size) in enumerate(zip(users, target, sizes, strict=True)):
+        end = known.offsets[user] + place
+        histories[row, :size] = known.items[end - size : end]
+    nexts = known.items[known.offsets[users] + target]
+    return torch.from_numpy(histories), torch.from_numpy(sizes), torch.from_numpy(nexts)
