@@ -279,6 +279,7 @@ def pretrain(config_file: Path | None, overrides: Sequence[str], json_file: Path
     Examples:
       antdist pretrain --config configs/pretrain.yaml data.root=data 'data.domains=[books, music]' ray.workers=4
       antdist pretrain --config configs/pretrain.yaml resume=models:/pretrain/latest
+      antdist pretrain --config configs/pretrain.yaml training.stop_after=20 profile=true   (a trace for Perfetto)
     """
     from antdist.config.load import load_config
     from antdist.config.schema import PretrainConfig

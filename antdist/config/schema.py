@@ -177,12 +177,16 @@ class TrackingConfig(Component):
     registered_model: str | None = Field(None, description="name in the registry; null: the run's name")
 
 
+PROFILE = "true: each worker writes a trace of some steps to profile/ in the run's folder, for Perfetto"
+
+
 class PretrainConfig(Component):
     """A pre-training run (spec, section 5)."""
 
     name: str = Field("pretrain", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
     seed: Annotated[int, Field(ge=0)] = 0
     resume: str | None = Field(None, description="MODEL whose training state this run goes on from")
+    profile: bool = Field(False, description=PROFILE)
     data: DataConfig = Field(default_factory=lambda: DataConfig())
     model: ModelConfig = Field(default_factory=lambda: ModelConfig())
     loss: LossConfig = Field(default_factory=lambda: LossConfig())
@@ -210,6 +214,7 @@ class RelearnConfig(Component):
     variants: list[Variant] = Field(
         default_factory=list, description="deviations of the reference code (spec, section 6)"
     )
+    profile: bool = Field(False, description=PROFILE)
     data: DataConfig = Field(default_factory=lambda: DataConfig())
     model: ModelConfig = Field(default_factory=lambda: ModelConfig())
     loss: AdaptationLossConfig = Field(default_factory=lambda: AdaptationLossConfig())

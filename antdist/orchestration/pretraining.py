@@ -167,6 +167,7 @@ def _train(config: PretrainConfig, world: World, folder: Path, tracked: Any, uri
         evaluate=evaluate,
         tracked=tracked,
         start=_registered_state(config, folder, uri) if world.leader else None,
+        profile=config.profile,
     )
     best = best_model(model, folder, progress, world)
     card = _card(config, inputs, {"epoch": progress.best_epoch, "validation Recall@10": progress.best})

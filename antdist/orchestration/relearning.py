@@ -350,6 +350,7 @@ def _train_trial(
         evaluate=evaluate,
         tracked=tracked,
         log_folder=folder.parent,
+        profile=config.profile,
     )
     if progress.finished is None:
         return None

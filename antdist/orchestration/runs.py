@@ -8,6 +8,7 @@ STORAGE/NAME/
   outcome.json    what became of it
   lock, leader.lock   held by the command, by the leading worker
   checkpoints/  best/  model/  training_state/
+  profile/        a trace of some steps a worker, where profile=true asks for it
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ EARLIER_WORKERS_SECONDS = 120.0
 
 # keys that may differ between two starts of a run: how and how long, not what
 OPERATIONAL = frozenset(
-    {"resume", "name", "ray", "tracking"}
+    {"resume", "name", "profile", "ray", "tracking"}
     | {f"training.{key}" for key in ("engine", "zero_stage", "deepspeed", "checkpoint_every", "keep_checkpoints")}
     | {f"training.{key}" for key in ("stop_after", "log_every")}
 )

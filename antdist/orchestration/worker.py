@@ -46,6 +46,7 @@ def learn(
     tracked: TrackedRun | None,
     start: Checkpoint | None = None,
     log_folder: Path | None = None,
+    profile: bool = False,
 ) -> Progress:
     """Train `model` in `folder`; `evaluate` gives the validation metrics of a whole model, on all ranks together. The
     driver follows `log_folder` (default: `folder`)."""
@@ -75,8 +76,12 @@ def learn(
         live=lambda live: show_live(log_folder or folder, live),
         name=name,
         start=start,
+        profile=profile,
     )
-    return train(job)
+    progress = train(job)
+    if tracked is not None and profile and (folder / "profile").is_dir():
+        tracked.log_artifacts(folder / "profile", "profile")
+    return progress
 
 
 def best_model(model: Recommender, folder: Path, progress: Progress, world: World) -> Recommender:

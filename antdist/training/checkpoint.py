@@ -11,11 +11,14 @@ Nothing in it knows ranks, ZeRO stages or engines, and nothing in it is a pickle
 
 from __future__ import annotations
 
+import errno
 import json
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from torch import Tensor
 
 from antdist.errors import UserError
 from antdist.files import file_sha256, flush_to_disk
@@ -37,29 +40,42 @@ class Checkpoint:
 
 def save_checkpoint(parent: Path, step: int, state: EngineState, progress: dict[str, Any], keep: int) -> Path:
     """Write `parent/step-N` whole or not at all, then drop all but the newest `keep`. Called by the leader alone."""
-    from safetensors.torch import save_file
-
     assert keep >= 2, "one checkpoint is none while it is replaced"
     parent.mkdir(parents=True, exist_ok=True)
     final, folder = parent / f"{PREFIX}{step:08d}", parent / f".writing-{PREFIX}{step:08d}"
-    shutil.rmtree(folder, ignore_errors=True)
+    for left in parent.glob(f".writing-{PREFIX}*"):  # by one that was killed
+        shutil.rmtree(left, ignore_errors=True)
     folder.mkdir()
-    save_file({name: value.contiguous() for name, value in state.weights.items()}, folder / "weights.safetensors")
-    flat = {f"{moment}/{name}": v.contiguous() for moment, kept in state.moments.items() for name, v in kept.items()}
-    save_file(flat, folder / "moments.safetensors")
+    write_tensors(folder / "weights.safetensors", state.weights)
+    flat = {f"{moment}/{name}": value for moment, kept in state.moments.items() for name, value in kept.items()}
+    write_tensors(folder / "moments.safetensors", flat)
     document = {**progress, "engine": {"updates": state.updates, "scale": state.scale}}
     (folder / "progress.json").write_text(json.dumps(document, indent=1, allow_nan=False))
+    flush_to_disk(folder / "progress.json")
     files = {path.name: _describe(path) for path in sorted(folder.iterdir())}
-    for path in folder.iterdir():
-        flush_to_disk(path)
     (folder / MARKER).write_text(json.dumps(files, indent=1))
     flush_to_disk(folder / MARKER)
+    flush_to_disk(folder)
     shutil.rmtree(final, ignore_errors=True)
     folder.rename(final)
     flush_to_disk(parent)
     for old in steps_in(parent)[:-keep]:
         shutil.rmtree(parent / f"{PREFIX}{old:08d}", ignore_errors=True)
     return final
+
+
+def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
+    """A safetensors file, whole or not at all, down to the disk. Raises OSError, with the file's name, where that fails."""
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    partial = path.with_suffix(".partial")
+    try:
+        save_file({name: value.contiguous() for name, value in tensors.items()}, partial)
+    except SafetensorError as error:  # what the system said is in its text alone
+        raise OSError(errno.EIO, str(error).removeprefix("Error while serializing: "), str(path)) from error
+    flush_to_disk(partial)
+    partial.rename(path)
 
 
 def steps_in(parent: Path) -> list[int]:

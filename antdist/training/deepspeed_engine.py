@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from antdist.config.schema import TrainingConfig
 from antdist.errors import UserError
-from antdist.training.engine import MOMENTS, EngineState, optimizer_for
+from antdist.training.engine import MOMENTS, EngineState, copy_to, optimizer_for
 from antdist.training.world import World, agree
 
 OURS = {
@@ -67,9 +67,23 @@ def deepspeed_config(config: TrainingConfig) -> dict[str, Any]:
     if config.precision != "fp32":
         dtype = {"bf16": "bfloat16", "fp16": "float16"}[config.precision]
         ours["torch_autocast"] = {"enabled": True, "dtype": dtype}
+    if _norm_is_unused(config):
+        ours["zero_optimization"]["compute_grad_norm"] = False
     for key, value in config.deepspeed.items():
         ours[key] = {**ours[key], **value} if isinstance(value, dict) and isinstance(ours.get(key), dict) else value
     return ours
+
+
+def _norm_is_unused(config: TrainingConfig) -> bool:
+    """Whether DeepSpeed may leave the gradient's norm alone, which it looks at on the host in each step: clipping needs it,
+    and so does fp16, to find gradients that overflow. Other stages, and offloading, do not let it."""
+    zero = config.deepspeed.get("zero_optimization", {})
+    return (
+        config.clip is None
+        and config.precision != "fp16"
+        and config.zero_stage in (1, 2)
+        and not zero.keys() & {"offload_optimizer", "cpu_offload", "zenflow"}
+    )
 
 
 class DeepSpeedEngine:
@@ -108,12 +122,10 @@ class DeepSpeedEngine:
         self.engine.set_gradient_accumulation_boundary(last)
         self.engine.backward(loss * (self.world.size * self.config.accumulation))
 
-    def update(self, learning_rate: float) -> Tensor | None:
+    def update(self, learning_rate: float) -> None:
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
         self.engine.step()
-        norm = self.engine.get_global_grad_norm()
-        return norm if norm is None or isinstance(norm, Tensor) else torch.tensor(float(norm))
 
     def whole_model(self) -> nn.Module:
         if self._copy is None:
@@ -135,11 +147,11 @@ class DeepSpeedEngine:
         counters = [state["step"] for state in self._adam.state.values() if "step" in state]
         return int(counters[0]) if counters else 0
 
-    def state(self) -> EngineState:
+    def state(self, into: EngineState | None = None) -> EngineState:
         from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
         updates = self._updates()
-        whole = EngineState(moments={moment: {} for moment in MOMENTS}, updates=updates)
+        whole = into or EngineState(moments={moment: {} for moment in MOMENTS})
         for name, parameter in self.model.named_parameters():
             weight = safe_get_full_fp32_param(parameter) if parameter.requires_grad else None
             weight = self._gathered(parameter) if weight is None else weight
@@ -153,10 +165,11 @@ class DeepSpeedEngine:
                     else:
                         moments[moment] = safe_get_full_optimizer_state(parameter, moment)
             if self.world.leader:
-                whole.weights[name] = weight.detach().float().cpu().clone()
+                copy_to(whole.weights, name, weight)
                 for moment, value in moments.items():
                     assert value is not None, f"DeepSpeed kept no {moment} of {name}"
-                    whole.moments[moment][name] = value.detach().float().cpu().reshape(weight.shape).clone()
+                    copy_to(whole.moments[moment], name, value.reshape(weight.shape))
+        whole.updates = updates
         scaler = getattr(self.optimizer, "loss_scaler", None)
         if self.config.precision == "fp16" and scaler is not None:
             whole.scale = float(scaler.cur_scale if hasattr(scaler, "cur_scale") else scaler.loss_scale)

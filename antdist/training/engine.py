@@ -47,17 +47,25 @@ class Engine(Protocol):
     def backward(self, loss: Tensor, last: bool) -> None:
         """Add the gradient of this rank's contribution to the loss; the sum over micro-batches and ranks is the step's."""
 
-    def update(self, learning_rate: float) -> Tensor | None:
-        """One optimizer step. Returns the gradient's norm before clipping, where it is known."""
+    def update(self, learning_rate: float) -> None:
+        """One optimizer step. Nothing in it waits for the device, where clipping or fp16 do not ask for it."""
 
     def whole_model(self) -> nn.Module:
         """The model with all its present weights on this rank, to evaluate with. Collective: all ranks call it."""
 
-    def state(self) -> EngineState:
-        """Collective: all ranks call it."""
+    def state(self, into: EngineState | None = None) -> EngineState:
+        """A copy in the CPU's memory that training on does not touch; in the memory of `into`, an earlier one that nobody
+        needs any more, which saves the system from finding it anew. Collective: all ranks call it."""
 
     def load(self, state: EngineState) -> None:
         """Collective: all ranks call it; only the leader's `state` counts."""
+
+
+def copy_to(kept: dict[str, Tensor], name: str, value: Tensor) -> None:
+    """A float32 copy of `value` to `kept[name]` in the CPU's memory, over what lies there if something does."""
+    if name not in kept:
+        kept[name] = torch.empty(value.shape, dtype=torch.float32)
+    kept[name].copy_(value.detach())
 
 
 def autocast(precision: str, device: torch.device) -> AbstractContextManager[object]:
@@ -98,7 +106,7 @@ class PlainEngine:
     def backward(self, loss: Tensor, last: bool) -> None:
         self.scaler.scale(loss).backward()
 
-    def update(self, learning_rate: float) -> Tensor | None:
+    def update(self, learning_rate: float) -> None:
         learned = self._learned()
         for parameter in learned.values():
             if parameter.grad is None:
@@ -106,16 +114,13 @@ class PlainEngine:
         if self.world.size > 1:
             self._sum_gradients(list(learned.values()))
         self.scaler.unscale_(self.optimizer)
-        gradients = [parameter.grad for parameter in learned.values() if parameter.grad is not None]
-        norm = torch.nn.utils.get_total_norm(gradients)
         if self.config.clip is not None:
-            torch.nn.utils.clip_grads_with_norm_(learned.values(), self.config.clip, norm)
+            torch.nn.utils.clip_grad_norm_(learned.values(), self.config.clip)
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
-        return norm
 
     def whole_model(self) -> nn.Module:
         return self.model
@@ -138,20 +143,19 @@ class PlainEngine:
             parameter.grad.copy_(flat[start : start + parameter.numel()].view_as(parameter))
             start += parameter.numel()
 
-    def state(self) -> EngineState:
+    def state(self, into: EngineState | None = None) -> EngineState:
         if not self.world.leader:
             return EngineState()
-        moments: dict[str, dict[str, Tensor]] = {moment: {} for moment in MOMENTS}
+        whole = into or EngineState(moments={moment: {} for moment in MOMENTS})
+        for name, weight in self.model.named_parameters():
+            copy_to(whole.weights, name, weight)
         for name, parameter in self._learned().items():
             for moment in MOMENTS:
                 kept = self.optimizer.state.get(parameter, {}).get(moment)
-                moments[moment][name] = torch.zeros_like(parameter) if kept is None else kept
-        return EngineState(
-            {name: weight.detach().cpu().clone() for name, weight in self.model.named_parameters()},
-            {moment: {name: v.detach().cpu().clone() for name, v in kept.items()} for moment, kept in moments.items()},
-            self._updates(),
-            self.scaler.get_scale() if self.scaler.is_enabled() else None,
-        )
+                copy_to(whole.moments[moment], name, torch.zeros_like(parameter) if kept is None else kept)
+        whole.updates = self._updates()
+        whole.scale = self.scaler.get_scale() if self.scaler.is_enabled() else None
+        return whole
 
     def load(self, state: EngineState) -> None:
         state = agree(self.world, state)

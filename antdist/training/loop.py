@@ -3,8 +3,8 @@
     resume, or begin
     while epochs remain:
         for each batch left of the epoch:  step; log now and then; checkpoint if due; stop if asked
-        validate if due  ->  keep the best weights, count validations without a better one
-        checkpoint
+        validate if due  ->  count validations without a better one
+        checkpoint, the best weights with it: a snapshot at once, written in the background
 
 All state that survives is in `Progress` and the engine; order, noise and learning rate are functions of the step.
 """
@@ -26,13 +26,15 @@ from antdist.config.schema import TrainingConfig
 from antdist.data.stream import StreamState
 from antdist.errors import UserError
 from antdist.files import flush_to_disk
+from antdist.profiling import part, profiled
 from antdist.progress import say
-from antdist.training.checkpoint import Checkpoint, load_latest, progress_of_all, save_checkpoint
+from antdist.training.checkpoint import Checkpoint, load_latest, progress_of_all, save_checkpoint, write_tensors
 from antdist.training.engine import Engine, EngineState
 from antdist.training.feed import Feed, StepInput
 from antdist.training.live import Live, say_line
 from antdist.training.memory import release_now_and_then
 from antdist.training.noise import seed_noise
+from antdist.training.saver import Saver
 from antdist.training.schedule import learning_rate
 from antdist.training.world import World, agree, barrier, row_gather, sum_over_ranks
 
@@ -66,7 +68,8 @@ class Job:
     """One training run on this rank.
 
     `validate` is collective and returns the same metrics on every rank; `report` gets curves and `live` how it goes, on the
-    leader. `start` is a state to begin from where `folder` has no checkpoint of its own.
+    leader. `start` is a state to begin from where `folder` has no checkpoint of its own. `profile`: each rank writes a trace of
+    some steps to `folder/profile`.
     """
 
     engine: Engine
@@ -80,17 +83,28 @@ class Job:
     live: Callable[[Live], None] = say_line
     name: str = "training"
     start: Checkpoint | None = None
+    profile: bool = False
 
 
 def train(job: Job) -> Progress:
-    """Run until the last epoch, `patience` or `stop_after`. The best weights are then in `best_weights(job.folder, ...)`."""
+    """Run until the last epoch, `patience` or `stop_after`. The best weights are then in `best_weights(job.folder, ...)`, and
+    all that was to be saved is on disk, on whichever rank this returns; where it raises, what had been begun is.
+
+    Raises:
+        Diverged: the loss or the weights are no numbers. On all ranks.
+        UserError: a checkpoint cannot be written; one that is there does not fit. On all ranks.
+    """
     progress = _resume(job)
-    meter = Meter(job, progress.step)
     stop_at = None if job.config.stop_after is None else progress.step + job.config.stop_after
-    while progress.finished is None and (stop_at is None or progress.step < stop_at):
-        if _train_epoch(job, progress, meter, stop_at):
-            _end_epoch(job, progress)
-        _checkpoint(job, progress)
+    trace = job.folder / "profile" / f"rank-{job.world.rank}.json.gz" if job.profile else None
+    with Saver(job.folder) as saver, profiled(trace, on_gpu=job.world.device.type == "cuda") as step_done:
+        meter = Meter(job, progress.step, step_done)
+        while progress.finished is None and (stop_at is None or progress.step < stop_at):
+            if _train_epoch(job, progress, meter, saver, stop_at):
+                _end_epoch(job, progress)
+            _checkpoint(job, progress, saver)
+        _await_save(job, saver)
+    barrier(job.world)
     return progress
 
 
@@ -146,7 +160,7 @@ def _size(parameter: torch.nn.Parameter) -> int:
     return int(getattr(parameter, "ds_numel", parameter.numel()))
 
 
-def _train_epoch(job: Job, progress: Progress, meter: Meter, stop_at: int | None) -> bool:
+def _train_epoch(job: Job, progress: Progress, meter: Meter, saver: Saver, stop_at: int | None) -> bool:
     """The rest of the epoch. False if `stop_after` ended it early."""
     job.engine.model.train()
     for step_input in meter.timed(job.feed.epoch(progress.epoch, progress.batch)):
@@ -158,7 +172,7 @@ def _train_epoch(job: Job, progress: Progress, meter: Meter, stop_at: int | None
             return False
         if job.config.checkpoint_every and progress.step % job.config.checkpoint_every == 0:
             meter.flush(progress)
-            _checkpoint(job, progress)
+            _checkpoint(job, progress, saver)
     meter.flush(progress)
     return True
 
@@ -167,10 +181,13 @@ def train_step(job: Job, step_input: StepInput) -> Tensor:
     """One optimizer step. Returns (total, recommendation, alignment) of the global batch: this rank's part of the sum."""
     parts = torch.zeros(3, device=job.world.device)
     for index, micro in enumerate(step_input.micros):
-        batch, features = micro.batch.to(job.world.device), micro.features.to(job.world.device)
+        with part("copy to device"):
+            batch, features = micro.batch.to(job.world.device), micro.features.to(job.world.device)
         seed_noise(job.seed, step_input.step, index, job.world.rank)
-        losses: Any = job.engine.forward(features, batch, row_gather(job.world, len(batch.item_ids)), job.feed.loss)
-        job.engine.backward(losses.total * micro.weight, last=index == len(step_input.micros) - 1)
+        with part("forward"):
+            losses: Any = job.engine.forward(features, batch, row_gather(job.world, len(batch.item_ids)), job.feed.loss)
+        with part("backward"):
+            job.engine.backward(losses.total * micro.weight, last=index == len(step_input.micros) - 1)
         parts += torch.stack([losses.total, losses.recommendation, losses.alignment]).detach().float() * micro.weight
     rate = learning_rate(
         job.config.schedule,
@@ -179,7 +196,8 @@ def train_step(job: Job, step_input: StepInput) -> Tensor:
         job.feed.stream.steps_per_epoch,
         job.config.epochs,
     )
-    job.engine.update(rate)
+    with part("update"):
+        job.engine.update(rate)
     return parts
 
 
@@ -188,9 +206,10 @@ def _end_epoch(job: Job, progress: Progress) -> None:
     entry: dict[str, float] = {"epoch": progress.epoch + 1, "loss": progress.epoch_loss / progress.epoch_predictions}
     last = progress.epoch + 1 == job.config.epochs
     if (progress.epoch + 1) % job.config.validate_every == 0 or last:
-        metrics = job.validate()
+        with part("validate"):
+            metrics = job.validate()
         entry |= {f"validation/{name}": value for name, value in metrics.items()}
-        _judge(job, progress, metrics[CHOSEN_BY])
+        _judge(progress, metrics[CHOSEN_BY])
     progress.history.append(entry)
     progress.epoch, progress.batch = progress.epoch + 1, 0
     progress.epoch_loss, progress.epoch_predictions = 0.0, 0
@@ -202,22 +221,12 @@ def _end_epoch(job: Job, progress: Progress) -> None:
         job.report({**{k: v for k, v in entry.items() if k != "epoch"}, "epoch": progress.epoch}, progress.step)
 
 
-def _judge(job: Job, progress: Progress, metric: float) -> None:
-    """Keep the weights of the best validation; the earlier epoch wins a tie."""
+def _judge(progress: Progress, metric: float) -> None:
+    """Whether this validation is the best so far; the earlier epoch wins a tie."""
     if progress.best is not None and metric <= progress.best:
         progress.worse += 1
         return
     progress.best, progress.best_epoch, progress.worse = metric, progress.epoch + 1, 0
-    state = job.engine.state()
-    if job.world.leader:
-        from safetensors.torch import save_file
-
-        path = best_weights(job.folder, progress.best_epoch)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_suffix(".partial")
-        save_file({name: value.contiguous() for name, value in state.weights.items()}, partial)
-        flush_to_disk(partial)
-        partial.rename(path)
 
 
 def best_weights(folder: Path, epoch: int) -> Path:
@@ -238,32 +247,56 @@ def _bring_best(job: Job, checkpoint: Path, progress: Progress) -> None:
     if not there.is_file():
         raise UserError(f"the best weights (epoch {progress.best_epoch}) are missing", where=there)
     here.parent.mkdir(parents=True, exist_ok=True)
-    shutil.copyfile(there, here)
+    partial = here.with_suffix(".partial")
+    shutil.copyfile(there, partial)
+    flush_to_disk(partial)
+    partial.rename(here)
 
 
-def _checkpoint(job: Job, progress: Progress) -> None:
-    _refuse_broken(job, progress)
-    state = job.engine.state()
-    if job.world.leader:
-        position = job.feed.stream.state(progress.epoch, progress.batch)
-        document = {"progress": asdict(progress), "stream": asdict(position)}
-        folder = job.folder / "checkpoints"
-        save_checkpoint(folder, progress.step, state, document, job.config.keep_checkpoints)
-        # each kept checkpoint may be the one that a restart falls back on, so its best weights stay too
-        epochs = [kept["progress"]["best_epoch"] for kept in progress_of_all(folder)]
-        needed = {best_weights(job.folder, epoch) for epoch in epochs if epoch is not None}
-        for path in (job.folder / "best").glob("*.safetensors"):
-            if path not in needed:
-                path.unlink()
-    barrier(job.world)
+def _checkpoint(job: Job, progress: Progress, saver: Saver) -> None:
+    """Take a snapshot, and begin to write it once the one before is on disk. Collective."""
+    with part("checkpoint"):
+        _await_save(job, saver)
+        _refuse_broken(job, progress)
+        state = saver.snapshot = job.engine.state(saver.snapshot)
+        if job.world.leader:
+            position = job.feed.stream.state(progress.epoch, progress.batch)
+            document = {"progress": asdict(progress), "stream": asdict(position)}
+            saver.begin(lambda: _write(job.folder, state, document, job.config.keep_checkpoints))
+
+
+def _await_save(job: Job, saver: Saver) -> None:
+    """Until the save that was begun is on disk. Collective: if it failed, all ranks raise why."""
+    failure = agree(job.world, saver.wait() if job.world.leader else None)
+    if failure is not None:
+        raise failure
+
+
+def _write(folder: Path, state: EngineState, document: dict[str, Any], keep: int) -> None:
+    """In the saver's thread: a checkpoint, after the best weights if these are they, before the old ones go."""
+    progress = Progress(**document["progress"])
+    if progress.best_epoch is not None and (progress.epoch, progress.batch) == (progress.best_epoch, 0):
+        path = best_weights(folder, progress.best_epoch)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_tensors(path, state.weights)
+        flush_to_disk(path.parent)
+    checkpoints = folder / "checkpoints"
+    save_checkpoint(checkpoints, progress.step, state, document, keep)
+    # each kept checkpoint may be the one that a restart falls back on, so its best weights stay too
+    epochs = [kept["progress"]["best_epoch"] for kept in progress_of_all(checkpoints)]
+    needed = {best_weights(folder, epoch) for epoch in epochs if epoch is not None}
+    for path in (folder / "best").glob("*.safetensors"):
+        if path not in needed:
+            path.unlink()
 
 
 def _refuse_broken(job: Job, progress: Progress) -> None:
     """No checkpoint and no validation of weights that are no numbers: a restart could not mend them. Collective."""
     # under DeepSpeed's stage 3 each rank holds a part of a parameter
     held = [getattr(parameter, "ds_tensor", parameter).detach() for parameter in job.engine.model.parameters()]
-    broken = torch.stack([~weight.isfinite().all() for weight in held]).sum()
-    if sum_over_ranks(job.world, broken):
+    # a sum is a number only if all its terms are: ten times as fast as asking each
+    broken = ~torch.stack([weight.float().sum() for weight in held]).isfinite().all()
+    if sum_over_ranks(job.world, broken.int()):
         raise _diverged(job, f"weights are no numbers after step {progress.step} (epoch {progress.epoch + 1})")
 
 
@@ -279,8 +312,8 @@ def _diverged(job: Job, what: str) -> Diverged:
 class Meter:
     """Curves without a synchronisation a step: losses stay on the device until a point is due."""
 
-    def __init__(self, job: Job, step: int) -> None:
-        self.job, self.pending = job, list[tuple[Tensor, int]]()
+    def __init__(self, job: Job, step: int, step_done: Callable[[], None]) -> None:
+        self.job, self.step_done, self.pending = job, step_done, list[tuple[Tensor, int]]()
         self.waited, self.since = 0.0, time.perf_counter()
         self.first, self.begun = step, time.perf_counter()
         self.told = self.begun
@@ -290,11 +323,13 @@ class Meter:
         inputs = iter(inputs)
         while True:
             asked = time.perf_counter()
-            step_input = next(inputs, None)
+            with part("wait for data"):
+                step_input = next(inputs, None)
             self.waited += time.perf_counter() - asked
             if step_input is None:
                 return
             yield step_input
+            self.step_done()
 
     def add(self, progress: Progress, losses: Tensor, predictions: int) -> None:
         self.pending.append((losses, predictions))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -39,6 +40,12 @@ def test_a_resolved_configuration_reads_back_as_itself() -> None:
 
     again = check_config(RelearnConfig, yaml.safe_load(dump_config(config)))
     assert again == config and again.parent == "models:/a/1"
+
+
+@pytest.mark.parametrize("kind", [PretrainConfig, RelearnConfig])
+def test_a_run_is_profiled_where_it_is_asked_for(kind: Any) -> None:
+    assert load_config(kind, None, []).profile is False
+    assert load_config(kind, None, ["profile=true"]).profile is True
 
 
 def test_an_unknown_key_names_the_nearest_known_one(tmp_path: Path) -> None:

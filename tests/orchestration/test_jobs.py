@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gzip
 import json
 import shutil
 import threading
@@ -222,9 +223,15 @@ def test_a_diverged_run_says_so_and_goes_on_as_advised(world: Path) -> None:
 
 
 def test_a_killed_worker_costs_nothing(world: Path, tmp_path: Path) -> None:
-    """Ray starts another, which goes on from the last checkpoint: the same weights as without."""
+    """Ray starts another, which goes on from the last checkpoint: the same weights as without (and as with a profile)."""
     training = {"epochs": 40, "validate_every": 40}
-    straight = pretrain(pretrain_config(world, "unkilled", training=training, workers=1))
+    straight = pretrain(pretrain_config(world, "unkilled", training=training, workers=1, profile=True))
+    trace = straight.folder / "profile" / "rank-0.json.gz"
+    assert {"wait for data", "backward"} <= {
+        e["name"] for e in json.loads(gzip.decompress(trace.read_bytes()))["traceEvents"]
+    }
+    artifacts = connect(straight.tracking_uri).list_artifacts(straight.run_id, "profile")
+    assert [artifact.path for artifact in artifacts] == ["profile/rank-0.json.gz"]
     config = pretrain_config(world, "killed", training=training, workers=1)
     config = config.model_copy(update={"ray": config.ray.model_copy(update={"max_failures": 1})})
     folder = world / "runs" / "killed"

@@ -33,7 +33,7 @@ def test_a_second_command_on_the_same_run_is_refused(tmp_path: Path) -> None:
 def test_what_a_run_is_may_not_change_and_how_it_runs_may(tmp_path: Path) -> None:
     with claimed(tmp_path, config()):
         pass
-    with claimed(tmp_path, config(engine="plain", checkpoint_every=5)):
+    with claimed(tmp_path, config(engine="plain", checkpoint_every=5).model_copy(update={"profile": True})):
         pass
     with (
         pytest.raises(UserError, match=r"another configuration: training.weight_decay was 0.0, is 0.5\. Choose"),

@@ -132,5 +132,47 @@ def test_the_deepspeed_section_is_merged() -> None:
         zero_stage=2, deepspeed={"zero_optimization": {"overlap_comm": False}, "wall_clock_breakdown": True}
     )
     merged = deepspeed_config(config)
-    assert merged["zero_optimization"] == {"stage": 2, "overlap_comm": False}
+    assert merged["zero_optimization"] == {"stage": 2, "overlap_comm": False, "compute_grad_norm": False}
     assert merged["wall_clock_breakdown"] is True
+
+
+@pytest.mark.parametrize(
+    "needs_it",
+    [
+        {"clip": 1.0},
+        {"precision": "fp16"},
+        {"zero_stage": 0},
+        {"zero_stage": 3},
+        {"deepspeed": {"zero_optimization": {"offload_optimizer": {"device": "cpu"}}}},
+    ],
+)
+def test_deepspeed_computes_the_norm_where_something_needs_it(needs_it: dict[str, Any]) -> None:
+    """Elsewhere it would look at it in each step, on the host."""
+    assert "compute_grad_norm" not in deepspeed_config(TrainingConfig(**needs_it))["zero_optimization"]
+
+
+@pytest.mark.parametrize("kind", ["plain", "deepspeed"])
+def test_a_state_is_a_copy_and_its_memory_is_used_again(kind: str) -> None:
+    on_ranks(1, _states, kind)
+
+
+def _states(kind: str) -> None:
+    config = TrainingConfig(zero_stage=0, learning_rate=0.05)
+    engine: Any = (DeepSpeedEngine if kind == "deepspeed" else PlainEngine)(small_model(), config, current_world())
+
+    def step() -> None:
+        engine.backward((engine.forward(torch.ones(2, 6)) - 1).square().sum(), last=True)
+        engine.update(0.05)
+
+    step()
+    first = engine.state()
+    held = {name: value.clone() for name, value in first.weights.items()}
+    moment = first.moments["exp_avg"]["0.weight"].clone()
+    step()
+    assert all(torch.equal(first.weights[name], value) for name, value in held.items())
+    assert torch.equal(first.moments["exp_avg"]["0.weight"], moment)
+    places = {name: value.data_ptr() for name, value in first.weights.items()}
+    second = engine.state(first)
+    assert {name: value.data_ptr() for name, value in second.weights.items()} == places
+    assert second.updates == 2 and not torch.equal(second.weights["0.weight"], held["0.weight"])
+    assert not torch.equal(second.moments["exp_avg"]["0.weight"], moment)

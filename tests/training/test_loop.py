@@ -39,6 +39,7 @@ def run(
     start: Path | None = None,
     loss: dict[str, Any] | None = None,
     recalls: list[float] | None = None,
+    profile: bool = False,
     **training: Any,
 ) -> dict[str, Any]:
     """Train a small model on two domains; give the curve, the last weights and the progress."""
@@ -75,6 +76,7 @@ def run(
         validate=lambda: {"Recall@10": next(validations), "NDCG@10": 0.05},
         report=report,
         start=load_checkpoint(start) if start else None,
+        profile=profile,
     )
     progress = train(job)
     state = job.engine.state()
