@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import os
 from pathlib import Path
 
 import click
@@ -22,6 +23,7 @@ NAMES = {
     "prepare": "10 million interactions from CSV to shards: rows/s and peak memory, against pandas",
     "overhead": "share of a run that logging, progress, checkpoints and waiting for data take",
     "modes": "predictions/s of `sequence` over `prefix` training",
+    "quality": "test metrics of `sequence` against `prefix` training on real data, and both curves against wall time",
     "honest_world": "quality: the generated world rewards the order of items, not their bare set",
     "gpu": "predictions/s, MFU and memory on a GPU, plain and DeepSpeed",
 }
@@ -29,6 +31,7 @@ NAMES = {
 
 def run(name: str, options: Options) -> Report:
     """One benchmark by name, in this process."""
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # before torch is imported, as antdist's workers have it
     import torch
 
     torch.set_num_threads(options.threads)
@@ -44,6 +47,8 @@ def run(name: str, options: Options) -> Report:
 @click.option(
     "--data", type=click.Path(path_type=Path, exists=True, file_okay=False), help="A prepared domain DATA/NAME."
 )
+@click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="Override a key of the configuration.")
+@click.option("--picture", type=click.Path(path_type=Path, dir_okay=False), help="Draw the curves to FILE (svg, png).")
 @click.option(
     "--json", "json_file", type=click.Path(path_type=Path, dir_okay=False), help="Write the figures to FILE too."
 )
@@ -53,13 +58,15 @@ def main(
     repeats: int | None,
     threads: int | None,
     data: Path | None,
+    settings: tuple[str, ...],
+    picture: Path | None,
     json_file: Path | None,
 ) -> None:
     """Measure one part of antdist against the usual way of doing it. Without NAME: list them."""
     if name is None:
         click.echo("\n".join(f"{known:13} {what}" for known, what in NAMES.items()))
         return
-    options = Options(short, repeats or (2 if short else 5), threads or cores(), data)
+    options = Options(short, repeats or (2 if short else 5), threads or cores(), data, settings, picture)
     facts = machine(options.threads)
     try:
         report = run(name, options)

@@ -16,12 +16,15 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Options:
-    """How a benchmark is run. `data` is a prepared domain or a folder of them, for those that can use one."""
+    """How a benchmark is run. `data` is a prepared domain or a folder of them, `settings` are overrides of the
+    configuration, `picture` is where curves are drawn: each for those that can use it."""
 
     short: bool = False
     repeats: int = 5
     threads: int = 2
     data: Path | None = None
+    settings: tuple[str, ...] = ()
+    picture: Path | None = None
 
 
 @dataclass(frozen=True)
