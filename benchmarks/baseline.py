@@ -40,7 +40,9 @@ class MixtureOfExperts(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         logits = x @ self.gate
-        routing = (logits + torch.randn_like(logits) * (F.softplus(x @ self.noise) + 0.01)).softmax(-1)
+        if self.training:
+            logits = logits + torch.randn_like(logits) * (F.softplus(x @ self.noise) + 0.01)
+        routing = logits.softmax(-1)
         outputs = torch.stack([expert(x) for expert in self.experts], dim=-2)
         return (routing.unsqueeze(-1) * outputs).sum(-2)
 
