@@ -14,6 +14,7 @@ from antdist.config.schema import LossConfig, ModelConfig
 from antdist.model.encoder import Norm, SequenceEncoder, token_positions
 from antdist.model.loss import alignment_loss, next_item_loss
 from antdist.model.tower import Experts, ItemEmbeddings, ItemTower, Projection
+from antdist.profiling import part
 
 Gather = Callable[[Tensor], Tensor]
 PRETRAINING_LOSS = LossConfig()
@@ -93,30 +94,40 @@ class Recommender(nn.Module):
             gather: all-gather of rows over ranks, with gradient.
             loss: `alignment` weighs the text-image alignment (0: not computed), `chunk` bounds memory.
         """
-        embeddings = self.embed_items(features)
+        with part("embed items"):
+            embeddings = self.embed_items(features)
         items, aligned = embeddings.item, None
         if loss.alignment > 0 and embeddings.text is not None and embeddings.image is not None:
             items, aligned = _gather_aligned(embeddings, embeddings.text, embeddings.image, gather)
         else:
             items = gather(items)
-        states = self.encode_users(items, batch.tokens, batch.offsets, batch.longest)
-        recommendation = (
+        with part("encode users"):
+            states = self.encode_users(items, batch.tokens, batch.offsets, batch.longest)
+        with part("softmax loss"):
+            recommendation = self._recommendation(states, items, batch, loss.chunk)
+        if aligned is None:
+            return Losses(recommendation, recommendation.detach(), torch.zeros_like(recommendation))
+        with part("alignment loss"):
+            alignment = self._alignment(aligned, batch, loss.chunk)
+        total = recommendation + loss.alignment * alignment
+        return Losses(total, recommendation.detach(), alignment.detach())
+
+    def _recommendation(self, states: Tensor, items: Tensor, batch: Batch, chunk: int) -> Tensor:
+        """This rank's part of the next-item softmax loss (spec, section 5)."""
+        # increasing and distinct: as many as there are items are all of them, without a copy
+        everything = len(batch.candidates) == len(items)
+        return (
             next_item_loss(
                 states.index_select(0, batch.predict_at),
-                items.index_select(0, batch.candidates),
+                items if everything else items.index_select(0, batch.candidates),
                 batch.targets,
                 temperature=self.config.temperature,
                 bias=batch.bias,
                 target_bias=batch.target_bias,
-                chunk=loss.chunk,
+                chunk=chunk,
             )
             / batch.predictions
         )
-        if aligned is None:
-            return Losses(recommendation, recommendation.detach(), torch.zeros_like(recommendation))
-        alignment = self._alignment(aligned, batch, loss.chunk)
-        total = recommendation + loss.alignment * alignment
-        return Losses(total, recommendation.detach(), alignment.detach())
 
     def _alignment(self, aligned: _Aligned, batch: Batch, chunk: int) -> Tensor:
         """This rank's part of the text-image alignment over the batch's next items (spec, section 5).

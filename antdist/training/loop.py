@@ -26,6 +26,7 @@ from antdist.config.schema import TrainingConfig
 from antdist.data.stream import StreamState
 from antdist.errors import UserError
 from antdist.files import flush_to_disk
+from antdist.products import exact_products
 from antdist.profiling import part, profiled
 from antdist.progress import say
 from antdist.training.checkpoint import Checkpoint, load_latest, progress_of_all, save_checkpoint, write_tensors
@@ -97,7 +98,8 @@ def train(job: Job) -> Progress:
     progress = _resume(job)
     stop_at = None if job.config.stop_after is None else progress.step + job.config.stop_after
     trace = job.folder / "profile" / f"rank-{job.world.rank}.json.gz" if job.profile else None
-    with Saver(job.folder) as saver, profiled(trace, on_gpu=job.world.device.type == "cuda") as step_done:
+    on_gpu = job.world.device.type == "cuda"
+    with exact_products(job.world.device), Saver(job.folder) as saver, profiled(trace, on_gpu=on_gpu) as step_done:
         meter = Meter(job, progress.step, step_done)
         while progress.finished is None and (stop_at is None or progress.step < stop_at):
             if _train_epoch(job, progress, meter, saver, stop_at):
