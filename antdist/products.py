@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 @contextmanager
 def exact_products(device: torch.device) -> Iterator[None]:
-    """Matrix products of float32 in float32, whatever the code around has set, autocast included; then as it was.
+    """Matrix products of float32 in float32, whatever the code around has set (autocast apart); then as it was.
 
     On a GPU that rules TF32 out. On a CPU oneDNN multiplies, where it does so exactly, instead of MKL: equal or, on
     processors that MKL does not know, twice as fast.
@@ -25,8 +25,7 @@ def exact_products(device: torch.device) -> Iterator[None]:
     before = products.fp32_precision
     products.fp32_precision = "bf16" if device.type == "cpu" and _onednn_is_exact() else "ieee"
     try:
-        with torch.autocast(device.type, enabled=False):
-            yield
+        yield
     finally:
         products.fp32_precision = before
 

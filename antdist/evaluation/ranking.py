@@ -200,7 +200,7 @@ def _rivals(vectors: Tensor, catalogue: Tensor, queries: Queries, chunk: int) ->
     bounds = np.searchsorted(items, np.arange(0, len(catalogue) + chunk, chunk)).tolist()
     row, item = torch.from_numpy(rows).to(device), torch.from_numpy(items).to(device)
     count = torch.zeros(len(vectors), dtype=torch.int64, device=device)
-    with exact_products(device):
+    with torch.autocast(device.type, enabled=False), exact_products(device):
         targets = catalogue[torch.from_numpy(queries.targets).to(device)]
         threshold = (vectors * targets).sum(1, keepdim=True) - TIE
         for number, first in enumerate(range(0, len(catalogue), chunk)):
