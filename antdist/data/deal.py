@@ -61,7 +61,7 @@ def deal(
     catalogue_size: int,
     samples: int = 0,
     log_q: bool = False,
-    popularity: IntArray | None = None,
+    heaps: IntArray | None = None,
     seed: int = 0,
     step: int = 0,
 ) -> Batch:
@@ -78,11 +78,11 @@ def deal(
       candidate of its own predictions only); target_bias = -log(samples q_c) with `log_q`, else none.
 
     Args:
-        popularity: (catalogue_size,) counts, needed with `log_q` only.
+        heaps: (catalogue_size + 1,) running sum from 0 of popularity + 1, needed with `log_q` only.
         seed, step: of the draws of `sampled`; give each micro-batch a step of its own.
     """
-    assert not log_q or popularity is not None or candidates == "catalogue"
-    popularity = popularity if log_q else None
+    assert not log_q or heaps is not None or candidates == "catalogue"
+    heaps = heaps if log_q else None
     mine = select(batch, np.flatnonzero(assign(np.diff(batch.offsets), world_size) == rank))
     bias: FloatArray | None = None
     target_bias: FloatArray | None = None
@@ -93,13 +93,13 @@ def deal(
     else:
         draws = np.empty(0, dtype=np.int64)
         if candidates == "sampled":
-            draws = _draw(samples, catalogue_size, popularity, seed, step)
+            draws = _draw(samples, catalogue_size, heaps, seed, step)
         item_ids = _distinct(catalogue_size, batch.items, batch.targets, draws)
         rows = np.empty(catalogue_size, dtype=np.int64)  # where an id stands in item_ids; no other place is read
         rows[item_ids] = np.arange(len(item_ids))
         chosen, counts, drawn = _tally(rows[batch.targets], rows[draws], len(item_ids))
         repeats = drawn if candidates == "sampled" else counts
-        bias, target_bias = _biases(repeats, item_ids[chosen], popularity, samples=max(1, len(draws)))
+        bias, target_bias = _biases(repeats, item_ids[chosen], heaps, samples=max(1, len(draws)))
     places = np.empty(len(item_ids), dtype=np.int64)  # where a row stands in the candidates
     places[chosen] = np.arange(len(chosen))
     return Batch(
@@ -140,22 +140,21 @@ def _tally(targets: IntArray, draws: IntArray, rows: int) -> tuple[IntArray, Int
     return chosen, counts[chosen], drawn[chosen]
 
 
-def _draw(samples: int, catalogue_size: int, popularity: IntArray | None, seed: int, step: int) -> IntArray:
+def _draw(samples: int, catalogue_size: int, heaps: IntArray | None, seed: int, step: int) -> IntArray:
     random = np.random.default_rng([seed, step])
-    if popularity is None:
+    if heaps is None:
         return random.integers(catalogue_size, size=samples)
-    heaps = np.cumsum(popularity + 1)
-    return np.searchsorted(heaps, random.integers(heaps[-1], size=samples), side="right")
+    return np.searchsorted(heaps[1:], random.integers(heaps[-1], size=samples), side="right")
 
 
 def _biases(
-    repeats: IntArray, ids: IntArray, popularity: IntArray | None, samples: int
+    repeats: IntArray, ids: IntArray, heaps: IntArray | None, samples: int
 ) -> tuple[FloatArray, FloatArray | None]:
     with np.errstate(divide="ignore"):  # log 0 = -inf is meant: never drawn, so nobody's negative
         bias = np.log(repeats.astype(np.float64))
-    if popularity is None:
+    if heaps is None:
         return bias, None
     # Each item counts once more than it occurs, so that no probability is 0.
-    chance = (popularity[ids] + 1.0) / (popularity.sum() + len(popularity))
+    chance = (heaps[ids + 1] - heaps[ids]) / heaps[-1]
     correction = np.log(samples * chance)
     return bias - correction, -correction

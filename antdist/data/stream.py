@@ -4,13 +4,18 @@ A domain is gone through in endless passes, each in another order (`order.py`). 
 domain with quota Q; with `mixing: 1` the quota is the whole domain, so a pass is an epoch. The domains' units of an
 epoch are merged evenly, and batch k of K takes the k-th of K equal runs of them. All that is arithmetic on the
 manifests: the stream starts at any batch by opening the shards that this batch needs.
+
+Reading: a canonical stream goes through its shards a window at a time, and while one window is used, a thread reads the
+next. So memory holds two windows a canonical stream: of a domain at most 2 x streams x window_shards shards, without
+their times. A domain that is open whole, all its windows being first ones, is read once and kept from epoch to epoch.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -70,6 +75,7 @@ class Stream:
             self._steps = tuple(_steps(e, q, config.batch_size) for e, q in zip(expected, self._quotas, strict=True))
         self.steps_per_epoch = sum(self._steps)
         self.predictions_per_epoch = sum(expected)
+        self._kept: dict[tuple[str, int], list[Block]] = {}  # the shards of small domains
 
     @property
     def order(self) -> dict[str, Any]:
@@ -124,21 +130,37 @@ class Stream:
                 remedy="raise stream.batch_size, or lower ray.workers or training.accumulation",
             )
 
-    def batches(self, epoch: int, start: int = 0) -> Iterator[GlobalBatch]:
+    def batches(self, epoch: int, start: int = 0) -> Generator[GlobalBatch, None, None]:
         """The batches of an epoch from number `start` on; `GlobalBatch.index` is the number.
 
         A batch whose users have nothing to predict (three interactions each; only where `batch_size` is tiny) is left
-        out, its number too: go by `index`, not by counting.
+        out, its number too: go by `index`, not by counting. Whoever stops early closes the generator: shards are read
+        ahead by a thread, which ends with it.
         """
-        readers = [
-            _DomainReader(domain, self, int(self.item_offsets[d]), int(self.user_offsets[d]))
-            for d, domain in enumerate(self.domains)
-        ]
-        for index, spans in self._spans(epoch, start):
-            pieces = [piece for d, first, last in spans for piece in readers[d].take(first, last)]
-            batch = GlobalBatch(epoch=epoch, index=index, **concatenate(pieces))
-            if batch.predictions:
-                yield batch
+        background = ThreadPoolExecutor(1, thread_name_prefix="shards")
+        try:
+            readers = [_DomainReader(self, d, background) for d in range(len(self.domains))]
+            for index, spans in self._spans(epoch, start):
+                pieces = [piece for d, first, last in spans for piece in readers[d].take(first, last)]
+                batch = GlobalBatch(epoch=epoch, index=index, **concatenate(pieces))
+                if batch.predictions:
+                    yield batch
+        finally:
+            background.shutdown(cancel_futures=True)
+
+    def _blocks(self, d: int, shard: int) -> list[Block]:
+        """A domain's shard. Its times are dropped, as nothing here reads them."""
+        domain = self.domains[d]
+        shards = domain.manifest.sequence_shards
+        if kept := self._kept.get((domain.name, shard)):
+            return kept
+        blocks, first_user = [], int(self.user_offsets[d]) + shards[shard].first_user
+        for block in read_blocks(domain.folder, shards[shard]):
+            blocks.append((block.offsets, block.items, first_user))
+            first_user += len(block.offsets) - 1
+        if len(shards) <= self.config.streams * self.config.window_shards:
+            self._kept[domain.name, shard] = blocks
+        return blocks
 
     def _spans(self, epoch: int, start: int) -> Iterator[tuple[int, list[tuple[int, int, int]]]]:
         """For each batch its number and, by domain, which of the domain's units (counted over all epochs) it takes."""
@@ -169,15 +191,14 @@ class Stream:
 class _DomainReader:
     """Takes units of a domain, numbered over all its passes, from front to back."""
 
-    def __init__(self, domain: Domain, stream: Stream, item_offset: int, user_offset: int) -> None:
-        self.domain, self.stream, self.item_offset = domain, stream, item_offset
+    def __init__(self, stream: Stream, d: int, background: ThreadPoolExecutor) -> None:
+        self.domain, self.stream, self.d, self.background = stream.domains[d], stream, d, background
         prefix = stream.config.mode == "prefix"
         self.units = [
             [block.interactions - 3 * block.users if prefix else block.users for block in shard.blocks]
-            for shard in domain.manifest.sequence_shards
+            for shard in self.domain.manifest.sequence_shards
         ]
         self.size = sum(map(sum, self.units))
-        self.first_users = [user_offset + shard.first_user for shard in domain.manifest.sequence_shards]
         self.number = -1  # of the pass that is open
         self.readers: list[_CanonicalReader] = []
 
@@ -205,23 +226,15 @@ class _DomainReader:
         self.number = number
         self.readers = [_CanonicalReader(self, layout, (*key, s)) for s, layout in enumerate(streams)]
 
-    def blocks(self, shard: int) -> list[Block]:
-        """A shard's blocks. Their times are dropped, as nothing here reads them."""
-        entry, blocks = self.domain.manifest.sequence_shards[shard], []
-        first_user = self.first_users[shard]
-        for block in read_blocks(self.domain.folder, entry):
-            blocks.append((block.offsets, block.items, first_user))
-            first_user += len(block.offsets) - 1
-        return blocks
-
 
 class _CanonicalReader:
-    """Takes units of one canonical stream of one pass. Holds a window of shards, a group's columns, and a chunk's windows."""
+    """Takes units of one canonical stream of one pass. Holds two windows of shards, a group's columns, and a chunk's windows."""
 
     def __init__(self, domain: _DomainReader, layout: CanonicalStream, key: tuple[int | str, ...]) -> None:
         self.domain, self.layout, self.key = domain, layout, key
         self.max_length, self.prefix = domain.stream.max_length, domain.stream.config.mode == "prefix"
-        self.window, self.group, self.chunk = -1, -1, -1
+        self.window, self.group = -1, -1
+        self.next: tuple[int, Future[dict[int, list[Block]]]] | None = None  # the window that is read ahead
         self.begin, self.end = 0, 0  # the units of the chunk
 
     def take(self, first: int, last: int) -> Iterator[tuple[Windows, int, int]]:
@@ -250,16 +263,26 @@ class _CanonicalReader:
                 self.items, self.starts[units], self.lengths[units], self.users[units], self.max_length
             )
 
+    def _load_window(self, window: int) -> None:
+        """Take the window that was read ahead, and have the one after it read. What cannot be read is told here."""
+        number, ahead = self.next or (None, None)
+        self.next, self.shards = None, {}  # drop the old window before reading another
+        self.shards = ahead.result() if ahead is not None and number == window else self._read(window)
+        self.window = window
+        if window + 1 < len(self.layout.windows):
+            self.next = window + 1, self.domain.background.submit(self._read, window + 1)
+
+    def _read(self, window: int) -> dict[int, list[Block]]:
+        return {shard: self.domain.stream._blocks(self.domain.d, shard) for shard in self.layout.windows[window]}
+
     def _load_group(self, group: int) -> None:
         layout = self.layout.groups[group]
         if layout.window != self.window:
-            self.shards: dict[int, list[Block]] = {}  # drop the old window before reading the next
-            self.shards = {shard: self.domain.blocks(shard) for shard in self.layout.windows[layout.window]}
-            self.window = layout.window
+            self._load_window(layout.window)
         blocks = [self.shards[shard][block] for shard, block in layout.blocks]
         bases = starts_of(np.array([len(items) for _, items, _ in blocks]))
         self.items = np.concatenate([items for _, items, _ in blocks], dtype=np.int64)
-        self.items += self.domain.item_offset
+        self.items += self.domain.stream.item_offsets[self.domain.d]
         self.starts = np.concatenate([o[:-1] + b for (o, _, _), b in zip(blocks, bases, strict=False)])
         self.lengths = np.concatenate([np.diff(o) for o, _, _ in blocks]) - 2  # less validation and test item
         self.users = np.concatenate([np.arange(first, first + len(o) - 1) for o, _, first in blocks])

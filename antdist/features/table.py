@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from antdist.data.domain import Domain
 
 SCHEMA_VERSION = 1
+TORCH_SERIAL = 32768  # numbers that torch copies in the calling thread (its GRAIN_SIZE)
 
 Dtype = Literal["float32", "float16"]
 PartName = Annotated[str, StringConstraints(pattern=r"^(text|image|price)-[0-9]{5,9}$")]
@@ -175,15 +176,21 @@ class FeatureTable:
 
     def rows(self, indices: IntArray) -> tuple[NDArray[Any], NDArray[np.bool_]]:
         """The features (n, dim), in the stored type, and presence (n,) of items by index in the domain."""
-        if not self.meta.parts:
-            values: NDArray[Any] = np.zeros((len(indices), self.meta.dim), dtype=self.meta.dtype)
-        elif len(self._parts) == 1:
-            values = self._parts[0][indices]
-        else:
-            values = np.empty((len(indices), self.meta.dim), dtype=self.meta.dtype)
-            for number, chosen in _groups(indices, self._bounds):
-                values[chosen] = self._parts[number][indices[chosen] - self._bounds[number]]
+        values: NDArray[Any] = np.empty((len(indices), self.meta.dim), dtype=self.meta.dtype)
+        self.read(indices, values)
         return values, self.present[indices]
+
+    def read(self, indices: IntArray, into: NDArray[Any]) -> None:
+        """Copy features of items by index in the domain into the rows of `into` (n, dim), of the stored type or float32."""
+        if not self.meta.parts:
+            into[...] = 0
+            return
+        for number, chosen in _groups(indices, self._bounds):
+            part, local = self._parts[number], indices[chosen] - self._bounds[number]
+            if isinstance(chosen, slice):
+                _take(part, local, into[chosen])
+            else:
+                into[chosen] = part[local]
 
     def verify(self) -> None:
         """Read every byte: sizes and digests. Raises UserError naming the part that is damaged."""
@@ -196,9 +203,42 @@ class FeatureTable:
                 )
 
 
+def _take(table: NDArray[Any], indices: IntArray, into: NDArray[Any]) -> None:
+    """`into[...] = table[indices]` in one pass over the memory, in this thread alone."""
+    assert not len(indices) or (indices.min() >= 0 and indices.max() < len(table)), "item index out of range"
+    if table.dtype == into.dtype:
+        np.take(table, indices, axis=0, out=into, mode="clip")  # the default mode takes a copy, to raise before writing
+        return
+    # numpy widens a number at a time, torch many
+    for some in _pieces(into):
+        _torch_view(into[some]).copy_(_torch_view(table[indices[some]]))
+
+
+def _round_to_float16(values: NDArray[np.float32]) -> None:
+    for some in _pieces(values):
+        piece = _torch_view(values[some])
+        piece.copy_(piece.half())
+
+
+def _pieces(rows: NDArray[Any]) -> Iterator[slice]:
+    """Runs of rows that fit the cache, and that torch works through alone: the threads that it would start beside those
+    of the training step would take the step's cores."""
+    step = max(1, TORCH_SERIAL // max(1, rows.shape[1]))
+    return (slice(first, first + step) for first in range(0, len(rows), step))
+
+
+def _torch_view(array: NDArray[Any]) -> torch.Tensor:
+    import torch
+
+    return torch.from_numpy(array)
+
+
 def _groups(ids: IntArray, bounds: IntArray) -> Iterator[tuple[int, slice | IntArray]]:
     """Which of `ids` fall in each range [bounds[k], bounds[k + 1]): pairs (k, selector), only ranges that are met."""
     if len(ids) == 0:
+        return
+    if len(bounds) == 2:
+        yield 0, slice(0, len(ids))
         return
     if np.all(ids[1:] >= ids[:-1]):
         cuts = np.searchsorted(ids, bounds)
@@ -357,7 +397,8 @@ class Catalogue:
         return int(self.offsets[-1])
 
     def features(self, item_ids: IntArray) -> ItemFeatures:
-        """Look up N items by global id: one gather a modality a domain; float32 tensors on the CPU."""
+        """Look up N items by global id: float32 tensors on the CPU. One gather a modality a part; of sorted ids, with no
+        copy but that from the memory map to the tensor."""
         import torch
 
         item_ids = np.asarray(item_ids, dtype=np.int64)
@@ -387,13 +428,21 @@ class Catalogue:
     def _gather(
         self, modality: str, item_ids: IntArray, groups: list[tuple[int, slice | IntArray]]
     ) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
-        rows = np.zeros((len(item_ids), self.dims[modality]), dtype=np.float32)
-        mask = np.zeros(len(item_ids), dtype=bool)
+        rows = np.empty((len(item_ids), self.dims[modality]), dtype=np.float32)
+        mask = np.empty(len(item_ids), dtype=bool)
         for number, chosen in groups:
             table = self._tables[modality][number]
-            if table is not None:
-                found, mask[chosen] = table.rows(item_ids[chosen] - self.offsets[number])
-                rows[chosen] = found.astype(self.dtype, copy=False)
+            if table is None:
+                rows[chosen], mask[chosen] = 0, False
+                continue
+            local = item_ids[chosen] - self.offsets[number]
+            mask[chosen] = table.present[local]
+            if isinstance(chosen, slice):
+                table.read(local, rows[chosen])
+            else:
+                rows[chosen] = table.rows(local)[0]
+        if self.dtype == "float16":
+            _round_to_float16(rows)
         return rows, mask
 
 

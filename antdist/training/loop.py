@@ -184,7 +184,7 @@ def train_step(job: Job, step_input: StepInput) -> Tensor:
     parts = torch.zeros(3, device=job.world.device)
     for index, micro in enumerate(step_input.micros):
         with part("copy to device"):
-            batch, features = micro.batch.to(job.world.device), micro.features.to(job.world.device)
+            batch, features = job.feed.bring(micro)
         seed_noise(job.seed, step_input.step, index, job.world.rank)
         with part("forward"):
             losses: Any = job.engine.forward(features, batch, row_gather(job.world, len(batch.item_ids)), job.feed.loss)

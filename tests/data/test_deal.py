@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from antdist.batch import GlobalBatch
 from antdist.data.deal import assign, deal, share, split
+from antdist.data.windows import starts_of
 
 CATALOGUE = 60
 
@@ -158,7 +159,7 @@ def test_in_batch_loss_is_that_over_all_other_next_items():
 
 def test_in_batch_with_log_q():
     batch, popularity = random_batch(5, 25), np.arange(CATALOGUE) ** 2
-    (dealt,) = deals(batch, 1, log_q=True, popularity=popularity)
+    (dealt,) = deals(batch, 1, log_q=True, heaps=starts_of(popularity + 1))
     for c, bias, target_bias in zip(
         dealt.item_ids[dealt.candidates].tolist(), dealt.bias, dealt.target_bias, strict=True
     ):
@@ -179,7 +180,7 @@ def test_catalogue_candidates_are_all_items():
 @pytest.mark.parametrize("log_q", [False, True])
 def test_sampled_candidates(log_q):
     batch, popularity = random_batch(7, 3), np.arange(CATALOGUE) * 10
-    settings = {"samples": 50, "log_q": log_q, "popularity": popularity, "seed": 3}
+    settings = {"samples": 50, "log_q": log_q, "heaps": starts_of(popularity + 1), "seed": 3}
     (dealt,) = deals(batch, 1, "sampled", step=1, **settings)
     candidates = dealt.item_ids[dealt.candidates].tolist()
     targets = Counter(batch.targets.tolist())
@@ -214,7 +215,7 @@ def test_draws_follow_their_distribution(log_q):
             catalogue_size=4,
             samples=1000,
             log_q=log_q,
-            popularity=popularity,
+            heaps=starts_of(popularity + 1),
             step=step,
         )
         ids = dealt.item_ids[dealt.candidates].numpy()

@@ -6,8 +6,10 @@ import dataclasses
 import itertools
 import json
 import tempfile
+import threading
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,6 +17,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from antdist.config.schema import StreamConfig
+from antdist.data import order as order_module
 from antdist.data import stream as stream_module
 from antdist.data.deal import assign, select
 from antdist.data.stream import Stream, StreamState
@@ -117,6 +120,77 @@ def test_starting_late_reads_only_the_shards_that_it_needs(world, monkeypatch):
     read.clear()
     list(stream.batches(0))
     assert sorted(read) == sorted(shard.name for shard in world[0][0].manifest.sequence_shards)  # each once
+
+
+@pytest.fixture
+def read(monkeypatch):
+    """Which shards were read, and by which thread."""
+    shards, real = [], stream_module.read_blocks
+
+    def recorded(folder, shard):
+        shards.append((shard.name, threading.current_thread().name.partition("_")[0]))
+        return real(folder, shard)
+
+    monkeypatch.setattr(stream_module, "read_blocks", recorded)
+    return shards
+
+
+def one_by_one(domain, **config):
+    """A stream that has one shard open at a time, and the order in which it reads the shards in epoch 0."""
+    stream = make([domain], streams=1, window_shards=1, window_blocks=1, **config)
+    names = [shard.name for shard in domain.manifest.sequence_shards]
+    key = (domain.fingerprint, stream.seed, 0)
+    return stream, [names[i] for i in order_module.shuffled(len(names), *key, "shards")]
+
+
+def test_one_window_is_read_ahead_by_a_thread(world, read, monkeypatch):
+    stream, order = one_by_one(world[0][0], batch_size=1)
+    ahead = threading.Event()
+    monkeypatch.setattr(
+        stream_module,
+        "read_blocks",
+        lambda *args, real=stream_module.read_blocks: [list(real(*args)), len(read) > 1 and ahead.set()][0],
+    )
+    batches = stream.batches(0)
+    next(batches)
+    assert ahead.wait(60)
+    batches.close()
+    assert [shard for shard, _ in read] == order[:2]
+    assert read[0][1] != "shards" and read[1][1] == "shards"
+    assert not [thread.name for thread in threading.enumerate() if thread.name.startswith("shards")]
+
+
+@pytest.mark.parametrize("mixing", [1.0, 0.3])
+def test_reading_ahead_changes_no_batch(world, mixing, monkeypatch):
+    config = {"streams": 2, "window_shards": 1, "window_blocks": 1, "mixing": mixing}
+    ahead = [list(make(world[0], **config).batches(epoch)) for epoch in (0, 1)]
+
+    class WhenAsked:
+        def __init__(self, *args, **kwargs):
+            pass
+
+        def submit(self, function, *args):
+            return SimpleNamespace(result=lambda: function(*args))
+
+        def shutdown(self, cancel_futures):
+            pass
+
+    monkeypatch.setattr(stream_module, "ThreadPoolExecutor", WhenAsked)
+    for epoch in (0, 1):
+        alone = list(make(world[0], **config).batches(epoch))
+        assert len(alone) == len(ahead[epoch])
+        assert all(same(*pair) for pair in zip(alone, ahead[epoch], strict=True))
+
+
+def test_a_domain_that_is_open_whole_is_read_once(world, read):
+    domain = world[0][0]
+    shards = len(domain.manifest.sequence_shards)
+    for window_shards, times in ((-(-shards // 2), 1), (-(-shards // 2) - 1, 3)):
+        stream = make([domain], streams=2, window_shards=window_shards)
+        read.clear()
+        for epoch in range(3):
+            list(stream.batches(epoch))
+        assert sorted(name for name, _ in read) == sorted(s.name for s in domain.manifest.sequence_shards * times)
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -308,3 +382,17 @@ def test_a_torn_shard_is_named(tmp_path):
     shard.write_bytes(shard.read_bytes()[:1000])
     with pytest.raises(UserError, match=shard.name):
         list(make([domain]).batches(0))
+
+
+def test_a_torn_shard_that_was_read_ahead_is_told_when_its_turn_comes(tmp_path):
+    domain = numbered_domain(tmp_path / "d", [9] * 40)
+    stream, order = one_by_one(domain, batch_size=6)
+    torn = tmp_path / "d" / order[2]
+    torn.write_bytes(torn.read_bytes()[:1000])
+    batches, given = stream.batches(0), 0
+    with pytest.raises(UserError, match=torn.name):
+        for _ in batches:
+            given += 1
+    users = {shard.name: shard.users for shard in domain.manifest.sequence_shards}
+    assert given == users[order[0]] + users[order[1]]  # a user makes a batch: all of the first two shards
+    assert not [thread.name for thread in threading.enumerate() if thread.name.startswith("shards")]

@@ -118,6 +118,27 @@ def test_stored_type_does_not_make_another_encoder_and_float16_rounds(make_domai
     assert not np.array_equal(again, values[0])
 
 
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_float16_is_widened_and_rounded_piece_by_piece(make_domain: Any, dtype: Any, monkeypatch: Any) -> None:
+    domains = [make_domain("books", items(11), items_per_shard=4), make_domain("movies", items(9))]
+    values = np.concatenate([store(domains[0], dtype="float16"), store(domains[1], dtype="float32")])
+    if dtype == "float16":
+        values = values.astype(np.float16).astype(np.float32)
+    monkeypatch.setattr(table, "TORCH_SERIAL", 7)  # two rows
+    catalogue = Catalogue(domains, ["text"], dtype=dtype)
+    for wanted in (range(20), [19, 3, 3, 12, 0], []):
+        ids = np.array(wanted, dtype=np.int64)
+        np.testing.assert_array_equal(catalogue.features(ids).values["text"].numpy(), values[ids].astype(np.float32))
+
+
+def test_an_item_that_is_not_in_the_table_is_refused(make_domain: Any) -> None:
+    domain = make_domain("books", items(4))
+    store(domain)
+    for wanted in (4, -1):
+        with pytest.raises(AssertionError, match="out of range"):
+            open_table(domain, "text").rows(np.array([wanted]))
+
+
 def test_a_modality_that_the_source_lacks_is_zeros(make_domain: Any) -> None:
     domains = [make_domain("books", items(4)), make_domain("retail", items(4, price=2.0))]
     for domain in domains:
