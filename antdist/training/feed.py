@@ -135,7 +135,7 @@ class Feed:
             return None
         if not fits:
             return self._pinned(self.catalogue.features(np.arange(first, last)))
-        starts = range(first, last, HELD_CHUNK)
+        starts = range(first, max(last, first + 1), HELD_CHUNK)
         parts = [self.catalogue.features(np.arange(i, min(i + HELD_CHUNK, last))).to(self.world.device) for i in starts]
         return ItemFeatures(
             {m: torch.cat([part.values[m] for part in parts]) for m in self.catalogue.dims},
@@ -156,7 +156,7 @@ class Feed:
         return _ahead(self._inputs(epoch, start))
 
     def _inputs(self, epoch: int, start: int) -> Generator[StepInput, None, None]:
-        if self.world.device.type == "cuda":
+        if self.world.device.index is not None:
             torch.cuda.set_device(self.world.device)  # each thread has its own, and pins memory for it
         with closing(self.stream.batches(epoch, start)) as batches:
             for batch in batches:
