@@ -1,74 +1,62 @@
-"""Predictions a second of `prefix` against `sequence` training, steps of the two taking turns in one process.
+"""Predictions a second of `sequence` against `prefix` training, steps of the two taking turns in one process.
 
-    python -m benchmarks.modes DATA/NAME [--steps 8] [--rounds 5] [--threads 2]
-
-Paper's sizes, text alone, full-catalogue loss, plain engine, batch of 2,048 predictions.
+Paper's sizes, full-catalogue loss, plain engine, batch of 2,048 predictions. `--data DATA/NAME` takes a prepared domain
+with text features; else a world of the size of Amazon Scientific with random ones of 384 dimensions is generated.
 """
 
 from __future__ import annotations
 
-import argparse
-import itertools
-import statistics
-import time
-from collections.abc import Iterator
+import tempfile
 from pathlib import Path
-
-import torch
 
 from antdist.config.schema import LossConfig, ModelConfig, StreamConfig, TrainingConfig
 from antdist.data.domain import open_domain
-from antdist.data.stream import Stream
 from antdist.features.table import Catalogue
-from antdist.training.adaptation import adapt
-from antdist.training.engine import PlainEngine
-from antdist.training.feed import Feed, StepInput
-from antdist.training.loop import Job, train_step
-from antdist.training.world import World
+from antdist.training.loop import Job
+from benchmarks.jobs import Steps, make_job, rate
+from benchmarks.report import Line, Options, Report, ratio, taking_turns
+from benchmarks.worlds import TARGET, RandomFeatures, Shape, write_world
 
 
-def training(folder: Path, mode: str) -> tuple[Job, Iterator[StepInput]]:
-    """A job on the domain, and its steps without end."""
-    domain, model, world = open_domain(folder), ModelConfig(modalities=["text"]), World()
-    catalogue = Catalogue([domain], model.modalities)
-    stream = Stream([domain], StreamConfig.model_validate({"mode": mode}), max_length=model.max_length, seed=0)
-    feed = Feed(stream, catalogue, LossConfig(negatives="catalogue"), domain.popularity(), 1, 0, world)
-    config = TrainingConfig(engine="plain")
-    engine = PlainEngine(adapt("scratch", model, catalogue.dims, parent=None), config, world)
-    engine.model.train()
-    job = Job(engine, feed, config, world, Path(), 0, validate=dict, report=lambda metrics, step: None)
-    return job, itertools.chain.from_iterable(feed.epoch(epoch, 0) for epoch in itertools.count())
+def run(options: Options) -> Report:
+    with tempfile.TemporaryDirectory() as folder:
+        return _run(options, Path(folder))
 
 
-def rate(job: Job, inputs: Iterator[StepInput], steps: int) -> float:
-    """Predictions a second over some steps."""
-    start, predictions = time.perf_counter(), 0
-    for step_input in itertools.islice(inputs, steps):
-        train_step(job, step_input)
-        predictions += step_input.whole.predictions
-    return predictions / (time.perf_counter() - start)
+def _run(options: Options, folder: Path) -> Report:
+    model = ModelConfig(modalities=["text"])
+    if options.data is not None:
+        domain = open_domain(options.data)
+        catalogue: Catalogue | RandomFeatures = Catalogue([domain], model.modalities)
+    else:
+        domain = write_world(folder, Shape(500, 300, 7.0) if options.short else TARGET)
+        catalogue = RandomFeatures(domain.manifest.items, {"text": 384})
+    batch, steps = (128, 1) if options.short else (2048, 8)
 
+    def job_of(mode: str) -> tuple[Job, Steps]:
+        return make_job(
+            domain,
+            catalogue,
+            model=model,
+            loss=LossConfig(negatives="catalogue", alignment=0.0),
+            stream=StreamConfig.model_validate({"mode": mode, "batch_size": batch}),
+            training=TrainingConfig(engine="plain"),
+        )
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("domain", type=Path)
-    parser.add_argument("--steps", type=int, default=8)
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--threads", type=int, default=2)
-    args = parser.parse_args()
-    torch.set_num_threads(args.threads)
-    jobs = {mode: training(args.domain, mode) for mode in ("sequence", "prefix")}
-    for job, inputs in jobs.values():
-        rate(job, inputs, 2)
-    rates: dict[str, list[float]] = {mode: [] for mode in jobs}
-    for _ in range(args.rounds):
-        for mode, (job, inputs) in jobs.items():
-            rates[mode].append(rate(job, inputs, args.steps))
-    for mode, found in rates.items():
-        print(f"{mode:9} {statistics.median(found):8,.0f} predictions/s (from {min(found):,.0f} to {max(found):,.0f})")
-    ratios = [s / p for s, p in zip(rates["sequence"], rates["prefix"], strict=True)]
-    print(f"sequence over prefix: {statistics.median(ratios):.2f} (from {min(ratios):.2f} to {max(ratios):.2f})")
-
-
-if __name__ == "__main__":
-    main()
+    sequence, prefix = job_of("sequence"), job_of("prefix")
+    rates = taking_turns(
+        {"sequence": lambda: rate(*sequence, steps), "prefix": lambda: rate(*prefix, steps)}, options.repeats
+    )
+    manifest = domain.manifest
+    length = manifest.interactions / manifest.users - 2
+    return Report(
+        "modes",
+        f"whole training steps (data, forward, backward, update) at batch {batch}, text of {catalogue.dims['text']} "
+        f"dimensions, d = 256, all {manifest.items:,} items as candidates: {steps} steps in sequence mode, then {steps} in "
+        f"prefix mode; histories of {length:.1f} items on average",
+        [
+            *(Line(mode, found, "predictions/s") for mode, found in rates.items()),
+            ratio("sequence over prefix", rates["sequence"], rates["prefix"]),
+        ],
+        [],
+    )

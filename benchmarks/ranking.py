@@ -1,15 +1,13 @@
-"""Full ranking by counting against sorting the masked score matrix: `python benchmarks/ranking.py`.
+"""Full ranking by counting against sorting the masked score matrix.
 
-Random users of a catalogue of the size of Scientific (8,442 users, 4,385 items, d = 256), on 2 threads. Both rankings
-start from the same user vectors; the third line adds what encoding the histories takes.
+Random users and items of the size of Amazon Scientific. Both sides start from the same user and item vectors, score all
+items for all users, leave out what a user has seen, and give the rank of the target: by counting the items above it
+(`antdist.evaluation.ranking.rank_targets`), or by `torch.argsort` of the whole masked matrix. A last line has the model
+encode the users' histories too.
 """
 
 from __future__ import annotations
 
-import argparse
-import statistics
-import time
-from collections.abc import Callable
 from typing import cast
 
 import numpy as np
@@ -17,10 +15,12 @@ import torch
 from torch import Tensor, nn
 
 from antdist.config.schema import ModelConfig
-from antdist.data.domain import Sequences
-from antdist.evaluation import ranking
-from antdist.evaluation.ranking import Queries, rank_targets, unit
+from antdist.evaluation.ranking import Queries, rank_targets, test_queries, unit
 from antdist.model.recommender import Recommender, build_recommender
+from benchmarks.report import Line, Options, Report, ratio, taking_turns
+from benchmarks.worlds import TARGET, Shape, sequences_of
+
+DIM = 256
 
 
 class Ready(nn.Module):
@@ -43,55 +43,47 @@ def rank_by_sorting(users: Tensor, items: Tensor, queries: Queries) -> np.ndarra
     return 1 + (order == torch.from_numpy(queries.targets)[:, None]).int().argmax(1).numpy()
 
 
-def seconds(work: Callable[[], object], repeats: int) -> float:
-    """Median of `repeats`, after one that warms up."""
-    times = []
-    for _ in range(repeats + 1):
-        start = time.perf_counter()
-        work()
-        times.append(time.perf_counter() - start)
-    return statistics.median(times[1:])
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--users", type=int, default=8442)
-    parser.add_argument("--items", type=int, default=4385)
-    parser.add_argument("--dim", type=int, default=256)
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--repeats", type=int, default=5)
-    args = parser.parse_args()
-    torch.set_num_threads(args.threads)
-    rng = np.random.default_rng(0)
-
-    lengths = 3 + rng.geometric(1 / 4, args.users)
-    offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
-    sequences = Sequences(offsets, rng.integers(0, args.items, offsets[-1]), np.arange(offsets[-1]))
-    queries = ranking.test_queries(sequences, 50)
-    everyone = np.arange(args.users)
+def run(options: Options) -> Report:
+    shape = Shape(500, 300, 7.0) if options.short else TARGET
+    torch.manual_seed(0)
+    queries = test_queries(sequences_of(shape), 50)
+    everyone = np.arange(shape.users)
     ready = Queries(
         everyone,
         everyone,
-        np.arange(args.users + 1),
+        np.arange(shape.users + 1),
         queries.targets,
         queries.exclude_items,
         queries.exclude_offsets,
     )
-    items, users = torch.randn(args.items, args.dim), torch.randn(args.users, args.dim)
-    model = build_recommender(ModelConfig(dim=args.dim, inner=args.dim), {"text": 384})
+    items, users = torch.randn(shape.items, DIM), torch.randn(shape.users, DIM)
+    model = build_recommender(ModelConfig(dim=DIM, inner=DIM, modalities=["text"]), {"text": 384})
     vectors = cast("Recommender", Ready(users))
 
-    counted, sorted_ = rank_targets(vectors, items, ready), rank_by_sorting(users, items, ready)
-    apart = (counted.ranks - sorted_)[~counted.seen]  # sorting knows no tolerance for ties
-    print(
-        f"ranks that agree: {(apart == 0).mean():.2%}; counting is above by at most {apart.max()}, below by {-apart.min()}"
+    counted, in_order = rank_targets(vectors, items, ready), rank_by_sorting(users, items, ready)
+    apart = (counted.ranks - in_order)[~counted.seen]  # sorting knows no tolerance for ties
+
+    def by_counting() -> None:
+        rank_targets(vectors, items, ready)
+
+    def by_sorting() -> None:
+        rank_by_sorting(users, items, ready)
+
+    def with_histories() -> None:
+        rank_targets(model, items, queries)
+
+    seconds = taking_turns(
+        {"counting": by_counting, "sorting": by_sorting, "encoding": with_histories}, options.repeats
     )
-    counting = seconds(lambda: rank_targets(vectors, items, ready), args.repeats)
-    sorting = seconds(lambda: rank_by_sorting(users, items, ready), args.repeats)
-    encoding = seconds(lambda: rank_targets(model, items, queries), args.repeats)
-    print(f"counting: {counting:.2f} s\nsorting:  {sorting:.2f} s, {sorting / counting:.1f} times as long")
-    print(f"counting, histories encoded by the model: {encoding:.2f} s")
-
-
-if __name__ == "__main__":
-    main()
+    return Report(
+        "ranking",
+        f"rank of one target among {shape.items:,} items for each of {shape.users:,} users, d = {DIM}, scoring and leaving "
+        "out seen items included: rank_targets (counting) against torch.argsort of the masked score matrix, same vectors",
+        [
+            Line("counting", seconds["counting"], "s"),
+            Line("sorting", seconds["sorting"], "s"),
+            ratio("counting is faster", seconds["sorting"], seconds["counting"]),
+            Line("counting, the model encodes the histories first", seconds["encoding"], "s"),
+        ],
+        [f"ranks that agree: {(apart == 0).mean():.2%}, none further apart than {abs(apart).max()} (ties by rounding)"],
+    )
