@@ -111,10 +111,11 @@ def _segments(values: IntArray, starts: IntArray, ends: IntArray) -> tuple[IntAr
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
     """Evaluation mode without gradients; afterwards each module is in the mode it was in (parts may be frozen)."""
+    device = next(model.parameters()).device
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
-        with torch.no_grad():
+        with torch.no_grad(), exact_products(device):
             yield
     finally:
         for module, training in modes:
