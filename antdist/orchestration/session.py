@@ -14,6 +14,7 @@ from concurrent.futures import Future, wait
 from pathlib import Path
 from typing import Any
 
+from antdist import faults
 from antdist.config.schema import RayConfig
 from antdist.errors import UserError
 from antdist.files import read_json, write_json
@@ -138,7 +139,7 @@ def run_workers(work: Callable[[dict[str, Any]], None], settings: dict[str, Any]
             name=name,
             storage_path=str(storage),
             failure_config=FailureConfig(max_failures=config.max_failures),
-            worker_runtime_env={"env_vars": WORKER_ENVIRONMENT},
+            worker_runtime_env={"env_vars": WORKER_ENVIRONMENT | faults.environment()},
         ),
     )
     failure: Exception | None = None

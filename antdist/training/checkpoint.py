@@ -20,6 +20,7 @@ from typing import Any
 
 from torch import Tensor
 
+from antdist import faults
 from antdist.errors import UserError
 from antdist.files import file_sha256, flush_to_disk
 from antdist.progress import say
@@ -46,19 +47,25 @@ def save_checkpoint(parent: Path, step: int, state: EngineState, progress: dict[
     for left in parent.glob(f".writing-{PREFIX}*"):  # by one that was killed
         shutil.rmtree(left, ignore_errors=True)
     folder.mkdir()
+    faults.at("save", rank=0, step=step, file="weights.safetensors")
     write_tensors(folder / "weights.safetensors", state.weights)
     flat = {f"{moment}/{name}": value for moment, kept in state.moments.items() for name, value in kept.items()}
+    faults.at("save", rank=0, step=step, file="moments.safetensors")
     write_tensors(folder / "moments.safetensors", flat)
     document = {**progress, "engine": {"updates": state.updates, "scale": state.scale}}
+    faults.at("save", rank=0, step=step, file="progress.json")
     (folder / "progress.json").write_text(json.dumps(document, indent=1, allow_nan=False))
     flush_to_disk(folder / "progress.json")
     files = {path.name: _describe(path) for path in sorted(folder.iterdir())}
+    faults.at("save", rank=0, step=step, file=MARKER)
     (folder / MARKER).write_text(json.dumps(files, indent=1))
     flush_to_disk(folder / MARKER)
     flush_to_disk(folder)
+    faults.at("save", rank=0, step=step, file="rename")
     shutil.rmtree(final, ignore_errors=True)
     folder.rename(final)
     flush_to_disk(parent)
+    faults.at("save", rank=0, step=step, file="prune")
     for old in steps_in(parent)[:-keep]:
         shutil.rmtree(parent / f"{PREFIX}{old:08d}", ignore_errors=True)
     return final

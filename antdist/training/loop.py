@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from antdist import faults
 from antdist.config.schema import TrainingConfig
 from antdist.data.stream import StreamState
 from antdist.errors import UserError
@@ -166,6 +167,7 @@ def _train_epoch(job: Job, progress: Progress, meter: Meter, saver: Saver, stop_
     """The rest of the epoch. False if `stop_after` ended it early."""
     job.engine.model.train()
     for step_input in meter.timed(job.feed.epoch(progress.epoch, progress.batch)):
+        faults.at("step", rank=job.world.rank, step=step_input.step)
         losses = train_step(job, step_input)
         progress.step, progress.batch = step_input.step + 1, step_input.whole.index + 1
         meter.add(progress, losses, step_input.whole.predictions)
@@ -188,9 +190,11 @@ def train_step(job: Job, step_input: StepInput) -> Tensor:
         seed_noise(job.seed, step_input.step, index, job.world.rank)
         with part("forward"):
             losses: Any = job.engine.forward(features, batch, row_gather(job.world, len(batch.item_ids)), job.feed.loss)
+        spoilt = faults.at("loss", rank=job.world.rank, step=step_input.step)
+        total = losses.total * math.nan if spoilt else losses.total
         with part("backward"):
-            job.engine.backward(losses.total * micro.weight, last=index == len(step_input.micros) - 1)
-        parts += torch.stack([losses.total, losses.recommendation, losses.alignment]).detach().float() * micro.weight
+            job.engine.backward(total * micro.weight, last=index == len(step_input.micros) - 1)
+        parts += torch.stack([total, losses.recommendation, losses.alignment]).detach().float() * micro.weight
     rate = learning_rate(
         job.config.schedule,
         job.config.learning_rate,
@@ -208,6 +212,7 @@ def _end_epoch(job: Job, progress: Progress) -> None:
     entry: dict[str, float] = {"epoch": progress.epoch + 1, "loss": progress.epoch_loss / progress.epoch_predictions}
     last = progress.epoch + 1 == job.config.epochs
     if (progress.epoch + 1) % job.config.validate_every == 0 or last:
+        faults.at("validate", rank=job.world.rank, step=progress.step)
         with part("validate"):
             metrics = job.validate()
         entry |= {f"validation/{name}": value for name, value in metrics.items()}
@@ -257,6 +262,7 @@ def _bring_best(job: Job, checkpoint: Path, progress: Progress) -> None:
 
 def _checkpoint(job: Job, progress: Progress, saver: Saver) -> None:
     """Take a snapshot, and begin to write it once the one before is on disk. Collective."""
+    faults.at("checkpoint", rank=job.world.rank, step=progress.step)
     with part("checkpoint"):
         _await_save(job, saver)
         _refuse_broken(job, progress)
@@ -278,6 +284,7 @@ def _write(folder: Path, state: EngineState, document: dict[str, Any], keep: int
     """In the saver's thread: a checkpoint, after the best weights if these are they, before the old ones go."""
     progress = Progress(**document["progress"])
     if progress.best_epoch is not None and (progress.epoch, progress.batch) == (progress.best_epoch, 0):
+        faults.at("save", rank=0, step=progress.step, file="best")
         path = best_weights(folder, progress.best_epoch)
         path.parent.mkdir(parents=True, exist_ok=True)
         write_tensors(path, state.weights)
