@@ -14,6 +14,7 @@ from antdist.config.schema import LossConfig, ModelConfig, StreamConfig, Trainin
 from antdist.data.domain import Domain
 from antdist.data.stream import Stream
 from antdist.model.recommender import build_recommender
+from antdist.products import exact_products
 from antdist.training.engine import Engine, PlainEngine
 from antdist.training.feed import Feed, StepInput
 from antdist.training.loop import Job, train_step
@@ -50,9 +51,10 @@ def make_job(
 
 
 def rate(job: Job, inputs: Steps, steps: int) -> float:
-    """Predictions a second over some steps, waiting for data included."""
+    """Predictions a second over some steps as `train` runs them: in its matrix products, waiting for data included."""
     start, predictions = time.perf_counter(), 0
-    for step_input in itertools.islice(inputs, steps):
-        train_step(job, step_input)
-        predictions += step_input.whole.predictions
+    with exact_products(job.world.device):
+        for step_input in itertools.islice(inputs, steps):
+            train_step(job, step_input)
+            predictions += step_input.whole.predictions
     return predictions / (time.perf_counter() - start)
