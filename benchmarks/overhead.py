@@ -15,6 +15,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from torch import Tensor
+
 from antdist.config.schema import LossConfig, ModelConfig, StreamConfig, TrainingConfig
 from antdist.data.domain import Domain, open_domain
 from antdist.orchestration.runs import show_live
@@ -40,11 +42,12 @@ class Watched(PlainEngine):
             self.begun = time.perf_counter()
         return super().forward(*args)
 
-    def update(self, learning_rate: float) -> None:
-        super().update(learning_rate)
+    def update(self, learning_rate: float) -> Tensor:
+        broken = super().update(learning_rate)
         assert self.begun is not None
         self.stepping += time.perf_counter() - self.begun
         self.begun = None
+        return broken
 
 
 @dataclass

@@ -128,6 +128,10 @@ class TrainingConfig(Component):
     keep_checkpoints: Annotated[int, Field(ge=2)] = 2
     stop_after: Positive | None = Field(None, description="steps after which this session ends; the run can be resumed")
     log_every: Positive = Field(10, description="steps between two points of the training curves")
+    max_skipped: Annotated[int, Field(ge=0)] = Field(
+        10,
+        description="steps whose loss or gradients are no numbers are skipped; more than this many among the last hundred times as many stop the run",
+    )
 
 
 class AdaptationLossConfig(LossConfig):

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from antdist.config.schema import TrainingConfig
 from antdist.errors import UserError
-from antdist.training.engine import MOMENTS, EngineState, copy_to, optimizer_for
+from antdist.training.engine import MOMENTS, EngineState, copy_to, optimizer_for, refuse_broken_gradients
 from antdist.training.world import World, agree
 
 OURS = {
@@ -113,6 +113,12 @@ class DeepSpeedEngine:
                 remedy="correct it after DeepSpeed's documentation, or leave it out",
             ) from error
         self.model: nn.Module = self.engine.module
+        # within DeepSpeed's step: the gradients are then averaged, this rank's part of them
+        self._adam.register_step_pre_hook(self._before_step)
+        self._broken: Tensor | None = None
+
+    def _before_step(self, optimizer: torch.optim.Optimizer, *_: object) -> None:
+        self._broken = refuse_broken_gradients(optimizer, self.world)
 
     def forward(self, *args: object) -> object:
         return self.engine(*args)
@@ -122,10 +128,13 @@ class DeepSpeedEngine:
         self.engine.set_gradient_accumulation_boundary(last)
         self.engine.backward(loss * (self.world.size * self.config.accumulation))
 
-    def update(self, learning_rate: float) -> None:
+    def update(self, learning_rate: float) -> Tensor:
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
+        self._broken = None
         self.engine.step()
+        # where DeepSpeed computes the gradient's norm, it leaves out by itself a step for which that is no number
+        return torch.ones((), device=self.world.device) if self._broken is None else self._broken
 
     def whole_model(self) -> nn.Module:
         if self._copy is None:

@@ -47,8 +47,9 @@ class Engine(Protocol):
     def backward(self, loss: Tensor, last: bool) -> None:
         """Add the gradient of this rank's contribution to the loss; the sum over micro-batches and ranks is the step's."""
 
-    def update(self, learning_rate: float) -> None:
-        """One optimizer step. Nothing in it waits for the device, where clipping or fp16 do not ask for it."""
+    def update(self, learning_rate: float) -> Tensor:
+        """One optimizer step; on all ranks none, if a gradient is no number on any. Gives 1 then, else 0, of shape (), on
+        the device. Nothing in it waits for the device, where clipping or fp16 do not ask for it."""
 
     def whole_model(self) -> nn.Module:
         """The model with all its present weights on this rank, to evaluate with. Collective: all ranks call it."""
@@ -87,6 +88,19 @@ def optimizer_for(model: nn.Module, config: TrainingConfig, device: torch.device
     )
 
 
+def refuse_broken_gradients(optimizer: torch.optim.Optimizer, world: World) -> Tensor:
+    """Have the fused optimizer's coming step change nothing, neither weights nor moments nor their counter, if on any rank
+    a gradient that it holds is no number. Gives 1 then, else 0, on the device. Collective."""
+    gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+    # a sum is a number only if all its terms are
+    whole = torch.nn.utils.get_total_norm(gradients, 1.0).to(world.device)
+    broken = (~whole.isfinite()).float()
+    if world.size > 1:
+        dist.all_reduce(broken, dist.ReduceOp.MAX)
+    optimizer.found_inf = broken  # type: ignore[attr-defined]  # what torch.amp.GradScaler sets
+    return broken
+
+
 class PlainEngine:
     """Torch alone: gradients are summed over the ranks of the process group, if there is one."""
 
@@ -94,6 +108,8 @@ class PlainEngine:
         self.model = model.to(world.device)
         self.config, self.world = config, world
         self.optimizer = optimizer_for(model, config, world.device)
+        self.optimizer.register_step_pre_hook(self._before_step)
+        self._broken = torch.zeros((), device=world.device)
         self.scaler = torch.amp.GradScaler(world.device.type, enabled=config.precision == "fp16")
         if world.size > 1:
             for parameter in model.parameters():
@@ -106,7 +122,10 @@ class PlainEngine:
     def backward(self, loss: Tensor, last: bool) -> None:
         self.scaler.scale(loss).backward()
 
-    def update(self, learning_rate: float) -> None:
+    def _before_step(self, optimizer: torch.optim.Optimizer, *_: object) -> None:
+        self._broken = refuse_broken_gradients(optimizer, self.world)
+
+    def update(self, learning_rate: float) -> Tensor:
         learned = self._learned()
         for parameter in learned.values():
             if parameter.grad is None:
@@ -121,12 +140,13 @@ class PlainEngine:
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
+        return self._broken
 
     def whole_model(self) -> nn.Module:
         return self.model
 
     def _updates(self) -> int:
-        """Optimizer steps taken; fp16 skips those whose gradients overflow."""
+        """Optimizer steps taken; those whose gradients are no numbers are not."""
         counters = [state["step"] for state in self.optimizer.state.values() if "step" in state]
         return int(counters[0]) if counters else 0
 

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from antdist import faults
+from antdist.batch import GlobalBatch
 from antdist.config.schema import TrainingConfig
 from antdist.data.stream import StreamState
 from antdist.errors import UserError
@@ -36,17 +37,19 @@ from antdist.training.feed import Feed, StepInput
 from antdist.training.live import Live, say_line
 from antdist.training.memory import release_now_and_then
 from antdist.training.noise import seed_noise
+from antdist.training.numbers import REMEMBERED, WINDOW, forget_from, in_a_row, spike, within_window, write_down
 from antdist.training.saver import Saver
 from antdist.training.schedule import learning_rate
 from antdist.training.world import World, agree, barrier, row_gather, sum_over_ranks
 
 CHOSEN_BY = "Recall@10"  # on validation users (spec, section 7)
 SHOWN = ("loss", f"validation/{CHOSEN_BY}", "validation/NDCG@10")  # after each validation
+SKIPPED = "skipped.jsonl"
 Metrics = dict[str, float]
 
 
 class Diverged(UserError):
-    """The loss is no number: all ranks see it in the same step, and trying again would end the same way."""
+    """Loss, gradients or weights are no numbers: all ranks see it in the same step, and trying again would end the same way."""
 
 
 @dataclass
@@ -63,6 +66,8 @@ class Progress:
     worse: int = 0  # validations since then
     history: list[dict[str, float]] = field(default_factory=list)  # one entry an epoch
     finished: str | None = None  # why, once nothing is left to do
+    skipped: list[int] = field(default_factory=list)  # those of the last steps, from 1, that were no use
+    recent: list[float] = field(default_factory=list)  # the loss at the last points of its curve
 
 
 @dataclass(frozen=True)
@@ -93,7 +98,7 @@ def train(job: Job) -> Progress:
     all that was to be saved is on disk, on whichever rank this returns; where it raises, what had been begun is.
 
     Raises:
-        Diverged: the loss or the weights are no numbers. On all ranks.
+        Diverged: too many steps were skipped for a loss or gradients that are no numbers; the weights are none. On all ranks.
         UserError: a checkpoint cannot be written; one that is there does not fit. On all ranks.
     """
     progress = _resume(job)
@@ -128,6 +133,7 @@ def _resume(job: Job) -> Progress:
         if progress.finished:
             say(f"{job.name}: is finished ({progress.finished}, step {progress.step}): nothing is trained")
         else:
+            forget_from(job.folder / SKIPPED, progress.step)
             say(f"{job.name}: goes on at step {progress.step}, epoch {progress.epoch + 1}, from {found.folder}")
         _bring_best(job, found.folder, progress)
     barrier(job.world)
@@ -170,19 +176,22 @@ def _train_epoch(job: Job, progress: Progress, meter: Meter, saver: Saver, stop_
         faults.at("step", rank=job.world.rank, step=step_input.step)
         losses = train_step(job, step_input)
         progress.step, progress.batch = step_input.step + 1, step_input.whole.index + 1
-        meter.add(progress, losses, step_input.whole.predictions)
+        meter.add(progress, losses, step_input.whole)
         if progress.step == stop_at and progress.batch < job.feed.stream.steps_per_epoch:
             meter.flush(progress)
             return False
         if job.config.checkpoint_every and progress.step % job.config.checkpoint_every == 0:
             meter.flush(progress)
-            _checkpoint(job, progress, saver)
+            # weights that give no numbers may be what a step before made of them: the last good checkpoint stays
+            if not in_a_row(progress.skipped, progress.step):
+                _checkpoint(job, progress, saver)
     meter.flush(progress)
     return True
 
 
 def train_step(job: Job, step_input: StepInput) -> Tensor:
-    """One optimizer step. Returns (total, recommendation, alignment) of the global batch: this rank's part of the sum."""
+    """One optimizer step. Returns (total, recommendation, alignment) of the global batch: this rank's part of the sum; and
+    1 if the step was left out since a gradient is no number, else 0."""
     parts = torch.zeros(3, device=job.world.device)
     for index, micro in enumerate(step_input.micros):
         with part("copy to device"):
@@ -192,8 +201,10 @@ def train_step(job: Job, step_input: StepInput) -> Tensor:
             losses: Any = job.engine.forward(features, batch, row_gather(job.world, len(batch.item_ids)), job.feed.loss)
         spoilt = faults.at("loss", rank=job.world.rank, step=step_input.step)
         total = losses.total * math.nan if spoilt else losses.total
+        # a loss that is no number makes each gradient none; one that is, is multiplied by 1
+        sound = 1 + 0 * total.detach()
         with part("backward"):
-            job.engine.backward(total * micro.weight, last=index == len(step_input.micros) - 1)
+            job.engine.backward(total * sound * micro.weight, last=index == len(step_input.micros) - 1)
         parts += torch.stack([total, losses.recommendation, losses.alignment]).detach().float() * micro.weight
     rate = learning_rate(
         job.config.schedule,
@@ -203,12 +214,14 @@ def train_step(job: Job, step_input: StepInput) -> Tensor:
         job.config.epochs,
     )
     with part("update"):
-        job.engine.update(rate)
-    return parts
+        broken = job.engine.update(rate)
+    return torch.cat([parts, broken.to(parts).reshape(1)])
 
 
 def _end_epoch(job: Job, progress: Progress) -> None:
     _refuse_broken(job, progress)
+    if not progress.epoch_predictions:
+        raise _diverged(job, f"no step of epoch {progress.epoch + 1} had a loss and gradients that are numbers")
     entry: dict[str, float] = {"epoch": progress.epoch + 1, "loss": progress.epoch_loss / progress.epoch_predictions}
     last = progress.epoch + 1 == job.config.epochs
     if (progress.epoch + 1) % job.config.validate_every == 0 or last:
@@ -300,13 +313,30 @@ def _write(folder: Path, state: EngineState, document: dict[str, Any], keep: int
 
 
 def _refuse_broken(job: Job, progress: Progress) -> None:
-    """No checkpoint and no validation of weights that are no numbers: a restart could not mend them. Collective."""
+    """No checkpoint and no validation of weights that are no numbers, or that give none: a restart could not mend them.
+    Collective."""
+    if in_a_row(progress.skipped, progress.step) > 1:
+        raise _too_many_skipped(job, progress)
     # under DeepSpeed's stage 3 each rank holds a part of a parameter
     held = [getattr(parameter, "ds_tensor", parameter).detach() for parameter in job.engine.model.parameters()]
     # a sum is a number only if all its terms are: ten times as fast as asking each
     broken = ~torch.stack([weight.float().sum() for weight in held]).isfinite().all()
     if sum_over_ranks(job.world, broken.int()):
         raise _diverged(job, f"weights are no numbers after step {progress.step} (epoch {progress.epoch + 1})")
+
+
+def _too_many_skipped(job: Job, progress: Progress) -> Diverged:
+    run = in_a_row(progress.skipped, progress.step)
+    if run > 1 or not job.config.max_skipped:
+        last = f"since step {progress.step - max(run, 1) + 1} (epoch {progress.epoch + 1})"
+        return _diverged(
+            job, f"the loss or its gradient is no number {last}; {SKIPPED} in the run's folder names the data"
+        )
+    return _diverged(
+        job,
+        f"{len(progress.skipped)} of the last {WINDOW * job.config.max_skipped} steps were skipped, as a loss or gradient was "
+        f"no number (up to step {progress.skipped[-1]}; {SKIPPED} in the run's folder names the data)",
+    )
 
 
 def _diverged(job: Job, what: str) -> Diverged:
@@ -322,7 +352,7 @@ class Meter:
     """Curves without a synchronisation a step: losses stay on the device until a point is due."""
 
     def __init__(self, job: Job, step: int, step_done: Callable[[], None]) -> None:
-        self.job, self.step_done, self.pending = job, step_done, list[tuple[Tensor, int]]()
+        self.job, self.step_done, self.pending = job, step_done, list[tuple[Tensor, GlobalBatch]]()
         self.waited, self.since = 0.0, time.perf_counter()
         self.first, self.begun = step, time.perf_counter()
         self.told = self.begun
@@ -340,8 +370,8 @@ class Meter:
             yield step_input
             self.step_done()
 
-    def add(self, progress: Progress, losses: Tensor, predictions: int) -> None:
-        self.pending.append((losses, predictions))
+    def add(self, progress: Progress, losses: Tensor, batch: GlobalBatch) -> None:
+        self.pending.append((losses, batch))
         if progress.step % self.job.config.log_every == 0:
             self.flush(progress)
 
@@ -349,33 +379,67 @@ class Meter:
         """Sum the pending losses over ranks, into the epoch's mean and the curves. Collective."""
         if not self.pending:
             return
-        losses = sum_over_ranks(self.job.world, torch.stack([losses for losses, _ in self.pending]))
-        counts = torch.tensor([count for _, count in self.pending], dtype=torch.float64)
         # one copy from the device for all pending steps
-        means = (losses.double().cpu() * counts[:, None]).sum(0) / counts.sum()
-        total, recommendation, alignment = means.tolist()
-        if not math.isfinite(total):
-            bad = [int(i) for i in torch.nonzero(~losses.isfinite().all(1).cpu()).flatten()]
-            step = progress.step - len(self.pending) + bad[0] if bad else progress.step
-            raise _diverged(self.job, f"the loss is {total} since step {step + 1} (epoch {progress.epoch + 1})")
-        progress.epoch_loss += total * float(counts.sum())
-        progress.epoch_predictions += int(counts.sum())
+        losses = sum_over_ranks(self.job.world, torch.stack([losses for losses, _ in self.pending])).double().cpu()
+        counts = torch.tensor([batch.predictions for _, batch in self.pending], dtype=torch.float64)
+        skipped = self._skipped(losses)
+        weights = counts * ~skipped
         release_now_and_then()
         elapsed = time.perf_counter() - self.since
-        self._tell(progress, total, float(counts.sum()) / elapsed, self.waited / elapsed)
+        rate, wait = float(counts.sum()) / elapsed, self.waited / elapsed
+        point = {"train/predictions_per_s": rate, "train/data_wait": wait}
+        if skipped.any():
+            point["train/skipped"] = float(skipped.sum())
+            self._note_skipped(progress, losses, skipped)
+        if weights.any():
+            total, recommendation, alignment = (
+                (losses[~skipped, :3] * weights[~skipped, None]).sum(0) / weights.sum()
+            ).tolist()
+            if not math.isfinite(total):
+                raise _diverged(self.job, f"the loss is {total} at step {progress.step} (epoch {progress.epoch + 1})")
+            progress.epoch_loss += total * float(weights.sum())
+            progress.epoch_predictions += int(weights.sum())
+            point |= {"train/loss": total, "train/recommendation": recommendation, "train/alignment": alignment}
+            point |= self._leap(progress, total)
+            self._tell(progress, total, rate, wait)
         if self.job.world.leader:
-            self.job.report(
-                {
-                    "train/loss": total,
-                    "train/recommendation": recommendation,
-                    "train/alignment": alignment,
-                    "train/predictions_per_s": float(counts.sum()) / elapsed,
-                    "train/data_wait": self.waited / elapsed,
-                },
-                progress.step,
-            )
+            self.job.report(point, progress.step)
         self.pending.clear()
         self.waited, self.since = 0.0, time.perf_counter()
+
+    def _skipped(self, losses: Tensor) -> Tensor:
+        """(n,) which of the pending steps were left out for numbers that are none."""
+        skipped = losses[:, 3] > 0
+        if self.job.config.precision == "fp16":  # that looks for its scale by gradients that overflow
+            skipped &= ~losses[:, 0].isfinite()
+        return skipped
+
+    def _note_skipped(self, progress: Progress, losses: Tensor, skipped: Tensor) -> None:
+        """Say and write down which, and stop the run if there are too many. The same on all ranks."""
+        most, stream = self.job.config.max_skipped, self.job.feed.stream
+        for index in torch.nonzero(skipped).flatten().tolist():
+            batch, loss = self.pending[index][1], float(losses[index, 0])
+            step = batch.epoch * stream.steps_per_epoch + batch.index + 1
+            progress.skipped.append(step)
+            if self.job.world.leader:
+                write_down(self.job.folder / SKIPPED, stream, step, batch, loss)
+                what = "its gradient is no number" if math.isfinite(loss) else f"its loss is {loss}"
+                say(f"{self.job.name}: step {step} (epoch {batch.epoch + 1}) is skipped: {what}; see {SKIPPED}")
+        progress.skipped = within_window(progress.skipped, progress.step, most)
+        if len(progress.skipped) > most:
+            raise _too_many_skipped(self.job, progress)
+
+    def _leap(self, progress: Progress, loss: float) -> Metrics:
+        """The curve's last points, and a word where it leaps."""
+        leap = spike(progress.recent, loss)
+        progress.recent = [*progress.recent, loss][-REMEMBERED:]
+        if leap is None:
+            return {}
+        if self.job.world.leader:
+            say(
+                f"{self.job.name}: the loss leaps to {loss:.4f} at step {progress.step}, {leap:.0f} deviations above its median"
+            )
+        return {"train/spike": leap}
 
     def _tell(self, progress: Progress, loss: float, rate: float, wait: float) -> None:
         now = time.perf_counter()
