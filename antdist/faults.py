@@ -11,6 +11,7 @@ Nothing happens unless the environment variable `ANTDIST_FAULTS` is set, to a JS
   `moments.safetensors`, `progress.json`, `COMPLETE.json`), before the folder gets its name (`rename`), and before the old
   checkpoints go (`prune`). Default: `step`.
 - `rank`, `step`, `file`: where the fault is to happen; what is left out matches all.
+- `after`: seconds that the process must have passed such places for, where the step is not known beforehand.
 - `once`: a file that is made as the fault happens, and without which it happens again after each restart. On storage that
   the restarted process sees too.
 """
@@ -32,8 +33,10 @@ from antdist.progress import say
 VARIABLE = "ANTDIST_FAULTS"
 KINDS = ("kill", "stall", "raise", "full", "nan")
 PLACES = ("step", "loss", "validate", "checkpoint", "save")
-KEYS = ("fault", "at", "rank", "step", "file", "seconds", "once")
+KEYS = ("fault", "at", "rank", "step", "file", "after", "seconds", "once")
 STALL_SECONDS = 3600.0
+
+_begun: list[float] = []  # when this process passed its first place
 
 Fault = dict[str, Any]
 
@@ -49,6 +52,8 @@ def at(place: str, **facts: Any) -> bool:
     if not text:
         return False
     assert place in PLACES
+    if not _begun:
+        _begun.append(time.monotonic())
     spoil = False
     for fault in parse(text):
         if fault.get("at", "step") == place and _matches(fault, facts) and _first(fault):
@@ -91,7 +96,8 @@ def _malformed(what: str) -> UserError:
 
 
 def _matches(fault: Fault, facts: dict[str, Any]) -> bool:
-    return all(fault[key] == facts.get(key) for key in ("rank", "step", "file") if key in fault)
+    due = time.monotonic() - _begun[0] >= fault.get("after", 0)
+    return due and all(fault[key] == facts.get(key) for key in ("rank", "step", "file") if key in fault)
 
 
 def _first(fault: Fault) -> bool:

@@ -57,11 +57,17 @@ def sequences_of(shape: Shape, seed: int = 0) -> Sequences:
     return Sequences(offsets, items.astype(np.int64), np.arange(offsets[-1]))
 
 
-def write_world(folder: Path, shape: Shape, seed: int = 0) -> Domain:
+def write_world(folder: Path, shape: Shape, seed: int = 0, block_users: int = 1024) -> Domain:
     """A prepared domain of that shape below `folder`, without features."""
     records = (ItemRecord(i, f"item-{i}", None, None, []) for i in range(shape.items))
     write_domain(
-        folder / "world", "world", records, sequences_of(shape, seed), [f"user-{u}" for u in range(shape.users)], {}
+        folder / "world",
+        "world",
+        records,
+        sequences_of(shape, seed),
+        [f"user-{u}" for u in range(shape.users)],
+        {},
+        block_users=block_users,
     )
     return open_domain(folder / "world")
 

@@ -56,6 +56,14 @@ def test_a_full_disk_a_stall_and_once(monkeypatch: pytest.MonkeyPatch, tmp_path:
     assert slept == [7, faults.STALL_SECONDS]
 
 
+def test_a_fault_may_wait(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = iter([100.0, 100.0, 104.9, 105.0])
+    monkeypatch.setattr(faults, "_begun", [])
+    monkeypatch.setattr(time, "monotonic", lambda: next(clock))
+    ask(monkeypatch, {"fault": "nan", "at": "loss", "after": 5})
+    assert [faults.at("loss", rank=0, step=k) for k in range(3)] == [False, False, True]
+
+
 def test_a_kill_is_a_kill(monkeypatch: pytest.MonkeyPatch) -> None:
     ask(monkeypatch, {"fault": "kill", "step": 2})
     code = "from antdist import faults; [faults.at('step', rank=0, step=k) or print(k) for k in range(4)]"

@@ -1,0 +1,87 @@
+"""Nothing is lost: killed at any moment and resumed, a run is trained on the same users in the same steps and ends bit for
+bit as one that was left alone (law 3)."""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from antdist.data.domain import open_domain
+from antdist.faults import Fault
+from benchmarks.drill import Run, counted, end_state, finish, lines, start
+from benchmarks.worlds import Shape, write_world
+
+FILES = ("weights.safetensors", "moments.safetensors", "progress.json", "COMPLETE.json", "rename", "prune")
+
+
+@pytest.fixture(scope="module")
+def domain(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_world(tmp_path_factory.mktemp("data"), Shape(80, 50, 7.0), block_users=8).folder
+
+
+def drill(run: Run, ranks: int, attempts: list[list[Fault]]) -> list[list[int]]:
+    """Start the run as often as there are attempts, then once more without faults. The exit codes of each start."""
+    return [finish(start(run, ranks, number, wanted)) for number, wanted in enumerate([*attempts, []])]
+
+
+def assert_nothing_lost(run: Run, straight: Run) -> None:
+    """Bit for bit the end of the other run, and by the ledger the same steps; each user in each epoch exactly once."""
+    mine, theirs = end_state(run), end_state(straight)
+    assert mine.keys() == theirs.keys()
+    for name, content in theirs.items():
+        assert mine[name] == content, f"{name} differs"
+    steps, others = counted(run), counted(straight)
+    assert sorted(steps) == sorted(others) == list(range(len(steps)))
+    for step, ranks in steps.items():
+        assert [(line.users, line.mine) for line in ranks] == [(line.users, line.mine) for line in others[step]]
+    assert_each_user_once(run)
+
+
+def assert_each_user_once(run: Run) -> None:
+    """In each epoch each user makes as many predictions as the history has targets, and the ranks together were dealt
+    each window of each global batch, and none twice."""
+    lengths = np.diff(open_domain(run.domain).sequences().offsets)
+    wanted = {user: int(length) - 3 for user, length in enumerate(lengths) if length > 3}
+    epochs: dict[int, Counter[int]] = {}
+    for ranks in counted(run).values():
+        leader = ranks[0]
+        ledger = epochs.setdefault(leader.epoch, Counter())
+        for user, predictions in zip(leader.users, leader.predictions, strict=True):
+            ledger[user] += predictions
+        assert Counter(window for line in ranks for window in line.mine) == Counter(leader.windows)
+    assert sorted(epochs) == list(range(run.epochs))
+    for epoch, ledger in epochs.items():
+        assert ledger == wanted, f"epoch {epoch}"
+
+
+@pytest.mark.parametrize(
+    ("kind", "ranks"), [("pretraining", 1), ("pretraining", 2), ("pretraining", 3), ("adaptation", 2)]
+)
+def test_killed_again_and_again_at_any_moment_nobody_is_seen_twice_or_skipped(
+    domain: Path, tmp_path: Path, kind: Any, ranks: int
+) -> None:
+    straight = Run(domain, tmp_path / "straight", kind)
+    assert drill(straight, ranks, []) == [[0] * ranks]
+    total = len(counted(straight))
+    assert total >= 18
+    choice = random.Random(f"{kind} {ranks}")
+    attempts: list[list[Fault]] = []
+    for third in range(3):  # early, in the middle, late; between steps, and in the middle of a save
+        first = 1 + third * total // 3
+        step = choice.randrange(first, first + total // 3 - 3)
+        attempts.append([{"fault": "kill", "rank": choice.randrange(ranks), "step": step}])
+        save = 3 * (step // 3) + 3
+        attempts.append([{"fault": "kill", "at": "save", "step": save, "file": choice.choice(FILES)}])
+    run = Run(domain, tmp_path / "killed", kind)
+    codes = drill(run, ranks, attempts)
+    for faults, ended in zip(attempts, codes, strict=False):
+        assert ended[faults[0].get("rank", 0)] == -9, (faults, ended)
+    assert codes[-1] == [0] * ranks
+    repeated = len(list(lines(run))) - sum(map(len, counted(run).values()))
+    assert repeated > 0, "no step was undone: the kills were harmless"
+    assert_nothing_lost(run, straight)
