@@ -7,6 +7,7 @@ A step that is done again after a restart counts once, as the last attempt that 
 
 from __future__ import annotations
 
+import itertools
 import json
 import multiprocessing
 import os
@@ -24,7 +25,13 @@ from typing import Any, Literal
 from antdist import faults
 
 # what a rank imports, torch's own late imports too: a second each otherwise
-PRELOADED = ["torch._dynamo", "antdist.training.adaptation", "antdist.training.loop", "benchmarks.jobs", "benchmarks.worlds"]
+PRELOADED = [
+    "torch._dynamo",
+    "antdist.training.adaptation",
+    "antdist.training.loop",
+    "benchmarks.jobs",
+    "benchmarks.worlds",
+]
 PATIENCE = 30.0  # seconds that a rank may outlive the first that failed, before it is killed
 
 
@@ -83,12 +90,12 @@ def start(run: Run, ranks: int, attempt: int, wanted: list[faults.Fault]) -> lis
 
 def finish(processes: list[BaseProcess]) -> list[int]:
     """Wait for all; those that outlive a failed one by `PATIENCE` are killed. The exit codes; minus the signal if killed."""
-    alive = {process.sentinel: process for process in processes}
+    alive: dict[Any, BaseProcess] = {process.sentinel: process for process in processes}
     deadline: float | None = None
     while alive:
         left = None if deadline is None else max(0.0, deadline - time.monotonic())
         for sentinel in wait(list(alive), timeout=left):
-            ended = alive.pop(sentinel)  # type: ignore[call-overload]
+            ended = alive.pop(sentinel)
             ended.join()
             if ended.exitcode and deadline is None:
                 deadline = time.monotonic() + PATIENCE
@@ -147,7 +154,7 @@ def train_noting(run: Run, attempt: int) -> None:
 
 
 def _checksums(items: Any, offsets: Any) -> list[int]:
-    return [zlib.crc32(items[a:b].tobytes()) for a, b in zip(offsets[:-1], offsets[1:], strict=True)]
+    return [zlib.crc32(items[a:b].tobytes()) for a, b in itertools.pairwise(offsets)]
 
 
 def _job(run: Run, world: Any) -> Any:
@@ -225,8 +232,7 @@ def counted(run: Run) -> dict[int, list[Line]]:
 def end_state(run: Run) -> dict[str, bytes]:
     """The bytes of the newest checkpoint's files and of the best weights that it names: weights, moments, progress,
     history."""
-    from antdist.training.checkpoint import PREFIX, steps_in
-    from antdist.training.loop import best_weights
+    from antdist.training.checkpoint import PREFIX, best_weights, steps_in
 
     folder = run.checkpoints / f"{PREFIX}{steps_in(run.checkpoints)[-1]:08d}"
     found = {path.name: path.read_bytes() for path in sorted(folder.iterdir())}

@@ -30,9 +30,10 @@ from antdist.features.featurize import featurize
 from antdist.features.table import Catalogue
 from antdist.model.recommender import Recommender
 from antdist.training.adaptation import adapt
+from antdist.training.checkpoint import best_weights
 from antdist.training.engine import PlainEngine
 from antdist.training.feed import Feed
-from antdist.training.loop import Job, best_weights, train
+from antdist.training.loop import Job, train
 from antdist.training.world import World
 from benchmarks.report import Line, Options, Report, ratio
 

@@ -28,9 +28,10 @@ from antdist.evaluation.significance import compare
 from antdist.features.table import Catalogue, table_if_any
 from antdist.model.recommender import Recommender
 from antdist.training.adaptation import adapt
+from antdist.training.checkpoint import best_weights
 from antdist.training.engine import PlainEngine
 from antdist.training.feed import Feed
-from antdist.training.loop import CHOSEN_BY, Job, best_weights, train
+from antdist.training.loop import CHOSEN_BY, Job, train
 from antdist.training.world import World
 from benchmarks.report import Line, Options, Report
 from benchmarks.worlds import RandomFeatures, Shape, write_world

@@ -10,6 +10,9 @@ from typing import Any
 
 import torch.multiprocessing as mp
 
+# imported once, in the server that the ranks are forked from: seconds each otherwise
+PRELOADED = ["torch._dynamo", "deepspeed", "antdist.training.loop"]
+
 
 def free_port() -> int:
     with socket.socket() as probe:
@@ -38,7 +41,8 @@ def _entry(
 
 def on_ranks(size: int, function: Callable[..., Any], *arguments: Any) -> list[Any]:
     """`function(*arguments)` on `size` processes of one gloo group; their results (picklable) in rank order."""
-    context = mp.get_context("spawn")
+    context = mp.get_context("forkserver")
+    context.set_forkserver_preload(PRELOADED)
     results = context.Queue()
     port = free_port()
     processes = [

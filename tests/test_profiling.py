@@ -35,9 +35,7 @@ def profiled_run(data: Path, folder: Path, steps: int) -> list[tuple[int, float]
     return curve
 
 
-def test_each_rank_writes_a_trace_of_five_steps_with_their_parts(
-    data: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_each_rank_writes_a_trace_of_five_steps_with_their_parts(data: Path, tmp_path: Path) -> None:
     on_ranks(2, profiled_run, data, tmp_path / "a", 12)
     files = sorted((tmp_path / "a" / "profile").iterdir())
     assert [file.name for file in files] == ["rank-0.json.gz", "rank-1.json.gz"]
@@ -46,11 +44,13 @@ def test_each_rank_writes_a_trace_of_five_steps_with_their_parts(
         assert set(names) >= PARTS
         assert names.count("update") == profiling.RECORDED
         assert sum(name.startswith("ProfilerStep#") for name in names) >= profiling.RECORDED
-        assert f"{file}, to be opened in" in capfd.readouterr().err or file is files[1]
 
 
-def test_a_run_that_ends_early_gives_the_steps_that_it_had(data: Path, tmp_path: Path) -> None:
+def test_a_run_that_ends_early_gives_the_steps_that_it_had_and_says_where(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert profiled_run(data, tmp_path / "a", 7) == run(data, tmp_path / "b", stop_after=7)["curve"]
+    assert f"{tmp_path / 'a' / 'profile' / 'rank-0.json.gz'}, to be opened in" in capsys.readouterr().err
     names = [event["name"] for event in events(tmp_path / "a" / "profile" / "rank-0.json.gz")]
     assert names.count("update") == 2
     profiled_run(data, tmp_path / "c", 4)

@@ -125,7 +125,12 @@ class TrainingConfig(Component):
     )
     patience: Positive | None = Field(None, description="stop after this many validations without a better Recall@10")
     checkpoint_every: Positive | None = Field(None, description="steps; null: at the end of each epoch")
-    keep_checkpoints: Annotated[int, Field(ge=2)] = 2
+    keep_checkpoints: Annotated[int, Field(ge=2)] = Field(
+        2, description="the newest ones; the best weights are kept beside them in any case"
+    )
+    keep_every: Positive | None = Field(
+        None, description="steps; besides, the first checkpoint at or after each multiple of it is kept for good"
+    )
     stop_after: Positive | None = Field(None, description="steps after which this session ends; the run can be resumed")
     log_every: Positive = Field(10, description="steps between two points of the training curves")
     max_skipped: Annotated[int, Field(ge=0)] = Field(
@@ -166,11 +171,26 @@ class RayConfig(Component):
     """What Ray Train is asked for."""
 
     workers: Positive = 1
+    min_workers: Positive | None = Field(
+        None,
+        description="go on with as few when nodes are lost, and with more, up to `workers`, when nodes come; null: `workers`",
+    )
     cpus_per_worker: Positive = 1
     gpus_per_worker: Annotated[float, Field(ge=0)] = 0
     address: str | None = Field(None, description="null: RAY_ADDRESS, else a local Ray started by the command")
     storage: str = Field("runs", description="folder for runs and checkpoints, shared by all nodes")
     max_failures: Annotated[int, Field(ge=-1)] = 3
+
+    @model_validator(mode="after")
+    def _range(self) -> RayConfig:
+        if self.fewest > self.workers:
+            raise ValueError(f"min_workers {self.min_workers} is above workers {self.workers}")
+        return self
+
+    @property
+    def fewest(self) -> int:
+        """The least workers that a run starts with."""
+        return self.workers if self.min_workers is None else self.min_workers
 
 
 class TrackingConfig(Component):

@@ -160,9 +160,10 @@ def estimate_memory(config: PretrainConfig | RelearnConfig, inputs: Inputs) -> i
     m, catalogue = config.model, inputs.catalogue
     size = catalogue.size if m.item_embeddings else None
     parameters = sum(p.numel() for p in Recommender(m, catalogue.dims, size).parameters())
-    shared = config.ray.workers if config.training.zero_stage >= 1 and config.training.engine == "deepspeed" else 1
+    workers = config.ray.fewest  # each has the more to hold
+    shared = workers if config.training.zero_stage >= 1 and config.training.engine == "deepspeed" else 1
     state = parameters * (8 + 8 / shared)
-    workers, micro = config.ray.workers, config.stream.batch_size / config.training.accumulation
+    micro = config.stream.batch_size / config.training.accumulation
     full = config.loss.negatives == "catalogue"
     distinct = catalogue.size if full else min(catalogue.size, 2 * micro + config.loss.samples)
     features = sum(catalogue.dims.values())

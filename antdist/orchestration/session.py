@@ -55,7 +55,7 @@ def ray_session(config: RayConfig) -> Iterator[None]:
             _knock(address)
             ray.init(address=address, **quiet)
         else:
-            needed = config.workers * config.cpus_per_worker
+            needed = config.fewest * config.cpus_per_worker
             ray.init("local", num_cpus=max(os.cpu_count() or 1, needed), include_dashboard=False, **quiet)
     except (OSError, ValueError, RuntimeError) as error:
         first = str(error).partition("\n")[0].partition(". ")[0]  # sentence; Ray's advice fills a page
@@ -100,6 +100,9 @@ def inside_job() -> bool:
 def run_workers(work: Callable[[dict[str, Any]], None], settings: dict[str, Any], config: RayConfig, name: str) -> None:
     """Run `work(settings)` on `ray.workers` Ray Train workers that share a process group: NCCL with GPUs, gloo without.
 
+    With `ray.min_workers` Ray may start `work` anew with fewer or more of them, as nodes go and come: it asks for the
+    number each time (`antdist.training.world.current_world`).
+
     Raises:
         UserError: one that a worker raised, or what became of the workers.
     """
@@ -130,11 +133,12 @@ def run_workers(work: Callable[[dict[str, Any]], None], settings: dict[str, Any]
     resources: dict[str, float] = {"CPU": config.cpus_per_worker}
     if on_gpu:
         resources["GPU"] = config.gpus_per_worker
+    number = config.workers if config.fewest == config.workers else (config.fewest, config.workers)
     trainer = TorchTrainer(
         work_or_tell,
         train_loop_config=settings,
         torch_config=TorchConfig(backend="nccl" if on_gpu else "gloo"),
-        scaling_config=ScalingConfig(num_workers=config.workers, use_gpu=on_gpu, resources_per_worker=resources),
+        scaling_config=ScalingConfig(num_workers=number, use_gpu=on_gpu, resources_per_worker=resources),
         run_config=RunConfig(
             name=name,
             storage_path=str(storage),
@@ -159,7 +163,7 @@ def _check_room(config: RayConfig) -> None:
     """Workers that fit nowhere would be waited for in silence. Raises UserError on a local Ray, which cannot grow."""
     import ray
 
-    asked = {"CPU": config.workers * config.cpus_per_worker, "GPU": config.workers * config.gpus_per_worker}
+    asked = {"CPU": config.fewest * config.cpus_per_worker, "GPU": config.fewest * config.gpus_per_worker}
     deadline = time.monotonic() + SETTLE_SECONDS
     while True:
         there = ray.cluster_resources()

@@ -90,8 +90,7 @@ def best_model(model: Recommender, folder: Path, progress: Progress, world: Worl
     from safetensors.torch import load_file
 
     from antdist.model.recommender import Recommender
-    from antdist.training.checkpoint import load_latest
-    from antdist.training.loop import best_weights
+    from antdist.training.checkpoint import best_weights, load_latest
     from antdist.training.world import agree
 
     weights: dict[str, Any] = {}

@@ -3,17 +3,22 @@
     step-00000120/
       weights.safetensors    float32, by parameter name
       moments.safetensors    Adam's, as `exp_avg/NAME`
-      progress.json          step, epoch, stream position, metrics so far, updates, loss scale
+      progress.json          step, epoch, stream position, metrics so far, updates, loss scale; `best`: which weights
+                             were the best so far, their size and sha256
       COMPLETE.json          written last: size and sha256 of each of the others
+    ../best/
+      epoch-00003.safetensors   the best weights so far, by parameter name: checkpoints share them
 
 Nothing in it knows ranks, ZeRO stages or engines, and nothing in it is a pickle.
 """
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -39,8 +44,11 @@ class Checkpoint:
     progress: dict[str, Any]
 
 
-def save_checkpoint(parent: Path, step: int, state: EngineState, progress: dict[str, Any], keep: int) -> Path:
-    """Write `parent/step-N` whole or not at all, then drop all but the newest `keep`. Called by the leader alone."""
+def save_checkpoint(
+    parent: Path, step: int, state: EngineState, progress: dict[str, Any], keep: int, keep_every: int | None = None
+) -> Path:
+    """Write `parent/step-N` whole or not at all, then drop all but the newest `keep` and those that `keep_every` keeps for
+    good. Called by the leader alone."""
     assert keep >= 2, "one checkpoint is none while it is replaced"
     parent.mkdir(parents=True, exist_ok=True)
     final, folder = parent / f"{PREFIX}{step:08d}", parent / f".writing-{PREFIX}{step:08d}"
@@ -56,7 +64,7 @@ def save_checkpoint(parent: Path, step: int, state: EngineState, progress: dict[
     faults.at("save", rank=0, step=step, file="progress.json")
     (folder / "progress.json").write_text(json.dumps(document, indent=1, allow_nan=False))
     flush_to_disk(folder / "progress.json")
-    files = {path.name: _describe(path) for path in sorted(folder.iterdir())}
+    files = {path.name: describe(path) for path in sorted(folder.iterdir())}
     faults.at("save", rank=0, step=step, file=MARKER)
     (folder / MARKER).write_text(json.dumps(files, indent=1))
     flush_to_disk(folder / MARKER)
@@ -66,9 +74,16 @@ def save_checkpoint(parent: Path, step: int, state: EngineState, progress: dict[
     folder.rename(final)
     flush_to_disk(parent)
     faults.at("save", rank=0, step=step, file="prune")
-    for old in steps_in(parent)[:-keep]:
+    steps = steps_in(parent)
+    for old in set(steps[:-keep]) - kept_for_good(steps, keep_every):
         shutil.rmtree(parent / f"{PREFIX}{old:08d}", ignore_errors=True)
     return final
+
+
+def kept_for_good(steps: Sequence[int], every: int | None) -> set[int]:
+    """Of increasing `steps` the first at or after each multiple of `every`, from the first multiple on."""
+    first = {step // every: step for step in reversed(steps) if step >= every} if every else {}
+    return set(first.values())
 
 
 def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
@@ -94,27 +109,52 @@ def steps_in(parent: Path) -> list[int]:
 
 
 def progress_of_all(parent: Path) -> list[dict[str, Any]]:
-    """What the `progress.json` of each checkpoint below `parent` says, oldest first."""
-    return [json.loads((parent / f"{PREFIX}{step:08d}" / "progress.json").read_text()) for step in steps_in(parent)]
+    """What the `progress.json` of each checkpoint below `parent` says, oldest first; a damaged one, which cannot be loaded
+    either, is left out."""
+    found = []
+    for step in steps_in(parent):
+        with contextlib.suppress(OSError, ValueError):
+            found.append(json.loads((parent / f"{PREFIX}{step:08d}" / "progress.json").read_text()))
+    return found
+
+
+def drop_newer(parent: Path, folder: Path) -> None:
+    """Remove the checkpoints below `parent` that were passed over for `folder`: kept as the newest, they would push out the
+    whole ones. Nothing is done if `folder` lies elsewhere."""
+    if folder.parent == parent:
+        for step in steps_in(parent):
+            if f"{PREFIX}{step:08d}" > folder.name:
+                shutil.rmtree(parent / f"{PREFIX}{step:08d}")
 
 
 def load_latest(parent: Path) -> Checkpoint | None:
-    """The newest whole checkpoint below `parent`, or None. One that is damaged is named, and the one before it is tried."""
-    for step in reversed(steps_in(parent)):
+    """The newest whole checkpoint below `parent`, None if it holds none. One that is damaged is named, and the one before it
+    is tried. Raises UserError if all are damaged: beginning anew, as if there had been nothing, is for the user to decide."""
+    steps = steps_in(parent)
+    for step in reversed(steps):
         folder = parent / f"{PREFIX}{step:08d}"
         try:
             return load_checkpoint(folder)
         except UserError as damage:
             say(f"checkpoint passed over: {damage}")
-    return None
+            last = damage
+    if not steps:
+        return None
+    raise UserError(
+        f"all checkpoints are damaged, the oldest too: {last.where}: {last.what}",
+        where=parent,
+        remedy="bring a whole one back from a copy; to begin anew, remove the folder",
+    )
 
 
 def load_checkpoint(folder: Path) -> Checkpoint:
-    """Read one checkpoint. Raises UserError, naming the file, if it is not there or not whole."""
+    """Read one checkpoint. Raises UserError, naming the file, if it is not there or not whole, or its best weights are not."""
     from safetensors.torch import load_file
 
     check_checkpoint(folder)
     document = json.loads((folder / "progress.json").read_text())
+    if best := document.get("best"):
+        _check_file(best_weights(folder.parent.parent, best["epoch"]), best["file"])
     engine = document.pop("engine")
     moments: dict[str, dict[str, Any]] = {moment: {} for moment in MOMENTS}
     for key, value in load_file(folder / "moments.safetensors").items():
@@ -136,10 +176,19 @@ def check_checkpoint(folder: Path) -> None:
             f"the marker cannot be read ({error})", where=marker, remedy="use an older checkpoint"
         ) from error
     for name in ("weights.safetensors", "moments.safetensors", "progress.json"):
-        path = folder / name
-        if not path.is_file() or _describe(path) != files.get(name):
-            raise UserError("missing, cut short or altered", where=path, remedy="use an older checkpoint")
+        _check_file(folder / name, files.get(name))
 
 
-def _describe(path: Path) -> dict[str, Any]:
+def _check_file(path: Path, described: dict[str, Any] | None) -> None:
+    if not path.is_file() or describe(path) != described:
+        raise UserError("missing, cut short or altered", where=path, remedy="use an older checkpoint")
+
+
+def best_weights(folder: Path, epoch: int) -> Path:
+    """Where a run's weights after `epoch` (counted from 1), the best on validation so far, are kept."""
+    return folder / "best" / f"epoch-{epoch:05d}.safetensors"
+
+
+def describe(path: Path) -> dict[str, Any]:
+    """A file's size and digest."""
     return {"bytes": path.stat().st_size, "sha256": file_sha256(path)}

@@ -31,7 +31,16 @@ from antdist.files import flush_to_disk
 from antdist.products import exact_products
 from antdist.profiling import part, profiled
 from antdist.progress import say
-from antdist.training.checkpoint import Checkpoint, load_latest, progress_of_all, save_checkpoint, write_tensors
+from antdist.training.checkpoint import (
+    Checkpoint,
+    best_weights,
+    describe,
+    drop_newer,
+    load_latest,
+    progress_of_all,
+    save_checkpoint,
+    write_tensors,
+)
 from antdist.training.engine import Engine, EngineState
 from antdist.training.feed import Feed, StepInput
 from antdist.training.live import Live, say_line
@@ -117,27 +126,39 @@ def train(job: Job) -> Progress:
 
 
 def _resume(job: Job) -> Progress:
-    """Take up the newest whole checkpoint of the folder, else `job.start`, else begin. The leader decides for all."""
-    found = (load_latest(job.folder / "checkpoints") or job.start) if job.world.leader else None
-    document = agree(job.world, found.progress if found else None)
+    """Take up the newest whole checkpoint of the folder, else `job.start`, else begin. The leader decides for all: what it
+    cannot take up, all ranks raise."""
+    found, failure = _find(job) if job.world.leader else (None, None)
+    document, failure = agree(job.world, (found.progress if found else None, failure))
+    if failure is not None:
+        raise failure
     if document is None:
         return Progress()
     job.feed.stream.check(StreamState(**document["stream"]))
-    if found is not None:
-        _check_fits(job, found)
     job.engine.load(found.state if found else EngineState())
     progress = Progress(**document["progress"])
     progress.finished = _finished(job.config, progress)
-    if job.world.leader:
-        assert found is not None
+    if found is not None:
         if progress.finished:
             say(f"{job.name}: is finished ({progress.finished}, step {progress.step}): nothing is trained")
         else:
             forget_from(job.folder / SKIPPED, progress.step)
             say(f"{job.name}: goes on at step {progress.step}, epoch {progress.epoch + 1}, from {found.folder}")
-        _bring_best(job, found.folder, progress)
     barrier(job.world)
     return progress
+
+
+def _find(job: Job) -> tuple[Checkpoint | None, UserError | None]:
+    """On the leader: the checkpoint to go on from, its best weights in this run's folder; or why there is none that fits."""
+    try:
+        found = load_latest(job.folder / "checkpoints") or job.start
+        if found is not None:
+            drop_newer(job.folder / "checkpoints", found.folder)
+            _check_fits(job, found)
+            _bring_best(job, found.folder, found.progress["progress"]["best_epoch"])
+    except UserError as error:
+        return None, error
+    return found, None
 
 
 def _finished(config: TrainingConfig, progress: Progress) -> str | None:
@@ -249,23 +270,15 @@ def _judge(progress: Progress, metric: float) -> None:
     progress.best, progress.best_epoch, progress.worse = metric, progress.epoch + 1, 0
 
 
-def best_weights(folder: Path, epoch: int) -> Path:
-    """Where the weights after `epoch` (counted from 1), the best on validation so far, are kept."""
-    return folder / "best" / f"epoch-{epoch:05d}.safetensors"
-
-
-def _bring_best(job: Job, checkpoint: Path, progress: Progress) -> None:
+def _bring_best(job: Job, checkpoint: Path, epoch: int | None) -> None:
     """A run that goes on elsewhere brings the best weights so far along (they lie beside the checkpoints)."""
-    if progress.best_epoch is None:
+    if epoch is None:
         return
-    here, there = (
-        best_weights(job.folder, progress.best_epoch),
-        best_weights(checkpoint.parent.parent, progress.best_epoch),
-    )
-    if here.is_file():
+    here, there = best_weights(job.folder, epoch), best_weights(checkpoint.parent.parent, epoch)
+    if here == there:
         return
     if not there.is_file():
-        raise UserError(f"the best weights (epoch {progress.best_epoch}) are missing", where=there)
+        raise UserError(f"the best weights (epoch {epoch}) are missing", where=there)
     here.parent.mkdir(parents=True, exist_ok=True)
     partial = here.with_suffix(".partial")
     shutil.copyfile(there, partial)
@@ -283,7 +296,7 @@ def _checkpoint(job: Job, progress: Progress, saver: Saver) -> None:
         if job.world.leader:
             position = job.feed.stream.state(progress.epoch, progress.batch)
             document = {"progress": asdict(progress), "stream": asdict(position)}
-            saver.begin(lambda: _write(job.folder, state, document, job.config.keep_checkpoints))
+            saver.begin(lambda: _write(job.folder, state, document, job.config))
 
 
 def _await_save(job: Job, saver: Saver) -> None:
@@ -293,23 +306,35 @@ def _await_save(job: Job, saver: Saver) -> None:
         raise failure
 
 
-def _write(folder: Path, state: EngineState, document: dict[str, Any], keep: int) -> None:
+def _write(folder: Path, state: EngineState, document: dict[str, Any], config: TrainingConfig) -> None:
     """In the saver's thread: a checkpoint, after the best weights if these are they, before the old ones go."""
-    progress = Progress(**document["progress"])
-    if progress.best_epoch is not None and (progress.epoch, progress.batch) == (progress.best_epoch, 0):
-        faults.at("save", rank=0, step=progress.step, file="best")
+    progress, checkpoints = Progress(**document["progress"]), folder / "checkpoints"
+    if progress.best_epoch is not None:
         path = best_weights(folder, progress.best_epoch)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_tensors(path, state.weights)
-        flush_to_disk(path.parent)
-    checkpoints = folder / "checkpoints"
-    save_checkpoint(checkpoints, progress.step, state, document, keep)
+        fresh = (progress.epoch, progress.batch) == (progress.best_epoch, 0)
+        if fresh:
+            faults.at("save", rank=0, step=progress.step, file="best")
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_tensors(path, state.weights)
+            flush_to_disk(path.parent)
+        known = None if fresh else _known_best(checkpoints, progress)
+        document["best"] = known or {"epoch": progress.best_epoch, "file": describe(path)}
+    save_checkpoint(checkpoints, progress.step, state, document, config.keep_checkpoints, config.keep_every)
     # each kept checkpoint may be the one that a restart falls back on, so its best weights stay too
     epochs = [kept["progress"]["best_epoch"] for kept in progress_of_all(checkpoints)]
     needed = {best_weights(folder, epoch) for epoch in epochs if epoch is not None}
     for path in (folder / "best").glob("*.safetensors"):
         if path not in needed:
             path.unlink()
+
+
+def _known_best(checkpoints: Path, progress: Progress) -> dict[str, Any] | None:
+    """The best weights as an earlier checkpoint describes them: what damages the file later must not pass for it."""
+    for earlier in reversed(progress_of_all(checkpoints)):
+        known = earlier.get("best")
+        if known and known["epoch"] == progress.best_epoch and earlier["progress"]["step"] < progress.step:
+            return dict(known)
+    return None
 
 
 def _refuse_broken(job: Job, progress: Progress) -> None:

@@ -48,6 +48,14 @@ def test_a_run_is_profiled_where_it_is_asked_for(kind: Any) -> None:
     assert load_config(kind, None, ["profile=true"]).profile is True
 
 
+def test_the_number_of_workers_may_be_a_range() -> None:
+    assert load_config(PretrainConfig, None, ["ray.workers=4"]).ray.fewest == 4
+    assert load_config(PretrainConfig, None, ["ray.workers=4", "ray.min_workers=2"]).ray.fewest == 2
+    assert (
+        message(None, "ray.workers=2", "ray.min_workers=3") == "configuration: ray: min_workers 3 is above workers 2."
+    )
+
+
 def test_an_unknown_key_names_the_nearest_known_one(tmp_path: Path) -> None:
     told = message(write(tmp_path, "training:\n  epoch: 3\n"))
     assert told.split("/")[-1] == "run.yaml: unknown key training.epoch. Did you mean training.epochs."

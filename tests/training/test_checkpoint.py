@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Literal
 
 import pytest
 import torch
 
 from antdist.errors import UserError
+from antdist.faults import corrupt
 from antdist.training.checkpoint import load_checkpoint, load_latest, save_checkpoint, steps_in
 from antdist.training.engine import EngineState
 
@@ -18,8 +20,8 @@ def state(value: float) -> EngineState:
     return EngineState(weights, moments, updates=int(value), scale=None)
 
 
-def save(parent: Path, step: int, keep: int = 2) -> Path:
-    return save_checkpoint(parent, step, state(float(step)), {"progress": {"step": step}}, keep)
+def save(parent: Path, step: int, keep: int = 2, keep_every: int | None = None) -> Path:
+    return save_checkpoint(parent, step, state(float(step)), {"progress": {"step": step}}, keep, keep_every)
 
 
 def test_what_is_saved_is_what_is_loaded(tmp_path: Path) -> None:
@@ -39,6 +41,13 @@ def test_the_newest_ones_are_kept(tmp_path: Path) -> None:
     assert newest is not None and newest.progress["progress"]["step"] == 100
 
 
+def test_one_every_so_many_steps_is_kept_for_good(tmp_path: Path) -> None:
+    """The first at or after each multiple, whatever steps are saved at."""
+    for step in (4, 8, 12, 16, 20, 24, 41, 44, 48, 52):
+        save(tmp_path, step, keep=2, keep_every=10)
+    assert steps_in(tmp_path) == [12, 20, 41, 48, 52]
+
+
 def test_a_folder_without_marker_does_not_count(tmp_path: Path) -> None:
     save(tmp_path, 1)
     (save(tmp_path, 2) / "COMPLETE.json").unlink()
@@ -51,18 +60,10 @@ def test_a_folder_without_marker_does_not_count(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["weights.safetensors", "moments.safetensors", "progress.json"])
 @pytest.mark.parametrize("damage", ["cut", "flip", "gone"])
 def test_a_damaged_file_is_named_and_the_one_before_is_used(
-    tmp_path: Path, name: str, damage: str, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, name: str, damage: Literal["cut", "flip", "gone"], capsys: pytest.CaptureFixture[str]
 ) -> None:
     save(tmp_path, 1)
-    file = save(tmp_path, 2) / name
-    content = bytearray(file.read_bytes())
-    if damage == "cut":
-        file.write_bytes(content[: len(content) // 2])
-    elif damage == "flip":
-        content[len(content) // 2] ^= 1
-        file.write_bytes(content)
-    else:
-        file.unlink()
+    corrupt(save(tmp_path, 2) / name, damage)
     newest = load_latest(tmp_path)
     assert newest is not None and newest.progress["progress"]["step"] == 1
     assert name in capsys.readouterr().err
@@ -73,7 +74,15 @@ def test_a_broken_marker_is_told(tmp_path: Path) -> None:
     (folder / "COMPLETE.json").write_text("{")
     with pytest.raises(UserError, match=r"COMPLETE\.json: the marker cannot be read"):
         load_checkpoint(folder)
-    assert load_latest(tmp_path) is None
+
+
+def test_where_all_are_damaged_it_does_not_begin_anew(tmp_path: Path) -> None:
+    for step in (1, 2):
+        corrupt(save(tmp_path, step) / "moments.safetensors", "cut")
+    with pytest.raises(
+        UserError, match=rf"{tmp_path}: all checkpoints are damaged.*00001/moments.*[Bb]ring a whole one"
+    ):
+        load_latest(tmp_path)
 
 
 def test_nothing_there_is_none(tmp_path: Path) -> None:

@@ -3,24 +3,27 @@
 from __future__ import annotations
 
 import itertools
+import shutil
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pytest
 import torch
 
+from antdist.batch import GlobalBatch
 from antdist.config.schema import LossConfig, ModelConfig, ScheduleConfig, StreamConfig, TrainingConfig
 from antdist.data.domain import open_domain
 from antdist.data.stream import Stream
 from antdist.errors import UserError
+from antdist.faults import corrupt
 from antdist.features.table import Catalogue
 from antdist.model.recommender import build_recommender
-from antdist.training.checkpoint import load_checkpoint, load_latest
+from antdist.training.checkpoint import best_weights, load_checkpoint, load_latest, steps_in
 from antdist.training.deepspeed_engine import DeepSpeedEngine
 from antdist.training.engine import PlainEngine
-from antdist.training.feed import Feed
-from antdist.training.loop import Job, best_weights, train
+from antdist.training.feed import Feed, StepInput
+from antdist.training.loop import Job, train
 from antdist.training.world import current_world
 from tests.ranks import on_ranks
 from tests.worlds import make_domains
@@ -58,6 +61,13 @@ def run(
     if not noise:
         silence_routing(model)
     curve: list[tuple[int, float]] = []
+    users: dict[int, list[int]] = {}
+
+    class NotedFeed(Feed):
+        def inputs(self, batch: GlobalBatch) -> StepInput:
+            step_input = super().inputs(batch)
+            users[step_input.step] = batch.users.tolist()
+            return step_input
 
     def report(metrics: dict[str, float], step: int) -> None:
         if "train/loss" in metrics:
@@ -68,7 +78,7 @@ def run(
     losses = LossConfig(**{"negatives": negatives, "samples": 20, "alignment": 0.1, **(loss or {})})
     job = Job(
         engine=(DeepSpeedEngine if engine == "deepspeed" else PlainEngine)(model, config, world),
-        feed=Feed(stream, catalogue, losses, popularity, config.accumulation, 3, world),
+        feed=NotedFeed(stream, catalogue, losses, popularity, config.accumulation, 3, world),
         config=config,
         world=world,
         folder=folder,
@@ -86,6 +96,7 @@ def run(
         "gradients": {name: value.numpy() for name, value in state.moments.get("exp_avg", {}).items()},
         "progress": progress,
         "history": progress.history,
+        "users": [users[step] for step in sorted(users) if step < progress.step],  # a few more were read ahead
     }
 
 
@@ -233,6 +244,69 @@ def test_a_damaged_last_checkpoint_costs_an_epoch_and_no_more(
     done = run(data, tmp_path / "a", epochs=3, recalls=[0.05, 0.04])["progress"]
     assert "moments.safetensors: missing, cut short or altered" in capsys.readouterr().err
     assert (done.epoch, done.best_epoch) == (3, 1) and best_weights(tmp_path / "a", 1).is_file()
+
+
+@pytest.mark.parametrize("damage", ["cut", "flip", "gone"])
+def test_damaged_best_weights_are_found_by_the_checkpoint_that_names_them(
+    data: Path, tmp_path: Path, damage: Literal["cut", "flip", "gone"], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The run falls back on a checkpoint whose best weights are whole, and makes the lost ones again."""
+    options: dict[str, Any] = {"noise": True, "checkpoint_every": 2, "keep_checkpoints": 9, "recalls": [0.1, 0.2, 0.1]}
+    straight = run(data, tmp_path / "straight", **options)
+    run(data, tmp_path / "a", **options, stop_after=len(straight["curve"]) - 1)
+    corrupt(best_weights(tmp_path / "a", 2), damage)
+    resumed = run(data, tmp_path / "a", **{**options, "recalls": [0.2, 0.1]})
+    assert "best/epoch-00002.safetensors: missing, cut short or altered" in capsys.readouterr().err
+    first = resumed["curve"][0][0]
+    assert first <= 2 * len(straight["curve"]) // 3, "fell back before the end of the second epoch"
+    assert_same({**straight, "curve": straight["curve"][first - 1 :]}, resumed)
+    mine, theirs = (best_weights(tmp_path / name, 2).read_bytes() for name in ("a", "straight"))
+    assert mine == theirs
+
+
+def test_what_damages_the_best_weights_between_two_saves_does_not_pass_for_them(data: Path, tmp_path: Path) -> None:
+    run(data, tmp_path / "a", epochs=1, keep_checkpoints=9)
+    corrupt(best_weights(tmp_path / "a", 1), "flip")
+    with pytest.raises(UserError, match=r"all checkpoints are damaged.*best/epoch-00001"):
+        run(data, tmp_path / "a", epochs=2)
+    run(data, tmp_path / "b", epochs=1, keep_checkpoints=9)
+    flip = [lambda: corrupt(best_weights(tmp_path / "b", 1), "flip"), lambda: None]
+
+    class Flipping(list[float]):
+        def __iter__(self) -> Any:
+            for value in (0.05, 0.04):
+                flip.pop(0)()  # the later saves carry on what the first one said of the file
+                yield value
+
+    run(data, tmp_path / "b", epochs=3, keep_checkpoints=9, recalls=Flipping())
+    with pytest.raises(UserError, match=r"all checkpoints are damaged.*best/epoch-00001"):
+        run(data, tmp_path / "b", epochs=4)
+
+
+def damaged_run(data: Path, folder: Path) -> tuple[str, list[tuple[int, float]]]:
+    try:
+        return "", run(data, folder, epochs=2, checkpoint_every=2, keep_checkpoints=3)["curve"]
+    except UserError as error:
+        return str(error), []
+
+
+def test_damage_is_decided_on_by_all_ranks_together(data: Path, tmp_path: Path) -> None:
+    """And what was passed over neither pushes out the whole ones nor stops the run by what is left of it."""
+    checkpoints = tmp_path / "a" / "checkpoints"
+    run(data, tmp_path / "a", epochs=2, stop_after=7, checkpoint_every=2, keep_checkpoints=3)
+    steps = steps_in(checkpoints)
+    assert len(steps) == 3
+    oldest, middle, newest = (checkpoints / f"step-{step:08d}" for step in steps)
+    corrupt(newest / "weights.safetensors", "flip")
+    corrupt(oldest / "progress.json", "cut")
+    shutil.copytree(tmp_path / "a", tmp_path / "b")
+    told = on_ranks(2, damaged_run, data, tmp_path / "a")
+    assert [failure for failure, _ in told] == ["", ""]
+    assert told[0][1][0][0] == steps[1] + 1, "goes on after the middle one"
+    corrupt(tmp_path / "b" / "checkpoints" / middle.name / "moments.safetensors", "gone")
+    failures = [failure for failure, _ in on_ranks(2, damaged_run, data, tmp_path / "b")]
+    assert failures[0] == failures[1] and "all checkpoints are damaged, the oldest too" in failures[0]
+    assert steps_in(tmp_path / "b" / "checkpoints") == steps, "nothing was removed"
 
 
 def test_all_candidates_sampled_with_correction_train(data: Path, tmp_path: Path) -> None:

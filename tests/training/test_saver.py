@@ -14,7 +14,7 @@ import pytest
 
 from antdist.errors import UserError
 from antdist.training import loop
-from antdist.training.checkpoint import load_latest, steps_in
+from antdist.training.checkpoint import best_weights, load_latest, steps_in
 from antdist.training.saver import Saver
 from tests.ranks import on_ranks
 from tests.training.test_loop import NAMES, assert_same, run
@@ -67,12 +67,12 @@ def test_the_best_weights_are_on_disk_before_the_checkpoint_that_names_them(
 ) -> None:
     save, seen = loop.save_checkpoint, []
 
-    def looking(parent: Path, step: int, state: Any, document: dict[str, Any], keep: int) -> Path:
+    def looking(parent: Path, step: int, state: Any, document: dict[str, Any], *keep: int | None) -> Path:
         best = document["progress"]["best_epoch"]
         seen.append(best)
-        assert best is None or loop.best_weights(parent.parent, best).is_file()
-        folder = save(parent, step, state, document, keep)
-        assert best is None or loop.best_weights(parent.parent, best).is_file()
+        assert best is None or best_weights(parent.parent, best).is_file()
+        folder = save(parent, step, state, document, *keep)
+        assert best is None or best_weights(parent.parent, best).is_file()
         return folder
 
     monkeypatch.setattr(loop, "save_checkpoint", looking)
@@ -87,7 +87,7 @@ def test_the_best_weights_are_those_of_their_epoch(data: Path, tmp_path: Path) -
 
     after_one = run(data, tmp_path / "a", noise=True, epochs=1)
     run(data, tmp_path / "b", noise=True, epochs=3, recalls=[0.1, 0.05, 0.05])
-    best = load_file(loop.best_weights(tmp_path / "b", 1))
+    best = load_file(best_weights(tmp_path / "b", 1))
     assert best.keys() == after_one["weights"].keys()
     for name, value in after_one["weights"].items():
         np.testing.assert_array_equal(best[name], value, err_msg=name)

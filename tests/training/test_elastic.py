@@ -1,0 +1,45 @@
+"""One run on a number of ranks that changes from start to start: the same global batches (law 1), the same losses (law 2)."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from tests.ranks import on_ranks
+from tests.training.test_loop import NAMES, assert_same, run
+from tests.worlds import make_domains
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("data")
+    make_domains(folder, NAMES)
+    return folder
+
+
+def _run(data: Path, folder: Path, options: dict[str, Any]) -> dict[str, Any]:
+    return run(data, folder, epochs=2, checkpoint_every=1, **options)
+
+
+@pytest.mark.parametrize(("engine", "sizes"), [("plain", (2, 1, 2, 3)), ("deepspeed", (2, 1, 3))])
+def test_a_run_shrinks_and_grows_with_the_same_batches_and_losses(
+    data: Path, tmp_path: Path, engine: str, sizes: tuple[int, ...]
+) -> None:
+    """Under DeepSpeed with the optimizer dealt to the ranks (ZeRO 1): nothing is converted between two starts."""
+    straight = _run(data, tmp_path / "straight", {})
+    parts = []
+    for place, size in enumerate(sizes):
+        last = place == len(sizes) - 1
+        options = {"engine": engine, "zero_stage": 1, **({} if last else {"stop_after": 3})}
+        ranks = on_ranks(size, _run, data, tmp_path / "elastic", options)
+        assert all(peer["users"] == ranks[0]["users"] for peer in ranks)
+        parts.append(ranks[0])
+    assert [len(part["curve"]) for part in parts[:-1]] == [3] * (len(sizes) - 1) and parts[-1]["curve"]
+    whole = {**parts[-1], "curve": [point for part in parts for point in part["curve"]]}
+    assert [users for part in parts for users in part["users"]] == straight["users"]
+    assert_same(straight, whole, 1e-5)
+    losses = np.array([entry["loss"] for entry in straight["history"]])
+    np.testing.assert_allclose([entry["loss"] for entry in whole["history"]], losses, rtol=1e-5)
