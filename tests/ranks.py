@@ -21,14 +21,26 @@ def free_port() -> int:
 
 
 def _entry(
-    rank: int, size: int, port: int, function: Callable[..., Any], arguments: tuple[Any, ...], results: Any
+    rank: int,
+    size: int,
+    port: int,
+    environment: dict[str, str],
+    function: Callable[..., Any],
+    arguments: tuple[Any, ...],
+    results: Any,
 ) -> None:
     import torch
     import torch.distributed as dist
 
     torch.set_num_threads(1)
+    os.environ.clear()  # the server's is that of its start
     os.environ.update(
-        RANK=str(rank), WORLD_SIZE=str(size), LOCAL_RANK=str(rank), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
+        environment,
+        RANK=str(rank),
+        WORLD_SIZE=str(size),
+        LOCAL_RANK=str(rank),
+        MASTER_ADDR="127.0.0.1",
+        MASTER_PORT=str(port),
     )
     dist.init_process_group("gloo", rank=rank, world_size=size)
     try:
@@ -46,7 +58,9 @@ def on_ranks(size: int, function: Callable[..., Any], *arguments: Any) -> list[A
     results = context.Queue()
     port = free_port()
     processes = [
-        context.Process(target=_entry, args=(rank, size, port, function, arguments, results), daemon=True)
+        context.Process(
+            target=_entry, args=(rank, size, port, dict(os.environ), function, arguments, results), daemon=True
+        )
         for rank in range(size)
     ]
     for process in processes:
