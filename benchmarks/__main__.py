@@ -31,7 +31,7 @@ NAMES = {
 
 def run(name: str, options: Options) -> Report:
     """One benchmark by name, in this process."""
-    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # before torch is imported, as antdist's workers have it
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch is imported, as antdist's workers have it
     import torch
 
     torch.set_num_threads(options.threads)

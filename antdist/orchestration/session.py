@@ -26,7 +26,7 @@ WORKER_ENVIRONMENT = {
     "HF_HUB_OFFLINE": os.environ.get("HF_HUB_OFFLINE", "1"),
     "TOKENIZERS_PARALLELISM": "false",
     "PYTHONWARNINGS": "ignore::FutureWarning",
-    "THP_MEM_ALLOC_ENABLE": "1",  # torch's large tensors in huge pages: fewer page faults on a CPU
+    "OMP_WAIT_POLICY": "passive",  # threads that wait busily slow a step tenfold where the cores are shared
 }
 
 KNOCK_SECONDS = 10
