@@ -25,6 +25,7 @@ NAMES = {
     "modes": "predictions/s of `sequence` over `prefix` training",
     "quality": "test metrics of `sequence` against `prefix` training on real data, and both curves against wall time",
     "honest_world": "quality: the generated world rewards the order of items, not their bare set",
+    "soak": "a training among random faults, kills and damaged checkpoints: what each costs, and that it changes nothing",
     "gpu": "predictions/s, MFU and memory on a GPU, plain and DeepSpeed",
 }
 
@@ -49,6 +50,7 @@ def run(name: str, options: Options) -> Report:
 )
 @click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="Override a key of the configuration.")
 @click.option("--picture", type=click.Path(path_type=Path, dir_okay=False), help="Draw the curves to FILE (svg, png).")
+@click.option("--minutes", type=click.FloatRange(0.1), default=20.0, help="soak: how long to go on. Default: 20.")
 @click.option(
     "--json", "json_file", type=click.Path(path_type=Path, dir_okay=False), help="Write the figures to FILE too."
 )
@@ -60,13 +62,14 @@ def main(
     data: Path | None,
     settings: tuple[str, ...],
     picture: Path | None,
+    minutes: float,
     json_file: Path | None,
 ) -> None:
     """Measure one part of antdist against the usual way of doing it. Without NAME: list them."""
     if name is None:
         click.echo("\n".join(f"{known:13} {what}" for known, what in NAMES.items()))
         return
-    options = Options(short, repeats or (2 if short else 5), threads or cores(), data, settings, picture)
+    options = Options(short, repeats or (2 if short else 5), threads or cores(), data, settings, picture, minutes)
     facts = machine(options.threads)
     try:
         report = run(name, options)

@@ -17,7 +17,7 @@ from typing import Any
 @dataclass(frozen=True)
 class Options:
     """How a benchmark is run. `data` is a prepared domain or a folder of them, `settings` are overrides of the
-    configuration, `picture` is where curves are drawn: each for those that can use it."""
+    configuration, `picture` is where curves are drawn, `minutes` is how long to go on: each for those that can use it."""
 
     short: bool = False
     repeats: int = 5
@@ -25,6 +25,7 @@ class Options:
     data: Path | None = None
     settings: tuple[str, ...] = ()
     picture: Path | None = None
+    minutes: float = 20.0
 
 
 @dataclass(frozen=True)
