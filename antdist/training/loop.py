@@ -145,7 +145,10 @@ def _resume(job: Job) -> Progress:
             say(f"{job.name}: is finished ({progress.finished}, step {progress.step}): nothing is trained")
         else:
             forget_from(job.folder / SKIPPED, progress.step)
-            say(f"{job.name}: goes on at step {progress.step}, epoch {progress.epoch + 1}, from {found.folder}")
+            ranks = f"{job.world.size} worker{'s' if job.world.size > 1 else ''}"
+            say(
+                f"{job.name}: goes on at step {progress.step}, epoch {progress.epoch + 1}, {ranks}, from {found.folder}"
+            )
     barrier(job.world)
     return progress
 

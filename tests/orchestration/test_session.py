@@ -84,6 +84,27 @@ def test_workers_that_fit_nowhere_are_not_waited_for(local_ray: None, tmp_path: 
 
 
 @pytest.mark.ray
+def test_a_range_of_workers_takes_what_there_is(local_ray: None, tmp_path: Path) -> None:
+    """Three workers of half the machine each do not fit, and two do; what it asks for at the least must."""
+
+    def work(settings: dict[str, Any]) -> None:
+        from antdist.training.world import barrier, current_world
+
+        world = current_world()
+        (Path(settings["folder"]) / f"rank-{world.rank}-of-{world.size}").touch()
+        barrier(world)
+
+    import ray
+
+    half = int(ray.cluster_resources()["CPU"]) // 2
+    config = RayConfig(storage=str(tmp_path), workers=3, min_workers=1, cpus_per_worker=half)
+    run_workers(work, {"folder": str(tmp_path)}, config, "range")
+    assert sorted(path.name for path in tmp_path.glob("rank-*")) == ["rank-0-of-2", "rank-1-of-2"]
+    with pytest.raises(UserError, match=r"the workers ask for \d+ CPUs"):
+        run_workers(work, {}, config.model_copy(update={"min_workers": 3}), "much")
+
+
+@pytest.mark.ray
 @pytest.mark.parametrize("sign", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
 def test_a_signal_ends_a_run_in_order(sign: int, tmp_path: Path) -> None:
     """Ctrl-C and a scheduler's SIGTERM: exit code 130, no traceback, no worker left."""

@@ -291,7 +291,7 @@ def damaged_run(data: Path, folder: Path) -> tuple[str, list[tuple[int, float]]]
 
 
 def test_damage_is_decided_on_by_all_ranks_together(data: Path, tmp_path: Path) -> None:
-    """And what was passed over neither pushes out the whole ones nor stops the run by what is left of it."""
+    """And a damaged one that nobody looked at does not stop the run either."""
     checkpoints = tmp_path / "a" / "checkpoints"
     run(data, tmp_path / "a", epochs=2, stop_after=7, checkpoint_every=2, keep_checkpoints=3)
     steps = steps_in(checkpoints)
@@ -307,6 +307,18 @@ def test_damage_is_decided_on_by_all_ranks_together(data: Path, tmp_path: Path) 
     failures = [failure for failure, _ in on_ranks(2, damaged_run, data, tmp_path / "b")]
     assert failures[0] == failures[1] and "all checkpoints are damaged, the oldest too" in failures[0]
     assert steps_in(tmp_path / "b" / "checkpoints") == steps, "nothing was removed"
+
+
+def test_damaged_checkpoints_do_not_push_out_the_whole_ones(data: Path, tmp_path: Path) -> None:
+    checkpoints = tmp_path / "a" / "checkpoints"
+    run(data, tmp_path / "a", epochs=2, stop_after=6, checkpoint_every=2, keep_checkpoints=3)
+    assert steps_in(checkpoints) == [2, 4, 6]
+    for step in (4, 6):
+        corrupt(checkpoints / f"step-{step:08d}" / "weights.safetensors", "cut")
+    run(data, tmp_path / "a", epochs=2, stop_after=1, keep_checkpoints=2)
+    assert steps_in(checkpoints) == [2, 3]
+    found = load_latest(checkpoints)
+    assert found is not None and found.folder.name == "step-00000003"
 
 
 def test_all_candidates_sampled_with_correction_train(data: Path, tmp_path: Path) -> None:
