@@ -18,7 +18,7 @@ from tests.worlds import make_domains
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
-EPOCHS = 600
+EPOCHS = 100
 
 
 def config(folder: Path, name: str, **ray: Any) -> PretrainConfig:
