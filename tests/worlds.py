@@ -20,6 +20,7 @@ def make_domain(
     seed: int = 0,
     longest: int = 14,
     block_users: int = 8,
+    blocks_per_shard: int | None = None,
     dims: dict[str, int] | None = None,
     missing: float = 0.2,
 ) -> Domain:
@@ -40,6 +41,7 @@ def make_domain(
         [f"user-{u}" for u in range(users)],
         {"format": "test"},
         block_users=block_users,
+        blocks_per_shard=blocks_per_shard,
     )
     domain = open_domain(folder)
     for modality, dim in (dims if dims is not None else {"text": 12, "image": 10, "price": 6}).items():

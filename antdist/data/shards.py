@@ -22,6 +22,8 @@ from numpy.typing import NDArray
 
 from antdist.errors import UserError
 
+HELD_OUT = 2  # interactions at a user's end that are not for training: one validates, one tests
+SHORTEST = HELD_OUT + 1  # interactions a user needs
 TORN = "find out what is wrong with `antdist verify`, or prepare the domain again"
 Sample = dict[str, Any]
 
@@ -240,6 +242,18 @@ def decode_block(sample: Sample, where: Path, users: int, interactions: int) -> 
             what = f"column {name} has {len(columns[name])} entries, {length} by the manifest"
             raise UserError(what, where=place, remedy=TORN)
     return UserBlock(**columns)
+
+
+def block_faults(block: UserBlock, items: int) -> Iterator[str]:
+    """What is wrong with a block's columns, in words: a domain of `items` items can hold no such users."""
+    lengths = np.diff(block.offsets)
+    if not len(block.offsets) or block.offsets[0] != 0 or (lengths < 0).any() or block.offsets[-1] != len(block.items):
+        yield "column offsets does not rise from 0 to the number of interactions"
+        return
+    if (lengths < SHORTEST).any():
+        yield f"{int((lengths < SHORTEST).sum())} users have fewer than {SHORTEST} interactions"
+    if ((block.items < 0) | (block.items >= items)).any():
+        yield f"column items names items outside 0 to {items - 1}"
 
 
 def decode_users(sample: Sample, where: Path, users: int) -> list[str]:

@@ -155,7 +155,7 @@ class Stream:
         if kept := self._kept.get((domain.name, shard)):
             return kept
         blocks, first_user = [], int(self.user_offsets[d]) + shards[shard].first_user
-        for block in read_blocks(domain.folder, shards[shard]):
+        for block in read_blocks(domain.folder, shards[shard], domain.manifest.items):
             blocks.append((block.offsets, block.items, first_user))
             first_user += len(block.offsets) - 1
         if len(shards) <= self.config.streams * self.config.window_shards:

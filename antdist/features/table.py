@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from antdist.data.domain import Domain
 
 SCHEMA_VERSION = 1
+VERIFIED_ROWS = 65536  # looked at together
 TORCH_SERIAL = 32768  # numbers that torch copies in the calling thread (its GRAIN_SIZE)
 
 Dtype = Literal["float32", "float16"]
@@ -193,14 +194,19 @@ class FeatureTable:
                 into[chosen] = part[local]
 
     def verify(self) -> None:
-        """Read every byte: sizes and digests. Raises UserError naming the part that is damaged."""
+        """Read every byte: sizes, digests, and that features are numbers. Raises UserError naming the part at fault."""
         for part in self.meta.parts:
+            file = self.folder / f"{part.name}.npy"
+            remedy = _advice(self.folder.parent, self.modality)
             if not part_is_whole(self.folder, part):
-                raise UserError(
-                    "this part of the feature table is damaged: its size or digest is not what was recorded",
-                    where=self.folder / f"{part.name}.npy",
-                    remedy=_advice(self.folder.parent, self.modality),
-                )
+                what = "this part of the feature table is damaged: its size or digest is not what was recorded"
+                raise UserError(what, where=file, remedy=remedy)
+            values = np.load(file, mmap_mode="r", allow_pickle=False)
+            for first in range(0, part.items, VERIFIED_ROWS):
+                bad = np.flatnonzero(~np.isfinite(values[first : first + VERIFIED_ROWS]).all(axis=1))
+                if len(bad):
+                    what = f"the features of item {part.first + first + bad[0]} are not finite (NaN or infinity)"
+                    raise UserError(what, where=file, remedy=remedy)
 
 
 def _take(table: NDArray[Any], indices: IntArray, into: NDArray[Any]) -> None:
@@ -411,6 +417,13 @@ class Catalogue:
             rows, mask = self._gather(modality, item_ids, groups)
             values[modality], present[modality] = torch.from_numpy(rows), torch.from_numpy(mask)
         return ItemFeatures(values, present, torch.from_numpy(item_ids.copy()))
+
+    def verify(self) -> int:
+        """Read every table in full (`FeatureTable.verify`); returns how many bytes that were."""
+        tables = [table for tables in self._tables.values() for table in tables if table is not None]
+        for table in tables:
+            table.verify()
+        return sum(part.bytes + part.present_bytes for table in tables for part in table.meta.parts)
 
     def means(self, chunk: int = 65536) -> dict[str, torch.Tensor]:
         """The mean feature (d_m,) of each modality over the items that have it."""

@@ -144,6 +144,8 @@ def _tell_inputs(inputs: Inputs, config: PretrainConfig | RelearnConfig, report:
     for modality, identity in inputs.catalogue.identities.items():
         report.checked.append(f"features: {identity}")
         assert modality in inputs.catalogue.dims
+    size = inputs.catalogue.verify() + sum(domain.verify_sequences() for domain in inputs.domains)
+    report.checked.append(f"every byte of shards and features that training reads ({size / MIB:,.1f} MiB)")
     report.figures["steps an epoch"] = inputs.stream.steps_per_epoch
     report.figures["predictions an epoch"] = inputs.stream.predictions_per_epoch
     report.figures["estimated memory a worker (MiB)"] = round(estimate_memory(config, inputs) / MIB)

@@ -124,7 +124,7 @@ def test_shard_of_another_size_is_told_at_once(tmp_path: Path) -> None:
     with pytest.raises(
         UserError, match=rf"{shard.name}: the file has {shard.bytes - 512} bytes, {shard.bytes} by the man"
     ):
-        next(read_blocks(domain.folder, shard))
+        next(read_blocks(domain.folder, shard, 5))
     path.unlink()
     with pytest.raises(UserError, match=rf"{shard.name}: the file is missing.*antdist verify"):
         domain.sequences()
@@ -135,4 +135,4 @@ def test_block_with_other_counts_than_the_manifests_is_refused(tmp_path: Path) -
     shard = domain.manifest.sequence_shards[0]
     block = shard.blocks[0].model_copy(update={"interactions": 13})
     with pytest.raises(UserError, match=r"block-000000\): column items has 12 entries, 13 by the manifest"):
-        next(read_blocks(domain.folder, shard.model_copy(update={"blocks": [block]})))
+        next(read_blocks(domain.folder, shard.model_copy(update={"blocks": [block]}), 5))

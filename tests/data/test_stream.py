@@ -20,6 +20,9 @@ from antdist.config.schema import StreamConfig
 from antdist.data import order as order_module
 from antdist.data import stream as stream_module
 from antdist.data.deal import assign, select
+from antdist.data.domain import UserBlock, open_domain
+from antdist.data.manifest import Manifest, write_manifest
+from antdist.data.shards import ShardWriter, npy_bytes
 from antdist.data.stream import Stream, StreamState
 from antdist.errors import UserError
 from tests.domains import numbered_domain, training_targets
@@ -113,7 +116,9 @@ def test_starting_late_reads_only_the_shards_that_it_needs(world, monkeypatch):
     monkeypatch.setattr(
         stream_module,
         "read_blocks",
-        lambda folder, shard, real=stream_module.read_blocks: read.append(shard.name) or real(folder, shard),
+        lambda folder, shard, items, real=stream_module.read_blocks: (
+            read.append(shard.name) or real(folder, shard, items)
+        ),
     )
     assert len(list(stream.batches(0, stream.steps_per_epoch - 1))) == 1
     assert 0 < len(read) <= 2 * 2 < shards  # two canonical streams, a batch that may cross from one window to the next
@@ -127,9 +132,9 @@ def read(monkeypatch):
     """Which shards were read, and by which thread."""
     shards, real = [], stream_module.read_blocks
 
-    def recorded(folder, shard):
+    def recorded(folder, shard, items):
         shards.append((shard.name, threading.current_thread().name.partition("_")[0]))
-        return real(folder, shard)
+        return real(folder, shard, items)
 
     monkeypatch.setattr(stream_module, "read_blocks", recorded)
     return shards
@@ -382,6 +387,50 @@ def test_a_torn_shard_is_named(tmp_path):
     shard.write_bytes(shard.read_bytes()[:1000])
     with pytest.raises(UserError, match=shard.name):
         list(make([domain]).batches(0))
+
+
+def test_a_flipped_bit_in_a_shard_is_found_and_the_shard_named(tmp_path):
+    """Wherever it falls: in an item's index that stays valid, in a header, in the padding."""
+    domain = numbered_domain(tmp_path / "d", [9] * 8, blocks_per_shard=9)
+    shard = tmp_path / "d" / domain.manifest.sequence_shards[0].name
+    sound = shard.read_bytes()
+    items = sound.index(b"block-000000.items.npy") + 512 + 128
+    assert sound[items : items + 8] == bytes([0, 0, 0, 0, 1, 0, 0, 0])  # items 0 and 1
+    for place in (items, 20, len(sound) - 1):
+        damaged = bytearray(sound)
+        damaged[place] ^= 2
+        shard.write_bytes(damaged)
+        with pytest.raises(UserError, match=rf"{shard.name}: the file is damaged: its SHA-256 is not the manifest's"):
+            list(make([domain]).batches(0))
+    shard.write_bytes(sound)
+    list(make([domain]).batches(0))
+
+
+@pytest.mark.parametrize(
+    ("columns", "told"),
+    [
+        ({"items": [0, 1, 2, 3, 4, 5, 6, 8]}, "column items names items outside 0 to 7"),
+        ({"items": [0, 1, 2, -1, 4, 5, 6, 7]}, "column items names items outside 0 to 7"),
+        ({"offsets": [0, 9, 8]}, "column offsets does not rise from 0"),
+        ({"offsets": [1, 4, 8]}, "column offsets does not rise from 0"),
+        ({"offsets": [0, 6, 8]}, "1 users have fewer than 3 interactions"),
+    ],
+)
+def test_a_block_that_no_domain_could_hold_is_named_with_its_shard(tmp_path, columns, told):
+    """A shard that its manifest vouches for, as another program may have written it."""
+    domain = numbered_domain(tmp_path / "d", [4, 4])
+    path = tmp_path / "d" / domain.manifest.sequence_shards[0].name
+    right = {"offsets": [0, 4, 8], "items": range(8), "times": range(8)}
+    block = UserBlock(*(np.array((right | columns)[name]) for name in right))
+    with ShardWriter(path) as writer:
+        for name, kind in (("offsets", "<i8"), ("items", "<i4"), ("times", "<i8")):
+            writer.add(f"block-000000.{name}.npy", npy_bytes(getattr(block, name).astype(kind)))
+        writer.add("block-000000.users.json", b'["u0", "u1"]')
+    content = domain.manifest.model_dump()
+    content["sequence_shards"][0].update(bytes=writer.bytes, sha256=writer.sha256)
+    write_manifest(domain.folder, Manifest.model_validate(content))
+    with pytest.raises(UserError, match=rf"{path.name} \(block-000000\): {told}"):
+        list(make([open_domain(domain.folder)], batch_size=2).batches(0))
 
 
 def test_a_torn_shard_that_was_read_ahead_is_told_when_its_turn_comes(tmp_path):

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from antdist.config.load import check_config
 from antdist.config.schema import ModelConfig, PretrainConfig, RelearnConfig
+from antdist.data.domain import open_domain
 from antdist.errors import UserError
+from antdist.features.table import write_part
 from antdist.model.io import FeatureSource, ModelCard, save_model
 from antdist.model.recommender import build_recommender
 from antdist.orchestration.checks import check_pretrain, check_relearn
@@ -108,3 +112,49 @@ def test_what_would_stop_a_pretraining_is_told_by_its_key(world: Path, change: d
     with pytest.raises(UserError) as caught:
         check_pretrain(check_config(PretrainConfig, tree))
     assert message in str(caught.value)
+
+
+def damaged(folder: Path, name: str, place: int) -> Path:
+    (path,) = folder.glob(f"data/*/{name}")
+    data = bytearray(path.read_bytes())
+    data[place] ^= 1
+    path.write_bytes(data)
+    return path
+
+
+def with_nan(folder: Path) -> Path:
+    """A table whose digests are right and whose numbers are none, as another program may have written it."""
+    domain = open_domain(folder / "data" / "aa")
+    values = np.ones((domain.manifest.items, 12), np.float32)
+    values[17, 3] = np.nan
+    features = domain.folder / "features"
+    part = write_part(features, "text", 0, first=0, values=values, present=np.ones(len(values), bool))
+    meta = json.loads((features / "text.json").read_text())
+    (features / "text.json").write_text(json.dumps({**meta, "present": len(values), "parts": [part.model_dump()]}))
+    return features / "text-00000.npy"
+
+
+@pytest.mark.parametrize(
+    ("harm", "message"),
+    [
+        (lambda f: damaged(f, "sequences-00000.tar", 5000), "the file is damaged: its SHA-256 is not the manifest's"),
+        (lambda f: damaged(f, "popularity.npy", -1), "the file is damaged: its SHA-256 is not the manifest's"),
+        (lambda f: damaged(f, "features/image-00000.npy", -1), "its size or digest is not what was recorded"),
+        (lambda f: damaged(f, "features/image-00000.present.npy", -1), "its size or digest is not what was recorded"),
+        (with_nan, "the features of item 17 are not finite (NaN or infinity)"),
+    ],
+)
+def test_damaged_shards_and_features_stop_a_run_before_it_starts(tmp_path: Path, harm: Any, message: str) -> None:
+    make_domains(tmp_path / "data", ["aa"])
+    tree = {
+        "data": {"root": str(tmp_path / "data"), "domains": ["aa"]},
+        "model": SMALL,
+        "ray": {"storage": str(tmp_path / "runs")},
+    }
+    config = check_config(PretrainConfig, tree)
+    assert any("every byte of shards and features" in line for line in check_pretrain(config).checked)
+    path = harm(tmp_path)
+    with pytest.raises(UserError) as caught:
+        check_pretrain(config)
+    assert str(path.parent) in str(caught.value) and message in str(caught.value)
+    assert Path(caught.value.where or "").name.partition(".")[0] == path.name.partition(".")[0]
