@@ -161,6 +161,13 @@ def synth(out: Path, domains: str, images: bool, json_file: Path | None, **sizes
 @click.option(
     "--max-sequence", type=click.IntRange(3), help="Cut users to their most recent interactions. Default: off."
 )
+@click.option(
+    "--max-bad",
+    type=click.FloatRange(0, 1),
+    default=0.001,
+    show_default=True,
+    help="Share of a file's records that may be bad: they are set aside, and listed in quarantine.jsonl.",
+)
 @click.option("--drop-unknown", is_flag=True, help="Drop interactions with items that the items file lacks.")
 @click.option(
     "--block-users", type=click.IntRange(1), default=1024, show_default=True, help="Users a block of a shard."

@@ -15,6 +15,7 @@ MOST_PIXELS = 64_000_000  # told by the header, before anything is decoded
 KEPT_BYTES = 4 << 20  # a larger file is made smaller
 KEPT_SIDE = 512  # so is one with a longer side
 QUALITY = 90
+MISSING = "missing"
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
 
 
@@ -35,7 +36,7 @@ def load_image(path: Path) -> bytes:
             raise BadImage("too large")
         data = path.read_bytes()
     except OSError:
-        raise BadImage("missing") from None
+        raise BadImage(MISSING) from None
     return modest(data)
 
 

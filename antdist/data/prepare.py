@@ -24,8 +24,17 @@ from antdist.data.domain import (
     check_name,
     write_domain,
 )
-from antdist.data.images import BadImage, load_image
+from antdist.data.images import MISSING, BadImage, load_image
 from antdist.data.manifest import Manifest
+from antdist.data.quarantine import (
+    HOPELESS,
+    MAX_BAD,
+    QUARANTINE_NAME,
+    BadRecord,
+    Quarantine,
+    allowed,
+    write_quarantine,
+)
 from antdist.data.readers.form import Item, Source, Tally
 from antdist.errors import UserError
 from antdist.progress import track
@@ -51,6 +60,7 @@ class PrepareReport:
     fingerprint: str
     notes: dict[str, int]
     examples: dict[str, list[str]]
+    set_aside: int  # bad records: what and where stands in the domain's quarantine.jsonl
     seconds: float
 
     def lines(self) -> list[str]:
@@ -62,6 +72,9 @@ class PrepareReport:
         for kind, count in self.notes.items():
             told.append(f"{kind}: {count:,}")
             told += [f"  {example}" for example in self.examples[kind]]
+        if self.set_aside:
+            file = Path(self.folder) / QUARANTINE_NAME
+            told.append(f"bad records set aside: {self.set_aside:,}, each with its place and reason in {file}")
         return [*told, f"wrote {self.folder} ({self.blocks:,} blocks, {self.seconds:.1f} s), {self.fingerprint[:16]}"]
 
     def to_json(self) -> dict[str, Any]:
@@ -81,6 +94,7 @@ def prepare(
     k_core: int | None = None,
     max_sequence: int | None = None,
     drop_unknown: bool = False,
+    max_bad: float = MAX_BAD,
     overwrite: bool = False,
     block_users: int = BLOCK_USERS,
     items_per_shard: int = ITEMS_PER_SHARD,
@@ -97,6 +111,9 @@ def prepare(
             three). None: off; then every item of the items file stays, touched or not.
         max_sequence: cut every user to the most recent so many. None: off.
         drop_unknown: drop interactions with items that the items file lacks, instead of refusing them.
+        max_bad: how many of a file's records may be bad and are then set aside (`antdist.data.quarantine`), as a share.
+            Lines of interactions and items, interactions with unknown items, and images that are there but broken.
+            The atomic form, whose rows check each other, allows none.
         overwrite: replace a prepared domain.
         block_users: users a block; smaller where a domain must give many ranks a block each.
         items_per_shard, blocks_per_shard: as in `write_domain`.
@@ -112,11 +129,19 @@ def prepare(
     for size in (block_users, items_per_shard, blocks_per_shard):
         if size is not None and size < 1:
             raise UserError(f"users a block, items a shard and blocks a shard must be positive, not {size}")
+    quarantine = Quarantine(max_bad)
     data = read_source(
-        source, format=format, interactions=interactions, items=items, images=images, columns=columns, k_core=k_core
+        source,
+        format=format,
+        interactions=interactions,
+        items=items,
+        images=images,
+        columns=columns,
+        k_core=k_core,
+        quarantine=quarantine,
     )
     tally = data.tally
-    users, places, times = _known_items(data, drop_unknown)
+    users, places, times = _known_items(data, drop_unknown, quarantine)
     kept = select(users, places, k_core, tally)
     if not len(kept):
         raise UserError(
@@ -132,7 +157,7 @@ def prepare(
     manifest = write_domain(
         folder,
         domain,
-        _records(catalogue, counts, tally),
+        _records(catalogue, counts, tally, quarantine),
         sequences,
         data.interactions.user_ids.take(codes).to_pylist(),
         # The notes grow while images are read; the manifest, written last, has them all.
@@ -142,7 +167,9 @@ def prepare(
         blocks_per_shard=blocks_per_shard,
         overwrite=overwrite,
     )
-    return _report(manifest, folder, counts, tally, time.monotonic() - start)
+    if quarantine.records:
+        write_quarantine(folder, quarantine.records)
+    return _report(manifest, folder, counts, tally, quarantine, time.monotonic() - start)
 
 
 # ------------------------------------------------------------------------------------------------------------- source
@@ -157,6 +184,7 @@ def read_source(
     images: str | Path | None = None,
     columns: Mapping[str, str] | None = None,
     k_core: int | None = None,
+    quarantine: Quarantine | None = None,
 ) -> Source:
     """Read source files by the reader of their form; see `prepare`."""
     from antdist.data.readers.amazon import read_amazon
@@ -180,11 +208,12 @@ def read_source(
         reviews = _given(interactions) or _only(
             source, "*.json*", "--interactions", lambda path: not path.name.startswith("meta_")
         )
-        return read_amazon(reviews, metadata, _given(images), touched_only=k_core is not None)
+        return read_amazon(reviews, metadata, _given(images), touched_only=k_core is not None, quarantine=quarantine)
     return read_tabular(
         _given(interactions) or _only(source, "interactions.*", "--interactions", lambda _: True),
         _given(items) or _only(source, "items.*", "--items", lambda _: True),
         columns,
+        quarantine,
     )
 
 
@@ -222,7 +251,7 @@ def _check_options(format: Format, k_core: int | None, max_sequence: int | None,
 # ---------------------------------------------------------------------------------------------------------- filtering
 
 
-def _known_items(data: Source, drop_unknown: bool) -> tuple[IntArray, IntArray, NDArray[Any]]:
+def _known_items(data: Source, drop_unknown: bool, quarantine: Quarantine) -> tuple[IntArray, IntArray, NDArray[Any]]:
     """Users, items (as places in `data.items`) and times of the interactions whose item is known."""
     at = {item.item_id: place for place, item in enumerate(data.items)}
     ids = data.interactions.item_ids.to_pylist()
@@ -232,7 +261,12 @@ def _known_items(data: Source, drop_unknown: bool) -> tuple[IntArray, IntArray, 
     if not unknown:
         return users, places, times
     first = ids[data.interactions.items[np.argmax(places < 0)]]
-    if not drop_unknown:
+    if unknown <= allowed(len(places), quarantine.max_bad):
+        for code, count in enumerate(np.bincount(data.interactions.items[places < 0])):
+            if count:
+                what = f"{count:,} interactions with an item that is not in the items file"
+                quarantine.records.append(BadRecord(str(data.interactions.file), None, ids[code], what))
+    elif not drop_unknown:
         what = f"item {first} is not in the items file (so it is with {unknown:,} interactions in all)"
         raise UserError(what, where=data.interactions.find_item(first), remedy="add it, or use --drop-unknown")
     data.tally.add("interactions dropped: item unknown", unknown, f"item {first}")
@@ -313,22 +347,45 @@ def cut(sequences: Sequences, longest: int, tally: Tally) -> Sequences:
 # -------------------------------------------------------------------------------------------------------------- items
 
 
-def _records(items: list[Item], counts: dict[str, int], tally: Tally) -> Iterator[ItemRecord]:
-    """The items with their image bytes; counts what is there, and tallies images that cannot be used."""
+def _records(items: list[Item], counts: dict[str, int], tally: Tally, quarantine: Quarantine) -> Iterator[ItemRecord]:
+    """The items with their image bytes; counts what is there, and tallies images that cannot be used. Those that are there
+    but broken go into quarantine."""
+    seen = 0
+    broken: list[BadRecord] = []
     for index, item in enumerate(track(items, "packing items", len(items))):
         images = []
         for path in item.images:
+            seen += 1
             try:
                 images.append(load_image(path))
             except BadImage as fault:
                 tally.add(f"images dropped: {fault}", example=f"{path} of item {item.item_id}")
+                if str(fault) != MISSING:
+                    broken.append(BadRecord(str(path), None, item.item_id, f"image dropped: {fault}"))
+                    if len(broken) % HOPELESS == 0:
+                        _check_images(broken, seen, quarantine)
         counts["text"] += item.text is not None
         counts["price"] += item.price is not None
         counts["image"] += bool(images)
         yield ItemRecord(index, item.item_id, item.text, item.price, images)
+    _check_images(broken, seen, quarantine)
+    quarantine.records += broken
 
 
-def _report(manifest: Manifest, folder: Path, counts: dict[str, int], tally: Tally, seconds: float) -> PrepareReport:
+def _check_images(broken: list[BadRecord], seen: int, quarantine: Quarantine) -> None:
+    most = allowed(seen, quarantine.max_bad)
+    if len(broken) > most:
+        raise UserError(
+            f"{len(broken):,} of {seen:,} images cannot be used, {most:,} may be: {broken[0].reason} "
+            f"(item {broken[0].key})",
+            where=broken[0].file,
+            remedy="mend the images, or allow more with --max-bad",
+        )
+
+
+def _report(
+    manifest: Manifest, folder: Path, counts: dict[str, int], tally: Tally, quarantine: Quarantine, seconds: float
+) -> PrepareReport:
     return PrepareReport(
         domain=manifest.domain,
         folder=str(folder),
@@ -342,5 +399,6 @@ def _report(manifest: Manifest, folder: Path, counts: dict[str, int], tally: Tal
         fingerprint=manifest.fingerprint,
         notes=tally.counts,
         examples=tally.examples,
+        set_aside=len(quarantine.records),
         seconds=seconds,
     )

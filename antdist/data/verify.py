@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from antdist.data.domain import Domain, Sequences, open_domain, training_popularity
 from antdist.data.images import BadImage, modest
 from antdist.data.manifest import MANIFEST_NAME, File, ItemShard, SequenceShard
+from antdist.data.quarantine import QUARANTINE_NAME
 from antdist.data.shards import Sample, UserBlock, block_faults, decode_block, decode_item, decode_users, read_samples
 from antdist.errors import UserError
 from antdist.files import file_sha256
@@ -114,7 +115,7 @@ def _file_problems(path: Path, size: int, digest: str) -> Iterator[str]:
 
 def _strangers(domain: Domain) -> Iterator[str]:
     """Files beside the shards that the manifest does not know: a mixture of two preparations, perhaps."""
-    known = {MANIFEST_NAME, *(file.name for file in domain.manifest.files)}
+    known = {MANIFEST_NAME, QUARANTINE_NAME, *(file.name for file in domain.manifest.files)}
     for path in sorted(domain.folder.iterdir()):
         if path.is_file() and path.name not in known:
             yield f"{path}: the manifest does not know this file"

@@ -17,6 +17,7 @@ from PIL import Image
 from antdist.data.domain import Sequences, open_domain
 from antdist.data.prepare import PrepareReport, cut, order, prepare, select
 from antdist.data.readers.form import Tally
+from antdist.data.verify import verify
 from antdist.errors import UserError
 from tests.pictures import png_of_stated_size
 
@@ -158,7 +159,10 @@ def test_images_that_cannot_be_used_are_counted_and_named(tmp_path: Path) -> Non
         {"item_id": "b", "image": ["zero.jpg", "nowhere.jpg", "bomb.png"]},
         {"item_id": "c", "image": None},
     ]
-    report = prepared(tmp_path, items=items)
+    with pytest.raises(UserError, match=r"broken\.jpg: 3 of 7 images cannot be used, 0 may be.*--max-bad"):
+        prepared(tmp_path, items=items)
+    assert not (tmp_path / "out" / "d").exists()
+    report = prepared(tmp_path, items=items, max_bad=0.5)
     found = {item.item_id: item.images for item in open_domain(tmp_path / "out" / "d").items()}
     assert found["a"][:2] == [(folder / "good.jpg").read_bytes(), (folder / "grey.jpg").read_bytes()]
     assert len(found["a"]) == 3 and found["a"][2].startswith(b"\xff\xd8")
@@ -166,6 +170,103 @@ def test_images_that_cannot_be_used_are_counted_and_named(tmp_path: Path) -> Non
     dropped = {kind.partition(": ")[2]: count for kind, count in report.notes.items() if kind.startswith("images")}
     assert dropped == {"broken (OSError)": 1, "empty file": 1, "missing": 1, "too many pixels": 1}
     assert f"  {folder / 'nowhere.jpg'} of item b" in report.lines()
+    assert [(Path(r["file"]).name, r["key"], r["reason"]) for r in quarantined(tmp_path)] == [
+        ("broken.jpg", "a", "image dropped: broken (OSError)"),
+        ("zero.jpg", "b", "image dropped: empty file"),
+        ("bomb.png", "b", "image dropped: too many pixels"),
+    ]  # what is missing is no bad record
+
+
+def quarantined(tmp_path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (tmp_path / "out" / "d" / "quarantine.jsonl").read_text().splitlines()]
+
+
+POISON = [
+    "u7,b,yesterday",
+    "u8,c",
+    "u9,,5",
+    "u1,a,1,2",
+    "u2,b,1e999",
+]
+
+
+def large(folder: Path, poison: list[bytes], places: list[int]) -> Path:
+    """1,000 lines of 100 users and 4 items, some of them bad."""
+    source(folder)
+    lines = [f"user{n % 100},{'abcd'[n % 4]},{n}".encode() for n in range(1000)]
+    for line, place in zip(poison, places, strict=True):
+        lines.insert(place, line)
+    (folder / "interactions.csv.gz").unlink()
+    (folder / "interactions.csv").write_bytes(b"\n".join([b"user_id,item_id,timestamp", *lines]))
+    return folder
+
+
+def test_poison_lines_are_set_aside_counted_and_named(tmp_path: Path) -> None:
+    poison = [*(line.encode() for line in POISON[:4]), b"caf\xe9,a,3"]
+    folder = large(tmp_path / "bad", poison, [0, 17, 400, 401, 1004])
+    report = prepare(folder, domain="d", out=tmp_path / "out")
+    found = quarantined(tmp_path)
+    assert [(r["line"], r["reason"]) for r in found] == [
+        (2, "timestamp 'yesterday' is no number"),
+        (19, "too few columns: 2, the header has 3"),
+        (402, "empty item_id"),
+        (403, "too many columns: 4, the header has 3"),
+        (1006, "is not UTF-8 text"),
+    ]
+    assert all(r["file"] == str(folder / "interactions.csv") for r in found)
+    assert report.set_aside == 5 and "bad records set aside: 5, each" in report.lines()[-2]
+    # the rest is what it would have been without them
+    clean = prepare(large(tmp_path / "good", [], []), domain="d", out=tmp_path / "clean")
+    for name in ("sequences-00000.tar", "items-00000.tar", "popularity.npy"):
+        assert (tmp_path / "out" / "d" / name).read_bytes() == (tmp_path / "clean" / "d" / name).read_bytes()
+    assert clean.set_aside == 0 and not (tmp_path / "clean" / "d" / "quarantine.jsonl").exists()
+    assert verify(tmp_path / "out" / "d").ok
+
+
+def test_more_poison_than_the_cap_stops_with_the_first_fault(tmp_path: Path) -> None:
+    folder = large(tmp_path / "bad", [line.encode() for line in [*POISON, "x"]], [0, 1, 2, 3, 4, 900])
+    with pytest.raises(UserError) as caught:
+        prepare(folder, domain="d", out=tmp_path / "out")
+    assert caught.value.where == f"{folder / 'interactions.csv'}:2"
+    assert "timestamp 'yesterday' is no number (6 bad records among 1,006, 5 may be set aside)" in str(caught.value)
+    assert not (tmp_path / "out" / "d").exists()
+    assert prepare(folder, domain="d", out=tmp_path / "out", max_bad=0.006).set_aside == 6
+    with pytest.raises(UserError, match="is no number"):
+        prepare(large(tmp_path / "one", [POISON[0].encode()], [5]), domain="e", out=tmp_path / "out", max_bad=0.0)
+
+
+def test_an_open_quote_that_swallows_lines_counts_all_of_them(tmp_path: Path) -> None:
+    folder = large(tmp_path / "bad", [b'"open,a,1'], [700])
+    with pytest.raises(UserError, match="301 bad records among 1,001"):
+        prepare(folder, domain="d", out=tmp_path / "out")
+
+
+def test_a_file_of_garbage_fails_at_once(tmp_path: Path) -> None:
+    folder = source(tmp_path / "bad")
+    (folder / "interactions.csv.gz").unlink()
+    (folder / "interactions.csv").write_text("user_id,item_id,timestamp\n" + "u,a,never\n" * 50_000)
+    with pytest.raises(UserError, match="1,000 bad records among 1,000, 5 may be set aside"):
+        prepare(folder, domain="d", out=tmp_path / "out")
+
+
+def test_interactions_with_few_unknown_items_are_set_aside_by_item(tmp_path: Path) -> None:
+    folder = large(tmp_path / "bad", [b"user5,zebra,1", b"user6,zebra,1", b"user7,yak,1"], [5, 50, 500])
+    report = prepare(folder, domain="d", out=tmp_path / "out")
+    assert [(r["key"], r["reason"].partition(" ")[0]) for r in quarantined(tmp_path)] == [("zebra", "2"), ("yak", "1")]
+    assert report.notes["interactions dropped: item unknown"] == 3 and report.interactions == 1000
+
+
+def test_bad_items_are_set_aside(tmp_path: Path) -> None:
+    rows = [(f"u{n % 5}", f"i{n % 300}") for n in range(1500)]
+    items: list[dict[str, Any]] = [{"item_id": f"i{n}"} for n in range(300)]
+    items[9:9] = [{"item_id": "i3"}, {"item_id": None}, {"item_id": "z", "image": "../secret"}]
+    report = prepared(tmp_path, rows=rows, items=items)
+    assert [(r["line"], r["key"], r["reason"].partition(",")[0]) for r in quarantined(tmp_path)] == [
+        (10, "i3", "item i3 occurs twice"),
+        (11, None, "empty item_id"),
+        (12, "z", "image path '../secret' leaves the folder of the items file"),
+    ]
+    assert report.items == 300 and report.interactions == 1500
 
 
 # ----------------------------------------------------------------------------------------------------------- bad input

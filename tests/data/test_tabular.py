@@ -278,7 +278,7 @@ def test_file_of_the_wrong_form(tmp_path: Path, content: str, message: str) -> N
 
 def test_not_utf8(tmp_path: Path) -> None:
     path = write(tmp_path / "items.csv", "item_id,text\na,Käse\n".encode("latin-1"))
-    with pytest.raises(UserError, match=r"items\.csv: is not UTF-8 text.*Convert it"):
+    with pytest.raises(UserError, match=r"items\.csv:2: is not UTF-8 text.*Convert it"):
         read_tabular(write(tmp_path / "interactions.csv", INTERACTIONS), path)
 
 

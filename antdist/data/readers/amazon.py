@@ -7,8 +7,9 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
+from antdist.data.quarantine import Quarantine
 from antdist.data.readers.columns import read_interactions
-from antdist.data.readers.files import check_file, json_rows
+from antdist.data.readers.files import check_file, is_text, json_rows
 from antdist.data.readers.form import MOST_IMAGES, Item, Source, Tally, compose_text, read_price
 from antdist.errors import UserError
 
@@ -17,7 +18,14 @@ COLUMNS = {"user_id": "reviewerID", "item_id": "asin", "timestamp": "unixReviewT
 SCRIPT_TITLE = "getTime"
 
 
-def read_amazon(reviews: Path, metadata: Path, images: Path | None = None, *, touched_only: bool = False) -> Source:
+def read_amazon(
+    reviews: Path,
+    metadata: Path,
+    images: Path | None = None,
+    *,
+    touched_only: bool = False,
+    quarantine: Quarantine | None = None,
+) -> Source:
     """Read a category of Amazon reviews 2018.
 
     Item text is title, categories and brand (spec, section 1). Image addresses in the metadata are never fetched.
@@ -27,21 +35,24 @@ def read_amazon(reviews: Path, metadata: Path, images: Path | None = None, *, to
         metadata: lines with `asin`, `title`, `category`, `brand`, `price`; of lines with the same asin the first counts.
         images: a folder with images named `ASIN.jpg` or `ASIN_*.jpg` (or png), up to four an item.
         touched_only: leave out items without a review (a k-core drops them anyway), and so spare their memory.
+        quarantine: takes bad lines; None: the first one is refused.
 
     Raises:
         UserError: naming file and line.
     """
     check_file(metadata)
-    interactions = read_interactions(reviews, COLUMNS)
+    interactions = read_interactions(reviews, COLUMNS, quarantine)
     touched = set(interactions.item_ids.to_pylist()) if touched_only else None
     tally = Tally()
     pictures = _local_images(images) if images else {}
     items: dict[str, Item] = {}
-    for line, row in json_rows(metadata):
-        where = f"{metadata}:{line}"
+    bad = (quarantine or Quarantine()).file(metadata)
+    for line, row in json_rows(metadata, bad):
         asin = row.get("asin")
-        if not isinstance(asin, str) or not asin.strip():
-            raise UserError("empty asin", where=where, remedy="delete the line")
+        if not isinstance(asin, str) or not asin.strip() or not is_text(asin):
+            bad.set_aside(UserError("empty asin", where=f"{metadata}:{line}", remedy="delete the line"), line)
+            continue
+        bad.good += 1
         if touched is not None and asin not in touched:
             tally.add("items dropped: no review")
             continue
@@ -55,6 +66,7 @@ def read_amazon(reviews: Path, metadata: Path, images: Path | None = None, *, to
         items[asin] = Item(
             asin, _text(row, asin, tally), read_price(row.get("price"), asin, tally), tuple(found[:MOST_IMAGES])
         )
+    bad.end()
     return Source(interactions, list(items.values()), tally)
 
 

@@ -94,6 +94,7 @@ def _interactions(
         user_ids=pa.array(list(sequences), pa.string()),
         item_ids=pa.array([item.item_id for item in items], pa.string()),
         find_item=lambda _: str(path),
+        file=path,
     )
 
 

@@ -1,32 +1,48 @@
-"""Interactions out of CSV, JSON lines or Parquet: columnar and parallel; on a fault a slow second pass finds its line.
+"""Interactions out of CSV, JSON lines or Parquet: columnar and parallel; after a fault a slow second pass, line by line,
+sets the bad lines aside.
 
 Arrow parses blocks into dictionaries of ids at once, so ten million rows never exist as ten million strings.
 """
 
 from __future__ import annotations
 
+import re
+from array import array
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from antdist.data.readers.files import Row, check_file, csv_header, is_gzip, json_rows, open_parquet, rows, sniff
+from antdist.data.quarantine import Quarantine
+from antdist.data.readers.files import (
+    Row,
+    check_file,
+    csv_header,
+    first_object,
+    is_gzip,
+    is_text,
+    open_parquet,
+    rows,
+    sniff,
+)
 from antdist.data.readers.form import Interactions
 from antdist.errors import UserError
 
 BLOCK_BYTES = 8 << 20  # a JSON line may be no longer
 ROLES = ("user_id", "item_id", "timestamp")
+NUMBER = re.compile(r"\s*[-+]?([0-9]+(\.[0-9]*)?|\.[0-9]+)([eE][-+]?[0-9]+)?\s*", re.ASCII)
 REMEDY = "mend the line, or delete it"
 
 
-def read_interactions(path: Path, names: dict[str, str]) -> Interactions:
+def read_interactions(path: Path, names: dict[str, str], quarantine: Quarantine | None = None) -> Interactions:
     """Read interactions in input order.
 
     Args:
         path: CSV (comma or tab), JSON lines or Parquet; gzip or not.
         names: the column of each of `user_id`, `item_id`, `timestamp`.
+        quarantine: takes bad lines; None: the first one is refused.
 
     Raises:
         UserError: naming the file, and the line where there is one.
@@ -41,10 +57,10 @@ def read_interactions(path: Path, names: dict[str, str]) -> Interactions:
         items, item_ids = _codes(table[names["item_id"]])
         times = _times(table[names["timestamp"]])
     except (pa.ArrowException, OSError) as error:
-        _tell_fault(path, names, error)
+        users, items, times, user_ids, item_ids = _read_slowly(path, names, quarantine or Quarantine(), error)
     if not len(users):
         raise UserError("holds no interactions", where=path)
-    return Interactions(users, items, times, user_ids, item_ids, lambda item: _find(path, names["item_id"], item))
+    return Interactions(users, items, times, user_ids, item_ids, lambda item: _find(path, names["item_id"], item), path)
 
 
 def choose_columns(path: Path, present: list[str], wanted: dict[str, str]) -> dict[str, str]:
@@ -70,7 +86,7 @@ def present_columns(path: Path) -> list[str]:
     if kind == "csv":
         return csv_header(path)[0]
     if kind == "jsonl":
-        return list(next(json_rows(path))[1])
+        return list(first_object(path))
     with open_parquet(path) as file:
         return list(pq.read_schema(file).names)
 
@@ -105,7 +121,7 @@ def _read_json(path: Path, names: dict[str, str]) -> Any:
     import pyarrow as pa
     import pyarrow.json as pa_json
 
-    first = next(json_rows(path))[1]
+    first = first_object(path)
 
     def parse(time_type: Any) -> Any:
         identifiers = {name: pa.int64() if type(first.get(name)) is int else pa.string() for name in names.values()}
@@ -181,34 +197,69 @@ def _times(column: Any) -> NDArray[Any]:
 # ----------------------------------------------------------------------------------------------------- the slow pass
 
 
-def _tell_fault(path: Path, names: dict[str, str], error: Exception) -> NoReturn:
-    """Find the first faulty line and tell it; if no line is to blame, tell what Arrow said."""
+def _read_slowly(path: Path, names: dict[str, str], quarantine: Quarantine, error: Exception) -> tuple[Any, ...]:
+    """Line by line what Arrow refused as a whole, bad lines set aside: users, items, times, and the ids of both."""
+    import pyarrow as pa
+
+    bad = quarantine.file(path)
+    user_at: dict[str, int] = {}
+    item_at: dict[str, int] = {}
+    users, items = array("i"), array("i")
+    times: Any = array("q")  # and doubles, once there is a fraction
     first: Row = {}
-    for line, row in rows(path):
-        first = first or row
-        fault = _fault(row, names) or _mixture(row, first, names)
+    for line, row in rows(path, bad):
+        fault = _fault(row, names) or (_mixture(row, first, names) if first else None)
         if fault:
-            raise UserError(fault, where=f"{path}:{line}", remedy=REMEDY) from None
-    raise UserError(f"cannot be read: {str(error).splitlines()[0]}", where=path) from None
+            bad.set_aside(UserError(fault, where=f"{path}:{line}", remedy=REMEDY), line)
+            continue
+        time = _number(row[names["timestamp"]])
+        if time is None:  # a date: no line is to blame
+            raise UserError(f"cannot be read: {str(error).splitlines()[0]}", where=path) from None
+        first = first or row
+        bad.good += 1
+        if isinstance(time, float) and times.typecode == "q":
+            times = array("d", times)
+        user, item = (str(row[names[role]]) for role in ("user_id", "item_id"))
+        users.append(user_at.setdefault(user, len(user_at)))
+        items.append(item_at.setdefault(item, len(item_at)))
+        times.append(time)
+    bad.end()
+    ids = (pa.array(list(at), pa.string()) for at in (user_at, item_at))
+    return np.array(users, np.int32), np.array(items, np.int32), np.array(times), *ids
+
+
+def _number(value: Any) -> int | float | None:
+    if isinstance(value, str):
+        return int(value) if value.strip().lstrip("+-").isdigit() else float(value)
+    return value if isinstance(value, int | float) else None
 
 
 def _fault(row: Row, names: dict[str, str]) -> str | None:
     for role in ("user_id", "item_id"):
         value = row.get(names[role])
-        if value is None or not str(value).strip():
+        if value is None or (isinstance(value, str) and not value.strip()):
             return f"empty {role}"
-        if isinstance(value, bool | float | list | dict):
-            return f"{role} is {value!r}, text or a whole number was due"
+        if not isinstance(value, str | int) or isinstance(value, bool):
+            return f"{role} is {_shown(value)}, text or a whole number was due"
+        if isinstance(value, str) and not is_text(value):
+            return f"{role} {_shown(value)} is no text that UTF-8 can hold"
     value = row.get(names["timestamp"])
-    if isinstance(value, bool | list | dict | type(None)):
-        return f"timestamp {value!r} is no number"
-    if not isinstance(value, str | int | float):
+    if isinstance(value, bool | list | dict | bytes | type(None)):
+        return f"timestamp {_shown(value)} is no number"
+    if isinstance(value, str) and not NUMBER.fullmatch(value):
+        known = value.strip().lower().lstrip("+-") in ("nan", "inf", "infinity")
+        return f"timestamp {_shown(value)} is {'not finite, or too large' if known else 'no number'}"
+    number = _number(value)
+    if number is None:
         return None  # a date: Parquet has them, and Arrow reads them
-    try:
-        small_enough = abs(float(value)) < 2.0**63
-    except (ValueError, OverflowError):
-        return f"timestamp {value!r} is no number"
-    return None if small_enough else f"timestamp {value!r} is not finite, or too large"
+    small_enough = -(2**63) <= number < 2**63
+    return None if small_enough else f"timestamp {_shown(value)} is not finite, or too large"
+
+
+def _shown(value: Any) -> str:
+    """A value in a message: not the whole of a page."""
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
 
 
 def _mixture(row: Row, first: Row, names: dict[str, str]) -> str | None:

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any, Literal
 
+from antdist.data.quarantine import Inspection, Quarantine
 from antdist.errors import UserError
 
 Kind = Literal["csv", "jsonl", "parquet"]
@@ -53,11 +54,12 @@ def open_binary(path: Path) -> Iterator[IO[bytes]]:
 
 
 @contextmanager
-def open_text(path: Path) -> Iterator[IO[str]]:
-    """The file's text as UTF-8, uncompressed, a byte order mark skipped, line ends as they are."""
+def open_text(path: Path, errors: Literal["strict", "surrogateescape"] = "strict") -> Iterator[IO[str]]:
+    """The file's text as UTF-8, uncompressed, a byte order mark skipped, line ends as they are. With `surrogateescape`
+    bytes that are no UTF-8 become lone surrogates, so that the rest can be read (`is_text`)."""
     with open_binary(path) as stream:
         try:
-            yield io.TextIOWrapper(stream, encoding="utf-8-sig", newline="")
+            yield io.TextIOWrapper(stream, encoding="utf-8-sig", errors=errors, newline="")
         except UnicodeDecodeError as error:
             raise UserError(f"is not UTF-8 text ({error.reason})", where=path, remedy="convert it to UTF-8") from None
 
@@ -85,29 +87,50 @@ def delimiter(header: str) -> str:
 
 def csv_header(path: Path) -> tuple[list[str], str]:
     """Column names and the delimiter."""
-    with open_text(path) as text:
+    with open_text(path, "surrogateescape") as text:
         line = text.readline()
+    if not is_text(line):
+        raise _not_utf8(path, 1)
     mark = delimiter(line)
-    names = next(csv.reader([line], delimiter=mark))
+    try:
+        names = next(csv.reader([line], delimiter=mark))
+    except csv.Error as error:
+        raise UserError(f"is not CSV: {error}", where=f"{path}:1") from None
     if len(set(names)) < len(names):
         twice = next(name for name in names if names.count(name) > 1)
         raise UserError(f"two columns are called {twice!r}", where=f"{path}:1", remedy="rename one of them")
     return names, mark
 
 
-def rows(path: Path) -> Iterator[tuple[int, Row]]:
+def is_text(text: str) -> bool:
+    """Whether it can be written as UTF-8: no lone surrogates."""
+    if text.isascii():
+        return True
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def rows(path: Path, bad: Inspection | None = None) -> Iterator[tuple[int, Row]]:
     """All rows one by one with the line (Parquet: row) they begin at, counted from 1; slow and exact.
 
+    Args:
+        bad: takes the rows that have too few or too many columns, or are not a JSON object, or not UTF-8. None: the
+            first such row is refused.
+
     Raises:
-        UserError: a row has too few or too many columns, or a line is not a JSON object; the message names the line.
+        UserError: such a row, naming the line; or the file cannot be read.
     """
-    return {"csv": _csv_rows, "jsonl": json_rows, "parquet": _parquet_rows}[sniff(path)](path)
+    bad = bad or Quarantine().file(path)
+    return {"csv": _csv_rows, "jsonl": json_rows, "parquet": _parquet_rows}[sniff(path)](path, bad)
 
 
-def _csv_rows(path: Path) -> Iterator[tuple[int, Row]]:
+def _csv_rows(path: Path, bad: Inspection) -> Iterator[tuple[int, Row]]:
     header, mark = csv_header(path)
     csv.field_size_limit(LONGEST_FIELD)
-    with open_text(path) as text:
+    with open_text(path, "surrogateescape") as text:
         reader = csv.reader(text, delimiter=mark)
         line = 0
         try:
@@ -115,35 +138,62 @@ def _csv_rows(path: Path) -> Iterator[tuple[int, Row]]:
                 start, line = line + 1, reader.line_num
                 if start == 1 or not fields:
                     continue
+                fault = None
                 if len(fields) != len(header):
-                    fault = "few" if len(fields) < len(header) else "many"
-                    what = f"too {fault} columns: {len(fields)}, the header has {len(header)}"
-                    raise UserError(
-                        what, where=f"{path}:{start}", remedy="mend the row; quote fields that hold the delimiter"
-                    )
+                    many = "few" if len(fields) < len(header) else "many"
+                    what = f"too {many} columns: {len(fields)}, the header has {len(header)}"
+                    remedy = "mend the row; quote fields that hold the delimiter"
+                    fault = UserError(what, where=f"{path}:{start}", remedy=remedy)
+                elif not all(map(is_text, fields)):
+                    fault = _not_utf8(path, start)
+                if fault is not None:
+                    bad.set_aside(fault, start, records=line - start + 1)  # an open quote swallows lines
+                    continue
                 yield start, dict(zip(header, fields, strict=True))
         except csv.Error as error:
             raise UserError(f"is not CSV: {error}", where=f"{path}:{reader.line_num}") from None
 
 
-def json_rows(path: Path) -> Iterator[tuple[int, Row]]:
-    """The objects of a JSON lines file with their lines."""
-    with open_text(path) as text:
+def _not_utf8(path: Path, line: int) -> UserError:
+    return UserError("is not UTF-8 text", where=f"{path}:{line}", remedy="convert it to UTF-8")
+
+
+def json_rows(path: Path, bad: Inspection | None = None) -> Iterator[tuple[int, Row]]:
+    """The objects of a JSON lines file with their lines; see `rows`."""
+    bad = bad or Quarantine().file(path)
+    with open_text(path, "surrogateescape") as text:
         for number, line in enumerate(text, 1):
             if not line.strip():
                 continue
             try:
-                row = json.loads(line)
-            except (ValueError, RecursionError) as error:
-                raise UserError(
-                    f"is not JSON: {error}", where=f"{path}:{number}", remedy="mend or delete the line"
-                ) from None
-            if not isinstance(row, dict):
-                raise UserError("is not a JSON object", where=f"{path}:{number}", remedy="mend or delete the line")
-            yield number, row
+                if not is_text(line):
+                    raise _not_utf8(path, number)
+                yield number, _object(line, f"{path}:{number}")
+            except UserError as fault:
+                bad.set_aside(fault, number)
 
 
-def _parquet_rows(path: Path) -> Iterator[tuple[int, Row]]:
+def _object(line: str, where: str) -> Row:
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"is not JSON: {error}", where=where, remedy="mend or delete the line") from None
+    if not isinstance(row, dict):
+        raise UserError("is not a JSON object", where=where, remedy="mend or delete the line")
+    return row
+
+
+def first_object(path: Path) -> Row:
+    """The first object of a JSON lines file; bad lines before it are left to those who read them all."""
+    lenient = Quarantine(1.0).file(path)
+    found = next((row for _, row in json_rows(path, lenient)), None)
+    if found is None:
+        lenient.end()
+        raise UserError("holds no JSON objects", where=path)
+    return found
+
+
+def _parquet_rows(path: Path, bad: Inspection) -> Iterator[tuple[int, Row]]:
     import pyarrow.parquet as pq
 
     number = 0

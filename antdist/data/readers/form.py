@@ -48,6 +48,7 @@ class Interactions:
     user_ids: Any  # (U,)
     item_ids: Any  # (I,)
     find_item: Callable[[str], str]  # where an item first occurs, as `file:line`: slow, for messages
+    file: Path  # for messages, too
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from antdist.data.quarantine import Quarantine
 from antdist.data.readers.columns import ROLES, choose_columns, present_columns, read_interactions
 from antdist.data.readers.files import Row, check_file, rows
 from antdist.data.readers.form import MOST_IMAGES, Item, Source, Tally, compose_text, read_price, valid_text
@@ -14,7 +15,9 @@ from antdist.errors import UserError
 ITEM_ROLES = ("text", "title", "category", "brand", "price", "image")
 
 
-def read_tabular(interactions: Path, items: Path, columns: Mapping[str, str] | None = None) -> Source:
+def read_tabular(
+    interactions: Path, items: Path, columns: Mapping[str, str] | None = None, quarantine: Quarantine | None = None
+) -> Source:
     """Read a domain from two tables.
 
     Args:
@@ -22,6 +25,7 @@ def read_tabular(interactions: Path, items: Path, columns: Mapping[str, str] | N
         items: columns `item_id` and, where there are any, `text` (or `title`, `category`, `brand`), `price` and `image`
             (a path or several: a list, or separated by `|`; relative to the file's folder).
         columns: the file's name of a column where it differs, `{"user_id": "customer"}`.
+        quarantine: takes bad lines; None: the first one is refused.
 
     Raises:
         UserError: naming file and line.
@@ -36,12 +40,13 @@ def read_tabular(interactions: Path, items: Path, columns: Mapping[str, str] | N
     names = choose_columns(
         interactions, present_columns(interactions), {role: columns.get(role, role) for role in ROLES}
     )
-    tally = Tally()
-    return Source(read_interactions(interactions, names), read_items(items, columns, tally), tally)
+    tally, quarantine = Tally(), quarantine or Quarantine()
+    found = read_interactions(interactions, names, quarantine)
+    return Source(found, read_items(items, columns, tally, quarantine), tally)
 
 
-def read_items(path: Path, columns: Mapping[str, str], tally: Tally) -> list[Item]:
-    """The items in the order of their file.
+def read_items(path: Path, columns: Mapping[str, str], tally: Tally, quarantine: Quarantine) -> list[Item]:
+    """The items in the order of their file; bad ones go into quarantine.
 
     Raises:
         UserError: an id is empty or occurs twice, an image path leaves the folder, a field has a wrong type, or a
@@ -53,20 +58,26 @@ def read_items(path: Path, columns: Mapping[str, str], tally: Tally) -> list[Ite
     seen: dict[str, int] = {}
     items: list[Item] = []
     folder = path.parent.resolve()
-    for line, row in rows(path):
+    bad = quarantine.file(path)
+    for line, row in rows(path, bad):
         where = f"{path}:{line}"
-        if line <= 2 and id_column not in row:
+        if not items and id_column not in row:
             id_column = choose_columns(path, list(row), {"item_id": id_column})["item_id"]
         unseen -= row.keys()
-        item_id = _identifier(row.get(id_column), where)
-        if item_id in seen:
-            what = f"item {item_id} occurs twice, first in line {seen[item_id]}"
-            raise UserError(what, where=where, remedy="keep one of the two lines")
+        item_id = None
+        try:
+            item_id = _identifier(row.get(id_column), where)
+            if item_id in seen:
+                what = f"item {item_id} occurs twice, first in line {seen[item_id]}"
+                raise UserError(what, where=where, remedy="keep one of the two lines")
+            text, images = _text(row, names, where), _images(row.get(names["image"]), item_id, folder, where, tally)
+        except UserError as fault:
+            bad.set_aside(fault, line, item_id)
+            continue
+        bad.good += 1
         seen[item_id] = line
-        images = _images(row.get(names["image"]), item_id, folder, where, tally)
-        items.append(
-            Item(item_id, _text(row, names, where), read_price(row.get(names["price"]), item_id, tally), images)
-        )
+        items.append(Item(item_id, text, read_price(row.get(names["price"]), item_id, tally), images))
+    bad.end()
     if unseen:
         raise UserError(f"no row has a column {' or '.join(sorted(unseen))}", where=path, remedy="check --column")
     if not items:

@@ -1,0 +1,77 @@
+"""How many records may be bad, and what becomes of them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from antdist.data.quarantine import HOPELESS, BadRecord, Quarantine, allowed, write_quarantine
+from antdist.errors import UserError
+
+
+@pytest.mark.parametrize(
+    ("records", "max_bad", "most"),
+    [
+        (10, 0.001, 0),
+        (99, 0.001, 0),
+        (100, 0.001, 1),
+        (499, 0.001, 4),
+        (500, 0.001, 5),
+        (5_000, 0.001, 5),
+        (6_000, 0.001, 6),
+        (1_000_000, 0.001, 1000),
+        (1_000_000, 0.0, 0),
+        (10, 0.5, 5),
+    ],
+)
+def test_a_share_of_the_records_or_five_where_that_is_little(records: int, max_bad: float, most: int) -> None:
+    assert allowed(records, max_bad) == most
+
+
+def fault(line: int) -> UserError:
+    return UserError("is bad", where=f"f:{line}", remedy="mend it")
+
+
+def test_under_the_cap_all_are_kept_over_it_the_first_is_told() -> None:
+    quarantine = Quarantine(0.001)
+    file = quarantine.file(Path("f"))
+    file.good = 499
+    file.set_aside(fault(7), 7, "k")
+    file.end()
+    assert quarantine.records == [BadRecord("f", 7, "k", "is bad")]
+    other = quarantine.file(Path("g"))
+    other.good = 98
+    other.set_aside(fault(1), 1)
+    with pytest.raises(UserError, match=r"f:1: is bad\. Mend it"):
+        other.end()
+    assert len(quarantine.records) == 1
+
+
+def test_nothing_but_bad_records_is_refused_whatever_the_cap() -> None:
+    file = Quarantine(1.0).file(Path("f"))
+    file.set_aside(fault(1), 1)
+    with pytest.raises(UserError, match="f:1: is bad"):
+        file.end()
+
+
+def test_a_cap_of_nothing_and_a_hopeless_file_are_told_at_once() -> None:
+    with pytest.raises(UserError, match="f:3: is bad"):
+        Quarantine(0.0).file(Path("f")).set_aside(fault(3), 3)
+    file = Quarantine(0.001).file(Path("f"))
+    for line in range(1, HOPELESS):
+        file.set_aside(fault(line), line)
+    with pytest.raises(UserError, match=r"f:1: is bad \(1,000 bad records among 1,000, 5 may be set aside\)"):
+        file.set_aside(fault(HOPELESS), HOPELESS)
+
+
+def test_a_cap_that_is_no_share_is_refused() -> None:
+    with pytest.raises(UserError, match="--max-bad: is 2"):
+        Quarantine(2)
+
+
+def test_the_file_is_json_lines_whatever_the_reason_holds(tmp_path: Path) -> None:
+    record = BadRecord("f", None, "\udc80", "two\nlines")
+    path = write_quarantine(tmp_path, [record, record])
+    assert [json.loads(line) for line in path.read_text().splitlines()] == [vars(record)] * 2
