@@ -64,7 +64,7 @@ def dump_config(config: BaseModel) -> str:
 
 def _read(file: Path) -> dict[str, Any]:
     try:
-        tree = yaml.load(file.read_text(encoding="utf-8"), _Loader)  # noqa: S506  a SafeLoader
+        tree = _parse(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError("no such file", where=file, remedy="give --config the path of a YAML file") from None
     except (OSError, UnicodeDecodeError) as error:
@@ -81,12 +81,20 @@ def _read(file: Path) -> dict[str, Any]:
     return tree
 
 
+def _parse(text: str) -> Any:
+    """YAML to plain values. Raises yaml.YAMLError, also for what PyYAML's constructors stumble over (`!!int x`)."""
+    try:
+        return yaml.load(text, _Loader)  # noqa: S506  a SafeLoader
+    except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError) as error:
+        raise yaml.MarkedYAMLError(problem=f"a value cannot be read ({type(error).__name__})") from None
+
+
 def _set(tree: dict[str, Any], override: str) -> None:
     key, equals, text = override.partition("=")
     if not equals or not key or key.startswith("-"):
         raise UserError("not of the form key=value", where=override, remedy="write for example training.epochs=10")
     try:
-        value = yaml.load(text, _Loader) if text else None  # noqa: S506  a SafeLoader
+        value = _parse(text) if text else None
     except yaml.YAMLError as error:
         raise UserError(
             f"the value is not valid YAML: {getattr(error, 'problem', None) or 'malformed'}",

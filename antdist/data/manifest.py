@@ -13,8 +13,11 @@ from antdist.errors import UserError
 
 SCHEMA_VERSION = 1
 MANIFEST_NAME = "manifest.json"
+# bytes that each takes in a shard: a tar header and a block of JSON; an offset; an index and a time
+SMALLEST_ITEM, SMALLEST_USER, SMALLEST_INTERACTION = 1024, 8, 12
 
 Count = Annotated[int, Field(ge=0)]
+Bytes = Annotated[int, Field(ge=0, le=1 << 40)]  # of one file
 Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 # One plain file name: nothing that could lead out of the domain's folder.
 PLAIN_NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
@@ -37,7 +40,7 @@ class File(_Record):
     """A file of the folder, its size in bytes and its SHA-256."""
 
     name: FileName
-    bytes: Count
+    bytes: Bytes
     sha256: Digest
 
 
@@ -92,7 +95,10 @@ class Manifest(_Record):
             raise ValueError("a file name occurs twice")
         _contiguous("item_shards", [(shard.first, shard.items) for shard in self.item_shards], self.items)
         _contiguous("sequence_shards", [(shard.first_user, shard.users) for shard in self.sequence_shards], self.users)
+        for items in self.item_shards:
+            _fits(items, items.items * SMALLEST_ITEM)
         for shard in self.sequence_shards:
+            _fits(shard, shard.users * SMALLEST_USER + shard.interactions * SMALLEST_INTERACTION)
             _equal(f"users of {shard.name}", shard.users, sum(block.users for block in shard.blocks))
             _equal(f"interactions of {shard.name}", shard.interactions, sum(b.interactions for b in shard.blocks))
         _equal("interactions", self.interactions, sum(shard.interactions for shard in self.sequence_shards))
@@ -106,6 +112,12 @@ def _contiguous(what: str, ranges: list[tuple[int, int]], total: int) -> None:
             raise ValueError(f"{what}: a shard starts at {first}, {at} was due")
         at += count
     _equal(f"total of {what}", total, at)
+
+
+def _fits(shard: File, least: int) -> None:
+    """Counts that no file of this size could hold are refused before anything is made as large as they say."""
+    if least > shard.bytes:
+        raise ValueError(f"{shard.name} would have {least} bytes at least, it has {shard.bytes}")
 
 
 def _equal(what: str, stated: int, counted: int) -> None:
@@ -135,7 +147,7 @@ def read_manifest(folder: Path) -> Manifest:
         raise UserError(what, where=folder, remedy="prepare it with `antdist prepare`") from None
     except OSError as error:
         raise UserError(f"cannot be read: {error.strerror}", where=path) from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"is not JSON: {error}", where=path, remedy=remedy) from None
     if not isinstance(raw, dict):
         raise UserError("is not a JSON object", where=path, remedy=remedy)

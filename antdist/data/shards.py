@@ -13,6 +13,7 @@ import re
 import tarfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path, PurePosixPath
 from types import TracebackType
 from typing import Any
@@ -184,13 +185,21 @@ def read_samples(path: Path, keys: list[str], select: Callable[[str], bool] | No
     """
     from webdataset.tariterators import group_by_keys, tar_file_expander
 
-    found = list(dict.fromkeys(name.partition(".")[0] for name in member_names(path)))
+    names = member_names(path)
+    found = [key for key, _ in groupby(name.partition(".")[0] for name in names)]
     if found != keys:
         raise UserError(_difference(found, keys), where=path, remedy=TORN)
+    if len(set(names)) < len(names):
+        raise UserError("the shard holds a member twice", where=path, remedy=TORN)
     try:
         with path.open("rb") as stream:
             source = [{"url": str(path), "stream": stream}]
-            yield from group_by_keys(tar_file_expander(source, select_files=select))
+            samples = iter(group_by_keys(tar_file_expander(source, select_files=select)))
+            for key in keys:
+                sample = next(samples, None)
+                if sample is None or sample["__key__"] != key:
+                    raise UserError(f"the shard gives no sample {key}", where=path, remedy=TORN)
+                yield sample
     except (tarfile.TarError, OSError, ValueError) as error:
         raise UserError(f"the shard cannot be read ({error})", where=path, remedy=TORN) from None
 
@@ -213,7 +222,10 @@ def npy_array(data: bytes, dtype: str, where: str) -> NDArray[Any]:
         version = np.lib.format.read_magic(stream)
         if version != (1, 0):
             raise ValueError(f"npy version {version}")
-        shape, _, found = np.lib.format.read_array_header_1_0(stream)
+        try:
+            shape, _, found = np.lib.format.read_array_header_1_0(stream)
+        except Exception as error:  # numpy's parser of headers raises what it likes
+            raise ValueError(type(error).__name__) from None
         if found != np.dtype(dtype) or len(shape) != 1 or stream.tell() + shape[0] * found.itemsize != len(data):
             raise ValueError(f"{found} of shape {shape} in {len(data)} bytes, one dimension of {dtype} was due")
         return np.frombuffer(data, found, shape[0], stream.tell())
@@ -266,7 +278,7 @@ def decode_users(sample: Sample, where: Path, users: int) -> list[str]:
         ids = json.loads(sample.get("users.json", b""))
         if isinstance(ids, list) and len(ids) == users and all(isinstance(user, str) for user in ids):
             return ids
-    except ValueError:
+    except (ValueError, RecursionError):
         pass
     what = f"the ids of the block's users are missing, malformed or not {users}"
     raise UserError(what, where=f"{where} ({sample['__key__']})", remedy=TORN)
@@ -278,20 +290,42 @@ def decode_item(sample: Sample, where: Path, *, images: bool = True) -> ItemReco
     Raises:
         UserError: its JSON is malformed or an image is missing.
     """
-    key = sample["__key__"]
+    facts = decode_facts(sample, where)
+    try:
+        found = _images(sample, facts.images) if images else []
+    except (KeyError, ValueError) as error:
+        raise _unfit(sample, where, error) from None
+    return ItemRecord(int(sample["__key__"]), facts.item_id, facts.text, facts.price, found)
+
+
+@dataclass(frozen=True)
+class ItemFacts:
+    """What an item's JSON says; `images` is how many there are."""
+
+    item_id: str
+    text: str | None
+    price: float | None
+    images: int
+
+
+def decode_facts(sample: Sample, where: Path) -> ItemFacts:
+    """An item's JSON. Raises UserError: it is malformed."""
     try:
         fields = json.loads(sample["json"])
-        item_id, text, price, count = (fields[name] for name in ("item_id", "text", "price", "images"))
-        if (
-            not isinstance(item_id, str)
-            or not isinstance(text, str | None)
-            or not isinstance(price, int | float | None)
-        ):
+        facts = ItemFacts(**{name: fields[name] for name in ("item_id", "text", "price", "images")})
+        right = isinstance(facts.item_id, str) and isinstance(facts.text, str | None) and type(facts.images) is int
+        if not right or not (facts.price is None or type(facts.price) in (int, float)):
             raise TypeError("a field has a wrong type")
-        return ItemRecord(int(key), item_id, text, price, _images(sample, count) if images else [])
-    except (KeyError, TypeError, ValueError) as error:
-        what = f"the item's members do not fit together ({error!r})"
-        raise UserError(what, where=f"{where} ({key})", remedy=TORN) from None
+        if facts.price is not None:
+            float(facts.price)  # a whole number may be larger than any float
+        return facts
+    except (KeyError, TypeError, ValueError, OverflowError, RecursionError) as error:
+        raise _unfit(sample, where, error) from None
+
+
+def _unfit(sample: Sample, where: Path, error: Exception) -> UserError:
+    what = f"the item's members do not fit together ({error!r})"
+    return UserError(what, where=f"{where} ({sample['__key__']})", remedy=TORN)
 
 
 def _images(sample: Sample, count: int) -> list[bytes]:

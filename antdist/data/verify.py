@@ -140,7 +140,7 @@ def _feature_parts(domain: Domain, problems: list[str]) -> Iterator[tuple[Path, 
                     file = File.model_validate({"name": f"{part['name']}{suffix}.npy", **fields})
                     files.append((path.with_name(file.name), file.bytes, file.sha256))
             yield from files
-        except (KeyError, TypeError, ValueError, OSError) as error:
+        except (KeyError, TypeError, ValueError, AttributeError, RecursionError, OSError) as error:
             said = " ".join(str(error).split())
             problems.append(f"{path}: is not the description of a feature table ({type(error).__name__}: {said})")
 

@@ -162,10 +162,11 @@ class FeatureTable:
     @cached_property
     def _parts(self) -> list[NDArray[Any]]:
         # A plain view of each map: numpy's memmap class costs more at each look-up than the look-up itself.
-        return [
-            np.asarray(np.load(self.folder / f"{part.name}.npy", mmap_mode="r", allow_pickle=False))
-            for part in self.meta.parts
-        ]
+        return [np.asarray(_map(self.folder / f"{part.name}.npy", self._again)) for part in self.meta.parts]
+
+    @property
+    def _again(self) -> str:
+        return _advice(self.folder.parent, self.modality)
 
     @cached_property
     def present(self) -> NDArray[np.bool_]:
@@ -173,7 +174,7 @@ class FeatureTable:
         if not self.meta.parts:
             return np.zeros(self.meta.items, dtype=bool)
         files = [self.folder / f"{part.name}.present.npy" for part in self.meta.parts]
-        return np.concatenate([np.load(file, allow_pickle=False) for file in files])
+        return np.concatenate([_map(file, self._again) for file in files])
 
     def rows(self, indices: IntArray) -> tuple[NDArray[Any], NDArray[np.bool_]]:
         """The features (n, dim), in the stored type, and presence (n,) of items by index in the domain."""
@@ -197,16 +198,15 @@ class FeatureTable:
         """Read every byte: sizes, digests, and that features are numbers. Raises UserError naming the part at fault."""
         for part in self.meta.parts:
             file = self.folder / f"{part.name}.npy"
-            remedy = _advice(self.folder.parent, self.modality)
             if not part_is_whole(self.folder, part):
                 what = "this part of the feature table is damaged: its size or digest is not what was recorded"
-                raise UserError(what, where=file, remedy=remedy)
-            values = np.load(file, mmap_mode="r", allow_pickle=False)
+                raise UserError(what, where=file, remedy=self._again)
+            values = _map(file, self._again)
             for first in range(0, part.items, VERIFIED_ROWS):
                 bad = np.flatnonzero(~np.isfinite(values[first : first + VERIFIED_ROWS]).all(axis=1))
                 if len(bad):
                     what = f"the features of item {part.first + first + bad[0]} are not finite (NaN or infinity)"
-                    raise UserError(what, where=file, remedy=remedy)
+                    raise UserError(what, where=file, remedy=self._again)
 
 
 def _take(table: NDArray[Any], indices: IntArray, into: NDArray[Any]) -> None:
@@ -300,7 +300,7 @@ def _read_meta(path: Path, again: str) -> FeatureMeta:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         meta = FeatureMeta.model_validate(content)
-    except (ValidationError, ValueError, OSError) as error:
+    except (ValidationError, ValueError, RecursionError, OSError) as error:
         first = str(error).splitlines()[0]
         raise UserError(f"not a description of a feature table ({first})", where=path, remedy=again) from None
     if meta.schema_version != SCHEMA_VERSION:
@@ -323,18 +323,25 @@ def _check_part(folder: Path, meta: FeatureMeta, part: Part, again: str) -> None
                 where=file,
                 remedy=again,
             )
-    file = folder / f"{part.name}.npy"
+    for name, shape, dtype in (
+        (f"{part.name}.npy", (part.items, meta.dim), meta.dtype),
+        (f"{part.name}.present.npy", (part.items,), "bool"),
+    ):
+        array = _map(folder / name, again)
+        if array.shape != shape or array.dtype != np.dtype(dtype):
+            raise UserError(
+                f"an array of shape {array.shape} and type {array.dtype} where the table says {shape} and {dtype}",
+                where=folder / name,
+                remedy=again,
+            )
+
+
+def _map(file: Path, again: str) -> NDArray[Any]:
+    """A memory-mapped array, read only. Raises UserError: not an array, or one of pickled objects."""
     try:
-        array = np.load(file, mmap_mode="r", allow_pickle=False)
-    except (ValueError, OSError, EOFError) as error:
-        raise UserError(f"not an array ({error})", where=file, remedy=again) from None
-    if array.shape != (part.items, meta.dim) or array.dtype != np.dtype(meta.dtype):
-        raise UserError(
-            f"an array of shape {array.shape} and type {array.dtype} where the table says "
-            f"{(part.items, meta.dim)} and {meta.dtype}",
-            where=file,
-            remedy=again,
-        )
+        return np.lib.format.open_memmap(file, mode="r")
+    except Exception as error:  # numpy's parser of headers raises what it likes
+        raise UserError(f"not an array ({str(error).partition('.')[0]})", where=file, remedy=again) from None
 
 
 def _advice(folder: Path, modality: str) -> str:

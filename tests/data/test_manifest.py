@@ -17,14 +17,14 @@ DIGEST = "0" * 64
 def small_manifest(**changes: Any) -> Manifest:
     block = Block(key="block-000000", users=2, interactions=7)
     sequence = SequenceShard(
-        name="sequences-00000.tar", bytes=10, sha256=DIGEST, first_user=0, users=2, interactions=7, blocks=[block]
+        name="sequences-00000.tar", bytes=10240, sha256=DIGEST, first_user=0, users=2, interactions=7, blocks=[block]
     )
     fields = {
         "domain": "tiny",
         "users": 2,
         "items": 3,
         "interactions": 7,
-        "item_shards": [ItemShard(name="items-00000.tar", bytes=10, sha256=DIGEST, first=0, items=3)],
+        "item_shards": [ItemShard(name="items-00000.tar", bytes=10240, sha256=DIGEST, first=0, items=3)],
         "sequence_shards": [sequence],
         "popularity": File(name="popularity.npy", bytes=10, sha256=DIGEST),
         "made": {"format": "tabular"},
@@ -82,6 +82,12 @@ def test_not_json_is_told(tmp_path: Path) -> None:
         (lambda m: m["popularity"].update(name="../popularity.npy"), "key popularity.name: String should match"),
         (lambda m: m["popularity"].update(name="/etc/passwd"), "key popularity.name: String should match"),
         (lambda m: m["popularity"].update(name="items-00000.tar"), "a file name occurs twice"),
+        (
+            lambda m: m["item_shards"][0].update(bytes=3071),
+            "items-00000.tar would have 3072 bytes at least, it has 3071",
+        ),
+        (lambda m: m["sequence_shards"][0].update(bytes=99), "sequences-00000.tar would have 100 bytes at least"),
+        (lambda m: m["item_shards"][0].update(bytes=1 << 50), "key item_shards.0.bytes: Input should be less than"),
         (lambda m: m["item_shards"][0].update(sha256="x"), "key item_shards.0.sha256: String should match"),
     ],
 )

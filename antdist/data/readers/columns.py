@@ -33,6 +33,7 @@ from antdist.errors import UserError
 BLOCK_BYTES = 8 << 20  # a JSON line may be no longer
 ROLES = ("user_id", "item_id", "timestamp")
 NUMBER = re.compile(r"\s*[-+]?([0-9]+(\.[0-9]*)?|\.[0-9]+)([eE][-+]?[0-9]+)?\s*", re.ASCII)
+LONGEST_NUMBER = 400  # characters
 REMEDY = "mend the line, or delete it"
 
 
@@ -166,6 +167,7 @@ def _codes(column: Any) -> tuple[NDArray[np.int32], Any]:
     if not codes:
         return np.zeros(0, np.int32), pa.array([], pa.string())
     ids = column.chunk(0).dictionary
+    ids.validate(full=True)  # JSON and Parquet may hold what is no UTF-8
     if pc.any(pc.equal(pc.utf8_trim_whitespace(ids), "")).as_py():
         raise pa.ArrowInvalid("an id is empty")
     return np.concatenate(codes).astype(np.int32, copy=False), ids
@@ -246,7 +248,7 @@ def _fault(row: Row, names: dict[str, str]) -> str | None:
     value = row.get(names["timestamp"])
     if isinstance(value, bool | list | dict | bytes | type(None)):
         return f"timestamp {_shown(value)} is no number"
-    if isinstance(value, str) and not NUMBER.fullmatch(value):
+    if isinstance(value, str) and (len(value) > LONGEST_NUMBER or not NUMBER.fullmatch(value)):
         known = value.strip().lower().lstrip("+-") in ("nan", "inf", "infinity")
         return f"timestamp {_shown(value)} is {'not finite, or too large' if known else 'no number'}"
     number = _number(value)

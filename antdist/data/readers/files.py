@@ -213,5 +213,5 @@ def open_parquet(path: Path) -> Iterator[IO[bytes]]:
     try:
         with path.open("rb") as file:
             yield file
-    except (pa.ArrowException, OSError) as error:
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         raise UserError(f"the Parquet file cannot be read ({str(error).splitlines()[0]})", where=path) from None
