@@ -6,6 +6,7 @@ The users' whole sequences are put together again from the rows, then every row 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import groupby
@@ -183,7 +184,7 @@ def _read_index(path: Path) -> dict[str, str]:
     with open_text(path) as text:
         for line, content in enumerate(text, 1):
             item_id, _, index = content.rstrip("\r\n").partition("\t")
-            if not item_id or item_id in order or not index.isascii() or not index.isdigit():
+            if not item_id or item_id in order or not re.fullmatch("[0-9]{1,18}", index):
                 what = f"{content.rstrip()!r} is not an item, a tab and its index, or comes twice"
                 raise UserError(what, where=f"{path}:{line}", remedy="mend the line")
             order[item_id] = int(index)

@@ -91,7 +91,10 @@ def parse_price(value: Any) -> tuple[float | None, str | None]:
         except ValueError:
             return None, "a range" if len(text) < 60 and _RANGE.search(text) else "not a number"
     elif isinstance(value, int | float | Decimal) and not isinstance(value, bool):
-        number = float(value)
+        try:
+            number = float(value)
+        except OverflowError:  # a whole number larger than any float
+            return None, "not finite"
     else:
         return None, "not a number"
     if not math.isfinite(number):
