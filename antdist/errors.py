@@ -1,12 +1,25 @@
-"""Mistakes that a user can mend, told in one line: where, what, and what to do."""
+"""Mistakes that a user can mend, told in one line: where, what, and what to do; and no secret in what is told."""
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
+
+# A password may hold "/" and "@", so everything up to the last "@" of the word goes; file:/// and sqlite:/// have none.
+_USERINFO = re.compile(r"(://)(?!/)[^\s\"']*@")
+_SECRET = re.compile(
+    r"([?&][\w.-]*(?:password|passwd|pwd|token|secret|key|sig|signature|credential)[\w.-]*=)[^&\s\"']*", re.I
+)
+
+
+def redact(text: str) -> str:
+    """The text (a URI, or a message that holds some) without user names, passwords and tokens in its URIs."""
+    return _SECRET.sub(r"\1***", _USERINFO.sub(r"\1***@", text))
 
 
 class UserError(Exception):
-    """A mistake in the user's input. The command line prints it without a traceback and exits with 2.
+    """A mistake in the user's input. The command line prints it without a traceback and exits with 2. Credentials in URIs
+    are cut out of all that it says.
 
     Args:
         what: what is wrong, a sentence without its full stop.
@@ -15,10 +28,11 @@ class UserError(Exception):
     """
 
     def __init__(self, what: str, *, where: str | Path | None = None, remedy: str | None = None) -> None:
-        self.what, self.where, self.remedy = what, None if where is None else str(where), remedy
+        self.what, self.where = redact(what), None if where is None else redact(str(where))
+        self.remedy = remedy and redact(remedy)
         place = f"{self.where}: " if self.where else ""
-        advice = f". {remedy[0].upper()}{remedy[1:]}." if remedy else "."
-        super().__init__(f"{place}{what}{advice}")
+        advice = f". {self.remedy[0].upper()}{self.remedy[1:]}." if self.remedy else "."
+        super().__init__(f"{place}{self.what}{advice}")
 
     def __reduce__(self) -> tuple[object, ...]:
         """Survive the trip back from a Ray worker."""

@@ -8,6 +8,8 @@ import time
 from collections.abc import Iterable, Iterator
 from typing import TextIO, TypeVar
 
+from antdist.errors import redact
+
 T = TypeVar("T")
 QUIET_SECONDS = 15.0
 
@@ -16,7 +18,9 @@ _listeners: list[TextIO] = []
 
 
 def say(message: str) -> None:
-    """One line to standard error, where progress and notices go; results go to standard output."""
+    """One line to standard error, where progress and notices go, without credentials in URIs; results go to standard
+    output."""
+    message = redact(message)
     print(message, file=sys.stderr, flush=True)
     for listener in _listeners:
         print(message, file=listener, flush=True)

@@ -6,6 +6,7 @@ small file that says what made it, before the next begins, so a run that is kill
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
@@ -23,6 +24,7 @@ from pydantic import ValidationError
 from antdist.errors import UserError
 from antdist.features.encoder import Encoded, Encoder, Loaded
 from antdist.features.image import MAX_PIXELS, HistogramImage, find_image_encoder
+from antdist.features.local_ray import on_loopback
 from antdist.features.price import FREQUENCY, PriceEncoder, Scale
 from antdist.features.source import item_facts
 from antdist.features.table import (
@@ -402,7 +404,9 @@ def _with_ray(
     if started:
         os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # Ray's own remarks on what it retries
         local = {"address": "local", "num_cpus": workers * threads, "include_dashboard": False}
-        ray.init(log_to_driver=False, logging_level="error", **({} if os.environ.get("RAY_ADDRESS") else local))
+        cluster = bool(os.environ.get("RAY_ADDRESS"))
+        with contextlib.nullcontext() if cluster else on_loopback():
+            ray.init(log_to_driver=False, logging_level="error", **({} if cluster else local))
     for chatty in RAY_CHATTER:
         logging.getLogger(chatty).setLevel(logging.ERROR)
     try:

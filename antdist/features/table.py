@@ -63,7 +63,7 @@ class FeatureMeta(BaseModel):
     schema_version: int = SCHEMA_VERSION
     modality: Literal["text", "image", "price"]
     encoder: dict[str, str | int | float | None]
-    dim: Annotated[int, Field(gt=0)]
+    dim: Annotated[int, Field(gt=0, le=1 << 20)]
     dtype: Dtype
     items: int
     fingerprint: str  # of the manifest whose items were encoded

@@ -29,7 +29,7 @@ from pydantic import BaseModel
 
 from antdist.config.load import dump_config
 from antdist.config.schema import PretrainConfig, RelearnConfig
-from antdist.errors import UserError
+from antdist.errors import UserError, redact
 from antdist.files import read_json, write_json
 from antdist.progress import QUIET_SECONDS, say, tee
 from antdist.training.live import Live
@@ -79,7 +79,7 @@ def _take_up(folder: Path, config: BaseModel, adjustable: frozenset[str]) -> Non
             )
         say(f"{folder} exists: going on with that run" + "".join(f"; {told}" for told in changed.values()))
     partial = file.with_suffix(".partial")
-    partial.write_text(dump_config(config), encoding="utf-8")
+    partial.write_text(redact(dump_config(config)), encoding="utf-8")  # for people, and to compare at the next start
     partial.replace(file)
 
 

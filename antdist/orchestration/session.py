@@ -17,6 +17,7 @@ from typing import Any
 from antdist import faults
 from antdist.config.schema import RayConfig
 from antdist.errors import UserError
+from antdist.features.local_ray import on_loopback
 from antdist.files import read_json, write_json
 from antdist.progress import say
 
@@ -56,7 +57,8 @@ def ray_session(config: RayConfig) -> Iterator[None]:
             ray.init(address=address, **quiet)
         else:
             needed = config.fewest * config.cpus_per_worker
-            ray.init("local", num_cpus=max(os.cpu_count() or 1, needed), include_dashboard=False, **quiet)
+            with on_loopback():
+                ray.init("local", num_cpus=max(os.cpu_count() or 1, needed), include_dashboard=False, **quiet)
     except (OSError, ValueError, RuntimeError) as error:
         first = str(error).partition("\n")[0].partition(". ")[0]  # sentence; Ray's advice fills a page
         raise UserError(
@@ -116,9 +118,10 @@ def run_workers(work: Callable[[dict[str, Any]], None], settings: dict[str, Any]
     storage.mkdir(parents=True, exist_ok=True)
     mistake = storage / f"{name}.mistake.json"
 
-    def work_or_tell(settings: dict[str, Any]) -> None:
+    def work_or_tell() -> None:
         """A user's mistake is noted for the driver, and workers that Ray restarts after it end at once: trying again,
-        perhaps for ever, would not mend it."""
+        perhaps for ever, would not mend it. The settings are no argument, since Ray lists a run's arguments, and they
+        may hold the password of the tracking store."""
         from antdist.training.world import agree, current_world
 
         if agree(current_world(), mistake.is_file()):
@@ -136,7 +139,6 @@ def run_workers(work: Callable[[dict[str, Any]], None], settings: dict[str, Any]
     number = config.workers if config.fewest == config.workers else (config.fewest, config.workers)
     trainer = TorchTrainer(
         work_or_tell,
-        train_loop_config=settings,
         torch_config=TorchConfig(backend="nccl" if on_gpu else "gloo"),
         scaling_config=ScalingConfig(num_workers=number, use_gpu=on_gpu, resources_per_worker=resources),
         run_config=RunConfig(

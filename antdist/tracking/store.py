@@ -19,19 +19,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from antdist.config.schema import TrackingConfig
-from antdist.errors import UserError
+from antdist.errors import UserError, redact
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
 
 ARTIFACTS = "mlartifacts"
 SCHEMES = ("http", "https", "sqlite", "databricks")
-
-# A password may hold "/" and "@", so everything up to the last "@" of the word goes; file:/// and sqlite:/// have none.
-_USERINFO = re.compile(r"(://)(?!/)[^\s\"']*@")
-_SECRET = re.compile(
-    r"([?&][\w.-]*(?:password|passwd|pwd|token|secret|key|sig|signature|credential)[\w.-]*=)[^&\s\"']*", re.I
-)
 
 
 def tracking_uri(config: TrackingConfig, storage: Path) -> str:
@@ -74,11 +68,6 @@ def artifact_location(uri: str) -> str | None:
     """Where a new experiment's artifacts go, as a URI: beside the SQLite file; None leaves it to the server."""
     file = sqlite_file(uri)
     return None if file is None else (file.parent / ARTIFACTS).as_uri()
-
-
-def redact(text: str) -> str:
-    """The text (a URI, or a message that holds some) without user names, passwords and tokens in its URIs."""
-    return _SECRET.sub(r"\1***", _USERINFO.sub(r"\1***@", text))
 
 
 def check_reachable(uri: str, timeout: float = 5.0) -> None:
