@@ -100,6 +100,14 @@ def test_configuration_names_no_code(tmp_path: Path, text: str) -> None:
     assert not made.exists()
 
 
+def test_deepspeeds_section_imports_nothing() -> None:
+    """DeepSpeed imports the modules that this list names."""
+    from antdist.training.deepspeed_engine import check_passthrough
+
+    with pytest.raises(UserError, match=r"training\.deepspeed\.torch_autocast: this is decided elsewhere"):
+        check_passthrough({"torch_autocast": {"lower_precision_safe_modules": ["antigravity.x"]}})
+
+
 SECRET = "http://someone:hush-hush@host:5000/x?token=hush-hush"
 
 

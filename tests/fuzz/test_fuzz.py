@@ -1,0 +1,37 @@
+"""The short form of the fuzz (`python -m tests.fuzz.fuzz --count 100000` is the long one)."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from antdist.data import prepare as prepare_module
+from tests.fuzz.fuzz import fuzz, lines_there
+
+
+def test_readers_manifest_shards_features_and_configuration_give_clean_errors_alone() -> None:
+    outcome = fuzz(330, seed=7)
+    assert outcome.findings == []
+    assert outcome.inputs == 330
+    targets = {name for name, _ in outcome.ended}
+    assert len(targets) == 11
+    assert all(outcome.ended[name, "refused"] for name in targets)
+    assert sum(outcome.ended[name, "accepted"] for name in targets) > 50
+
+
+def test_what_is_no_clean_error_is_a_finding_that_can_be_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: object, **__: object) -> None:
+        raise KeyError("deep inside")
+
+    monkeypatch.setattr(prepare_module, "_known_items", broken)
+    found = fuzz(66, seed=7).findings
+    assert found and all("KeyError: 'deep inside'" in finding for finding in found)
+    number = int(found[0].split()[0].removeprefix("7:"))
+    assert fuzz(1, seed=7, start=number).findings[0].split()[0] == f"7:{number}"
+
+
+def test_lines_that_can_run_are_those_within_functions() -> None:
+    text = (Path(__file__).resolve().parents[2] / "antdist" / "data" / "quarantine.py").read_text().splitlines()
+    there = lines_there("antdist/data/quarantine.py")
+    assert all(text[line - 1].startswith((" ", ")")) for line in there) and 10 < len(there) < len(text) / 2
