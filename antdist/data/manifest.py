@@ -21,7 +21,7 @@ Bytes = Annotated[int, Field(ge=0, le=1 << 40)]  # of one file
 Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 # One plain file name: nothing that could lead out of the domain's folder.
 PLAIN_NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
-FileName = Annotated[str, Field(pattern=PLAIN_NAME)]
+FileName = Annotated[str, Field(pattern=PLAIN_NAME, max_length=200)]
 
 
 class _Record(BaseModel):

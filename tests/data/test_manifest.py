@@ -81,6 +81,7 @@ def test_not_json_is_told(tmp_path: Path) -> None:
         (lambda m: m.update(extra=1), "key extra: Extra inputs are not permitted"),
         (lambda m: m["popularity"].update(name="../popularity.npy"), "key popularity.name: String should match"),
         (lambda m: m["popularity"].update(name="/etc/passwd"), "key popularity.name: String should match"),
+        (lambda m: m["popularity"].update(name="p" * 201), "key popularity.name: String should have at most 200"),
         (lambda m: m["popularity"].update(name="items-00000.tar"), "a file name occurs twice"),
         (
             lambda m: m["item_shards"][0].update(bytes=3071),
