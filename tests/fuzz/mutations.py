@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import io
 import json
@@ -169,7 +170,8 @@ def mutate_tar(members: Members, random: Random) -> bytes:
 
 def _mutate_member(name: str, data: bytes, random: Random) -> bytes:
     if name.endswith("json") and random.random() < 0.7:
-        return to_json(mutate_tree(json.loads(data), random), random)
+        with contextlib.suppress(ValueError, RecursionError):  # mutated once already
+            return to_json(mutate_tree(json.loads(data), random), random)
     if name.endswith("npy") and random.random() < 0.6:
         return mutate_npy(data, random)
     return mutate_bytes(data, random)
@@ -177,6 +179,8 @@ def _mutate_member(name: str, data: bytes, random: Random) -> bytes:
 
 def mutate_npy(data: bytes, random: Random) -> bytes:
     """An array file with another header, or other numbers."""
+    if len(data) < 10:  # mutated once already
+        return mutate_bytes(data, random)
     size = struct.unpack("<H", data[8:10])[0]
     header, body = data[10 : 10 + size], bytearray(data[10 + size :])
     if random.random() < 0.5 and body:
