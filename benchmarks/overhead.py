@@ -113,7 +113,7 @@ def bare_run(job: Job) -> float:
 def apart(one: Job, other: Job) -> float:
     """The largest difference between the weights of two jobs: 0 if they took the same steps."""
     pairs = zip(one.engine.model.parameters(), other.engine.model.parameters(), strict=True)
-    return max(float((a - b).abs().max()) for a, b in pairs)
+    return max(float((a - b).detach().abs().max()) for a, b in pairs)
 
 
 def run(options: Options) -> Report:
