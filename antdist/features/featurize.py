@@ -21,6 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import ValidationError
 
+from antdist.data.quarantine import MAX_BAD, QUARANTINE_NAME, BadRecord, allowed, write_quarantine
 from antdist.errors import UserError
 from antdist.features.encoder import Encoded, Encoder, Loaded
 from antdist.features.image import MAX_PIXELS, HistogramImage, find_image_encoder
@@ -89,7 +90,7 @@ class FeaturizeReport:
             if table.present == 0:
                 line = f"{table.domain} {table.modality}: no item has it"
             if table.broken:
-                line += f", {table.broken:,} broken pictures skipped"
+                line += f", {table.broken:,} broken pictures skipped (features/quarantine.jsonl)"
             if table.encoded_parts < table.parts:
                 line += f", {table.parts - table.encoded_parts} of {table.parts} parts were finished before"
             if table.rate is not None:
@@ -114,6 +115,7 @@ def featurize(
     projection: Path | None = None,
     max_images: int = 4,
     max_pixels: int = MAX_PIXELS,
+    max_bad: float = MAX_BAD,
     price_range: float | None = None,
     price_frequency: float = FREQUENCY,
     batch_size: int = 64,
@@ -134,6 +136,7 @@ def featurize(
         projection: of `hashed`: a file fitted before, or where to put the one fitted now, jointly on all `domains`.
             None: `hashed-text.safetensors` beside the first domain's folder.
         max_images, max_pixels: pictures averaged an item; a picture of more pixels counts as broken.
+        max_bad: how many of a domain's pictures may be broken, as a share; they are listed in `features/quarantine.jsonl`.
         price_range, price_frequency: see `antdist.features.price`.
         batch_size: texts or pictures a forward pass.
         dtype: that the tables are stored in.
@@ -142,7 +145,8 @@ def featurize(
         threads: CPU threads a worker; None: its share of the cores.
 
     Raises:
-        UserError: no modality asked for, an encoder that cannot be found, a damaged shard, a feature that is not finite.
+        UserError: no modality asked for, an encoder that cannot be found, a damaged shard, a feature that is not finite,
+            more broken pictures than the cap.
     """
     if text is None and image is None and price is None:
         raise UserError("no features asked for", where="featurize", remedy="give --text, --image or --price")
@@ -171,7 +175,7 @@ def featurize(
     }
     units, finished = _what_is_left(domains, orders)
     fresh = _encode_all(units, encoders, workers, threads, device)
-    tables = [_finish(domain, order, finished, fresh) for domain in domains for order in orders[domain.folder]]
+    tables = [_finish(domain, order, finished, fresh, max_bad) for domain in domains for order in orders[domain.folder]]
     if prices is not None:
         tables += [_price_table(domain, prices, dtype) for domain in domains]
     return FeaturizeReport(tables, time.monotonic() - start, workers)
@@ -233,7 +237,8 @@ class PartNote:
     shard: int
     part: Part
     dim: int
-    broken: int
+    pictures: int
+    faults: list[list[str]]  # item id and reason of each picture that could not be read
     seconds: float
 
     def to_json(self) -> dict[str, Any]:
@@ -293,7 +298,7 @@ def _finished_part(order: Order, shard: int) -> PartNote | None:
         if content["made_by"] != order.made_by():
             return None
         part = Part(**content["part"])
-        note = PartNote(order, shard, part, content["dim"], content["broken"], 0.0)
+        note = PartNote(order, shard, part, content["dim"], content["pictures"], content["faults"], 0.0)
     except (OSError, ValueError, KeyError, TypeError, ValidationError):
         return None
     return note if part_is_whole(order.folder, part) else None
@@ -367,9 +372,11 @@ class Worker:
         values = np.concatenate([chunk.values for chunk in chunks]).astype(order.dtype)
         values[~present] = 0  # what is missing stays missing
         part = write_part(order.folder, order.modality, unit.shard, first=first, values=values, present=present)
-        broken = sum(chunk.broken for chunk in chunks)
-        note = PartNote(order, unit.shard, part, values.shape[1], broken, seconds[order.modality])
-        said = {"made_by": order.made_by(), "part": part.model_dump(), "dim": note.dim, "broken": broken}
+        pictures = sum(chunk.pictures for chunk in chunks)
+        faults = [list(fault) for chunk in chunks for fault in chunk.faults]
+        note = PartNote(order, unit.shard, part, values.shape[1], pictures, faults, seconds[order.modality])
+        kept = {"dim": note.dim, "pictures": pictures, "faults": faults}
+        said = {"made_by": order.made_by(), "part": part.model_dump(), **kept}
         write_json(_note_path(order, unit.shard), said)
         return note
 
@@ -440,14 +447,20 @@ def _with_ray(
 # ----------------------------------------------------------------------------------------------------- finishing
 
 
-def _finish(domain: Domain, order: Order, finished: Notes, fresh: Notes) -> TableReport:
-    """Gather the parts into the table's meta file, written last; forget what no longer belongs to it."""
+def _finish(domain: Domain, order: Order, finished: Notes, fresh: Notes, max_bad: float) -> TableReport:
+    """Gather the parts into the table's meta file, written last; forget what no longer belongs to it.
+
+    Raises:
+        UserError: more pictures than the cap could not be read; the parts stay, for a run with another cap.
+    """
     empty = _empty_table(order)
     if empty is not None:
         return _report(domain, empty, [])
     keys = [(order.domain, order.modality, shard) for shard in range(len(domain.manifest.item_shards))]
     notes = [fresh[key] if key in fresh else finished[key] for key in keys]
     present = sum(note.part.present for note in notes)
+    if order.modality == "image":
+        _set_aside(domain, order, notes, max_bad)
     meta = FeatureMeta(
         modality=cast("Any", order.modality),
         encoder=order.encoder,
@@ -456,12 +469,32 @@ def _finish(domain: Domain, order: Order, finished: Notes, fresh: Notes) -> Tabl
         items=domain.manifest.items,
         fingerprint=domain.fingerprint,
         present=present,
-        broken=sum(note.broken for note in notes),
+        broken=sum(len(note.faults) for note in notes),
         parts=[note.part for note in notes] if present else [],
     )
     write_meta(order.folder, meta)
     _sweep(order.folder, meta)
     return _report(domain, meta, [fresh[key] for key in keys if key in fresh])
+
+
+def _set_aside(domain: Domain, order: Order, notes: list[PartNote], max_bad: float) -> None:
+    """Write down which pictures could not be read, unless they are too many."""
+    shards = domain.manifest.item_shards
+    bad = [
+        BadRecord(str(domain.folder / shards[note.shard].name), None, item, reason)
+        for note in notes
+        for item, reason in note.faults
+    ]
+    seen = sum(note.pictures for note in notes)
+    if len(bad) > (most := allowed(seen, max_bad)):
+        raise UserError(
+            f"{len(bad):,} of {seen:,} pictures cannot be read, {most:,} may be; item {bad[0].key}: {bad[0].reason}",
+            where=bad[0].file,
+            remedy="mend the pictures and prepare the domain again, or allow more with --max-bad",
+        )
+    (order.folder / QUARANTINE_NAME).unlink(missing_ok=True)
+    if bad:
+        write_quarantine(order.folder, bad)
 
 
 def _sweep(folder: Path, meta: FeatureMeta) -> None:
@@ -528,5 +561,5 @@ def _price_table(domain: Domain, encoder: PriceEncoder, dtype: Dtype) -> TableRe
     write_meta(folder, meta)
     _sweep(folder, meta)
     seconds = time.monotonic() - start
-    notes = [PartNote(order, number, part, meta.dim, 0, seconds / len(parts)) for number, part in enumerate(parts)]
+    notes = [PartNote(order, number, part, meta.dim, 0, [], seconds / len(parts)) for number, part in enumerate(parts)]
     return _report(domain, meta, notes)

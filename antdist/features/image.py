@@ -34,7 +34,7 @@ def read_picture(data: bytes, max_pixels: int = MAX_PIXELS) -> Image:
     Raises:
         BrokenImageError: no picture, cut short, or of more than `max_pixels` (told before it is unpacked).
     """
-    from PIL import Image
+    from PIL import Image, UnidentifiedImageError
 
     try:
         with warnings.catch_warnings():
@@ -45,7 +45,8 @@ def read_picture(data: bytes, max_pixels: int = MAX_PIXELS) -> Image:
         picture.load()
         return _rgb(picture)
     except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as error:
-        raise BrokenImageError(str(error)) from None
+        nothing = isinstance(error, UnidentifiedImageError)  # whose own words name an address in memory
+        raise BrokenImageError("no JPEG or PNG" if nothing else str(error)) from None
 
 
 def _rgb(picture: Image) -> Image:
@@ -72,7 +73,8 @@ def _encode_items(
     """The mean over each item's first `max_images` pictures that can be read; pictures are decoded a batch at a time."""
     sums = np.zeros((len(items), dim), dtype=np.float64)
     counts = np.zeros(len(items), dtype=np.int64)
-    broken = 0
+    seen = 0
+    faults: list[tuple[str, str]] = []
     pictures: list[Image] = []
     owners: list[int] = []
 
@@ -84,17 +86,18 @@ def _encode_items(
         owners.clear()
 
     for row, item in enumerate(items):
-        for data in item.images[:max_images]:
+        for number, data in enumerate(item.images[:max_images]):
+            seen += 1
             try:
                 pictures.append(read_picture(data, max_pixels))
                 owners.append(row)
-            except BrokenImageError:
-                broken += 1
+            except BrokenImageError as error:
+                faults.append((item.item_id, f"picture {number} is broken: {error}"))
             if len(pictures) == batch_size:
                 flush()
     flush()
     values = sums / np.maximum(counts, 1)[:, None]
-    return Encoded(values.astype(np.float32), counts > 0, broken)
+    return Encoded(values.astype(np.float32), counts > 0, seen, tuple(faults))
 
 
 # ------------------------------------------------------------------------------------------------- transformers

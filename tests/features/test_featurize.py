@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 from antdist.data.domain import Domain, ItemRecord, open_domain
+from antdist.data.verify import verify
 from antdist.errors import UserError
 from antdist.features import featurize as featurize_module
 from antdist.features.encoder import Encoded
@@ -223,9 +224,22 @@ def test_broken_pictures_are_counted(make_domain: Any) -> None:
     broken = b"\xff\xd8 not really"
     items = [ItemRecord(n, f"i{n}", None, None, [broken] if n == 1 else some_items(1)[0].images) for n in range(3)]
     domain = make_domain("books", items)
-    report = featurize([domain], image="histogram", workers=0)
+    told = (
+        r"items-00000\.tar: 1 of 3 pictures cannot be read, 0 may be; item i1: picture 0 is broken: no JPEG.*--max-bad"
+    )
+    with pytest.raises(UserError, match=told):
+        featurize([domain], image="histogram", workers=0)
+    with pytest.raises(UserError, match="has no image features"):
+        open_table(domain, "image")
+    report = featurize([domain], image="histogram", max_bad=0.5, workers=0)
+    assert report.tables[0].encoded_parts == 0  # what was encoded before the cap stopped it is not encoded again
     assert report.tables[0].broken == 1 and "1 broken pictures skipped" in report.lines()[0]
     assert open_table(domain, "image").present.tolist() == [True, False, True]
+    record = json.loads((domain.folder / "features" / "quarantine.jsonl").read_text())
+    assert record["key"] == "i1" and record["file"].endswith("items-00000.tar")
+    assert verify(domain.folder).problems == [
+        f"{record['file']} (000000001): image 0 cannot be decoded: broken (UnidentifiedImageError)"
+    ]
 
 
 def test_hashed_text_is_one_encoder_only_if_fitted_together(make_domain: Any, tmp_path: Path) -> None:
