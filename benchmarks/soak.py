@@ -93,7 +93,7 @@ def costs(run: Run, struck: Struck) -> tuple[float, float, float]:
     """Seconds that a fault cost: steps to be done again, detection, restart."""
     everything = list(lines(run))
     mine = [line for line in everything if line.attempt == struck.attempt]
-    begun = min(line.time for line in mine)
+    begun = min((line.time for line in mine), default=struck.at)
     survived = [line.time for ranks in counted(run).values() for line in ranks if line.attempt == struck.attempt]
     following = min(line.attempt for line in everything if line.attempt > struck.attempt)
     first = min(line.time for line in everything if line.attempt == following)
@@ -136,9 +136,9 @@ def _soak(options: Options, folder: Path) -> Report:
         kinds = kinds or (list(KINDS[:2]) if options.short else chance.sample(KINDS, len(KINDS)))
         struck.append(strike(kinds.pop(), faulty, len(struck), every * chance.uniform(0.5, 1.5), chance))
         say(f"soak: {len(struck)} faults, the last: {struck[-1].kind}; {(time.time() - begun) / 60:.1f} min")
-    # to the end of the epoch that it stands in, and as far without faults
+    # to the end of the epoch after the one that it stands in, which may have no steps left; and as far without faults
     standing = load_latest(faulty.checkpoints)
-    epochs = (standing.progress["progress"]["epoch"] if standing else 0) + 1
+    epochs = (standing.progress["progress"]["epoch"] if standing else 0) + 2
     faulty = replace(faulty, epochs=epochs)
     _to_the_end(faulty, len(struck))
     faulted, begun = time.time() - begun, time.time()
