@@ -156,6 +156,7 @@ class _SoftmaxLoss(torch.autograd.Function):
                 _set_target(block, targets - start, scale * torch.expm1(-terms))
                 users_grad.addmm_(block, part)
                 candidates_grad[rows] = _through_unit(block.T @ users, candidates[rows])
+                del block  # before the next one is made
         return users_grad, candidates_grad, *none
 
 
