@@ -104,6 +104,22 @@ class ScheduleConfig(Component):
     )
 
 
+class HangConfig(Component):
+    """How long a rank may make no progress before it ends, for Ray to start the workers again from the last checkpoint."""
+
+    start_minutes: Annotated[float, Field(gt=0)] = Field(
+        30.0, description="from the resume to the end of the first step"
+    )
+    step_minutes: Annotated[float, Field(gt=0)] = Field(10.0, description="a step, with its wait for data")
+    checkpoint_minutes: Annotated[float, Field(gt=0)] = Field(
+        30.0, description="a validation, or a checkpoint with its wait for the one before"
+    )
+
+    @property
+    def longest_seconds(self) -> float:
+        return 60 * max(self.start_minutes, self.step_minutes, self.checkpoint_minutes)
+
+
 class TrainingConfig(Component):
     """The loop."""
 
@@ -137,6 +153,7 @@ class TrainingConfig(Component):
         10,
         description="steps whose loss or gradients are no numbers are skipped; more than this many among the last hundred times as many stop the run",
     )
+    hang: HangConfig = Field(default_factory=lambda: HangConfig())
 
 
 class AdaptationLossConfig(LossConfig):

@@ -18,7 +18,16 @@ from antdist.errors import UserError
 from antdist.evaluation.ranking import Ranks
 
 # What of the training section does not change what is learned.
-_OPERATION = {"engine", "zero_stage", "checkpoint_every", "keep_checkpoints", "stop_after", "log_every"}
+_OPERATION = {
+    "engine",
+    "zero_stage",
+    "checkpoint_every",
+    "keep_checkpoints",
+    "stop_after",
+    "log_every",
+    "max_skipped",
+    "hang",
+}
 
 
 class RunKey(BaseModel):

@@ -99,7 +99,7 @@ def _pretrain(config: PretrainConfig, folder: Path, uri: str) -> Pretrained:
     settings = {"config": for_workers(config), "uri": uri, "run_id": tracked.run_id, "folder": str(folder)}
     (folder / "outcome.json").unlink(missing_ok=True)
     with ending_runs(uri, [folder]), ray_session(config.ray), following(folder):
-        run_workers(pretrain_worker, settings, config.ray, config.name)
+        run_workers(pretrain_worker, settings, config.ray, config.name, config.training.hang)
     outcome = read_json(folder / "outcome.json")
     assert outcome is not None, "the workers ended without a word"
     tracked = start_run(uri, config.tracking.experiment, config.name, folder, run_id=tracked.run_id)

@@ -120,7 +120,7 @@ def _relearn(config: RelearnConfig, target: str, folder: Path, uri: str) -> Rele
     else:
         settings = {"config": for_workers(config), "uri": uri, "folder": str(folder)}
         with ending_runs(uri, [outcome.parent for outcome in outcomes]), ray_session(config.ray), following(folder):
-            run_workers(relearn_worker, settings, config.ray, f"{config.name}-{target}")
+            run_workers(relearn_worker, settings, config.ray, f"{config.name}-{target}", config.training.hang)
     _refuse_unfinished(outcomes)
     return _conclude(config, folder, uri, domain.fingerprint, parent_uri)
 

@@ -40,7 +40,7 @@ EARLIER_WORKERS_SECONDS = 120.0
 OPERATIONAL = frozenset(
     {"resume", "name", "profile", "ray", "tracking"}
     | {f"training.{key}" for key in ("engine", "zero_stage", "deepspeed", "checkpoint_every", "keep_checkpoints")}
-    | {f"training.{key}" for key in ("keep_every", "stop_after", "log_every", "max_skipped")}
+    | {f"training.{key}" for key in ("keep_every", "stop_after", "log_every", "max_skipped", "hang")}
 )
 # pre-training may also go on longer, and more carefully once it diverged; trials that are compared may not
 LONGER = frozenset({"training.epochs", "training.patience"})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import re
 import signal
@@ -15,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from antdist import faults
-from antdist.config.schema import RayConfig
+from antdist.config.schema import HangConfig, RayConfig
 from antdist.errors import UserError
 from antdist.features.local_ray import on_loopback
 from antdist.files import read_json, write_json
@@ -31,6 +32,7 @@ WORKER_ENVIRONMENT = {
 }
 
 KNOCK_SECONDS = 10
+COLLECTIVE_SPARE_SECONDS = 120  # that a collective has beyond the watchdogs' limits
 SETTLE_SECONDS = 3  # until a new Ray knows what it has
 
 
@@ -99,8 +101,11 @@ def inside_job() -> bool:
     return "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ
 
 
-def run_workers(work: Callable[[dict[str, Any]], None], settings: dict[str, Any], config: RayConfig, name: str) -> None:
+def run_workers(
+    work: Callable[[dict[str, Any]], None], settings: dict[str, Any], config: RayConfig, name: str, hang: HangConfig
+) -> None:
     """Run `work(settings)` on `ray.workers` Ray Train workers that share a process group: NCCL with GPUs, gloo without.
+    A collective that lasts longer than `hang` allows fails, where no watchdog ended the worker before.
 
     With `ray.min_workers` Ray may start `work` anew with fewer or more of them, as nodes go and come: it asks for the
     number each time (`antdist.training.world.current_world`).
@@ -139,7 +144,9 @@ def run_workers(work: Callable[[dict[str, Any]], None], settings: dict[str, Any]
     number = config.workers if config.fewest == config.workers else (config.fewest, config.workers)
     trainer = TorchTrainer(
         work_or_tell,
-        torch_config=TorchConfig(backend="nccl" if on_gpu else "gloo"),
+        torch_config=TorchConfig(
+            backend="nccl" if on_gpu else "gloo", timeout_s=math.ceil(hang.longest_seconds + COLLECTIVE_SPARE_SECONDS)
+        ),
         scaling_config=ScalingConfig(num_workers=number, use_gpu=on_gpu, resources_per_worker=resources),
         run_config=RunConfig(
             name=name,
@@ -209,7 +216,7 @@ def _told(failure: Exception, config: RayConfig) -> Exception:
         return failure
     log = re.search(r"log_file_path='([^']+)'", str(failure))
     return UserError(
-        "a worker died: killed, out of memory, or its node is gone"
+        "a worker died: killed, out of memory, hung (then hang/ in the run's folder has its stacks), or its node is gone"
         + (f" (its log, on its node: {log[1]})" if log else ""),
         where=f"ray.max_failures {config.max_failures}",
         remedy="the same command goes on from the last checkpoint",

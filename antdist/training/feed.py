@@ -33,6 +33,7 @@ from antdist.training.world import World
 
 AHEAD = 2  # steps
 HELD_SHARE = 0.2  # of a GPU's free memory, for features
+END_SECONDS = 60.0  # that a thread in the middle of a read is given
 HELD_CHUNK = 65536  # items brought to the device at once
 
 
@@ -217,4 +218,4 @@ def _ahead(source: Generator[StepInput, None, None]) -> Iterator[StepInput]:
             yield element
     finally:
         stopped.set()
-        thread.join()
+        thread.join(END_SECONDS)  # it may hang on storage that is gone

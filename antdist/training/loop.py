@@ -49,6 +49,7 @@ from antdist.training.noise import seed_noise
 from antdist.training.numbers import REMEMBERED, WINDOW, forget_from, in_a_row, spike, within_window, write_down
 from antdist.training.saver import Saver
 from antdist.training.schedule import learning_rate
+from antdist.training.watchdog import Watchdog
 from antdist.training.world import World, agree, barrier, row_gather, sum_over_ranks
 
 CHOSEN_BY = "Recall@10"  # on validation users (spec, section 7)
@@ -110,6 +111,11 @@ def train(job: Job) -> Progress:
         Diverged: too many steps were skipped for a loss or gradients that are no numbers; the weights are none. On all ranks.
         UserError: a checkpoint cannot be written; one that is there does not fit. On all ranks.
     """
+    with Watchdog(job.folder, job.world.rank, job.name, job.config.hang) as watchdog:
+        return _train(job, watchdog)
+
+
+def _train(job: Job, watchdog: Watchdog) -> Progress:
     progress = _resume(job)
     stop_at = None if job.config.stop_after is None else progress.step + job.config.stop_after
     trace = job.folder / "profile" / f"rank-{job.world.rank}.json.gz" if job.profile else None
@@ -119,8 +125,10 @@ def train(job: Job) -> Progress:
     with exact_products(job.world.device), Saver(job.folder) as saver, profiled(trace, on_gpu=on_gpu) as step_done:
         meter = Meter(job, progress.step, step_done)
         while progress.finished is None and (stop_at is None or progress.step < stop_at):
-            if _train_epoch(job, progress, meter, saver, stop_at):
+            if _train_epoch(job, progress, meter, saver, stop_at, watchdog):
+                watchdog.at("checkpoint")
                 _end_epoch(job, progress)
+            watchdog.at("checkpoint")
             _checkpoint(job, progress, saver)
         _await_save(job, saver)
     barrier(job.world)
@@ -195,12 +203,15 @@ def _size(parameter: torch.nn.Parameter) -> int:
     return int(getattr(parameter, "ds_numel", parameter.numel()))
 
 
-def _train_epoch(job: Job, progress: Progress, meter: Meter, saver: Saver, stop_at: int | None) -> bool:
+def _train_epoch(
+    job: Job, progress: Progress, meter: Meter, saver: Saver, stop_at: int | None, watchdog: Watchdog
+) -> bool:
     """The rest of the epoch. False if `stop_after` ended it early."""
     job.engine.model.train()
     for step_input in meter.timed(job.feed.epoch(progress.epoch, progress.batch)):
         faults.at("step", rank=job.world.rank, step=step_input.step)
         losses = train_step(job, step_input)
+        watchdog.at("step")
         progress.step, progress.batch = step_input.step + 1, step_input.whole.index + 1
         meter.add(progress, losses, step_input.whole)
         if progress.step == stop_at and progress.batch < job.feed.stream.steps_per_epoch:
@@ -210,7 +221,9 @@ def _train_epoch(job: Job, progress: Progress, meter: Meter, saver: Saver, stop_
             meter.flush(progress)
             # weights that give no numbers may be what a step before made of them: the last good checkpoint stays
             if not in_a_row(progress.skipped, progress.step):
+                watchdog.at("checkpoint")
                 _checkpoint(job, progress, saver)
+                watchdog.at("step")
     meter.flush(progress)
     return True
 

@@ -14,7 +14,7 @@ from typing import Any
 import psutil
 import pytest
 
-from antdist.config.schema import RayConfig
+from antdist.config.schema import HangConfig, RayConfig
 from antdist.errors import UserError
 from antdist.orchestration.session import ray_session, run_workers
 from tests.ranks import free_port
@@ -63,7 +63,7 @@ def test_a_users_mistake_in_a_worker_is_not_tried_again_for_ever(local_ray: None
 
     config = RayConfig(storage=str(tmp_path), max_failures=-1)
     with pytest.raises(UserError, match=r"^items-00000.tar: a torn shard\. Prepare again\.$"):
-        run_workers(work, {"attempts": str(tmp_path / "attempts")}, config, "torn")
+        run_workers(work, {"attempts": str(tmp_path / "attempts")}, config, "torn", HangConfig())
     assert (tmp_path / "attempts").read_text() == "x"
 
 
@@ -73,14 +73,14 @@ def test_a_fault_in_a_worker_keeps_its_traceback(local_ray: None, tmp_path: Path
         raise ZeroDivisionError("of ours")
 
     with pytest.raises(Exception, match=r"in work\n(?s:.)*ZeroDivisionError: of ours"):
-        run_workers(work, {}, RayConfig(storage=str(tmp_path), max_failures=0), "fault")
+        run_workers(work, {}, RayConfig(storage=str(tmp_path), max_failures=0), "fault", HangConfig())
 
 
 @pytest.mark.ray
 def test_workers_that_fit_nowhere_are_not_waited_for(local_ray: None, tmp_path: Path) -> None:
     config = RayConfig(storage=str(tmp_path), workers=1, cpus_per_worker=1000)
     with pytest.raises(UserError, match=r"the workers ask for 1000 CPUs \(\d+ there\) on this machine\. Lower them"):
-        run_workers(print, {}, config, "big")
+        run_workers(print, {}, config, "big", HangConfig())
 
 
 @pytest.mark.ray

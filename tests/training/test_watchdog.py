@@ -1,0 +1,123 @@
+"""A rank that stalls is found within its limit; all ranks end with their stacks written down, and the run goes on from there."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from antdist.config.schema import HangConfig
+from antdist.training.watchdog import HUNG
+from tests.ranks import free_port, on_ranks
+from tests.training.test_loop import NAMES, run
+from tests.worlds import make_domains
+
+PROJECT = Path(__file__).resolve().parents[2]
+PATIENT = 10.0  # minutes
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("data")
+    make_domains(folder, NAMES)
+    return folder
+
+
+def limits(**minutes: float) -> HangConfig:
+    return HangConfig(**{f"{phase}_minutes": minutes.get(phase, PATIENT) for phase in ("start", "step", "checkpoint")})
+
+
+def _rank(rank: int, size: int, port: int, data: Path, folder: Path, options: dict[str, Any]) -> None:
+    import torch
+    import torch.distributed as dist
+
+    torch.set_num_threads(1)
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    dist.init_process_group("gloo", rank=rank, world_size=size)
+    run(data, folder, **options)
+
+
+def statuses(size: int, data: Path, folder: Path, options: dict[str, Any]) -> list[int | None]:
+    """The exit statuses of ranks that train together."""
+    context, port = multiprocessing.get_context("spawn"), free_port()
+    ranks = [context.Process(target=_rank, args=(rank, size, port, data, folder, options)) for rank in range(size)]
+    for process in ranks:
+        process.start()
+    for process in ranks:
+        process.join(120)
+    hung = [process for process in ranks if process.is_alive()]
+    for process in hung:
+        process.kill()
+    assert not hung, "a rank waits forever"
+    return [process.exitcode for process in ranks]
+
+
+def test_a_rank_that_stalls_ends_all_with_their_stacks_and_the_run_goes_on(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    options: dict[str, Any] = {"noise": True, "epochs": 1, "checkpoint_every": 2}
+    straight = on_ranks(2, _run, data, tmp_path / "straight", options)[0]
+    monkeypatch.setenv("ANTDIST_FAULTS", json.dumps([{"fault": "stall", "rank": 1, "step": 5}]))
+    folder = tmp_path / "stalled"
+    assert statuses(2, data, folder, {**options, "hang": limits(step=0.05)}) == [HUNG, HUNG]
+    told = capfd.readouterr().err
+    assert "training: rank 1 made no progress for 0.05 minutes (training.hang.step_minutes): it ends" in told
+    stalled, waiting = ((folder / "hang" / f"rank-{rank}.txt").read_text() for rank in (1, 0))
+    assert "rank 1, phase step" in stalled and "in _happen" in stalled  # where the injector sleeps
+    assert "in train_step" in waiting and "in _happen" not in waiting
+    monkeypatch.delenv("ANTDIST_FAULTS")
+    resumed = on_ranks(2, _run, data, folder, options)[0]
+    assert [step for step, _ in resumed["curve"]] == [step for step, _ in straight["curve"]][4:]
+    for name, weight in straight["weights"].items():
+        np.testing.assert_array_equal(resumed["weights"][name], weight, err_msg=name)
+
+
+def _run(data: Path, folder: Path, options: dict[str, Any]) -> dict[str, Any]:
+    return run(data, folder, **options)
+
+
+@pytest.mark.parametrize(
+    ("phase", "fault"),
+    [
+        ("start", {"at": "step", "step": 0}),
+        ("checkpoint", {"at": "validate"}),
+        ("checkpoint", {"at": "save", "file": "moments.safetensors"}),  # in the background: the next one waits for it
+    ],
+)
+def test_each_phase_has_its_own_limit(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, phase: str, fault: dict[str, Any]
+) -> None:
+    monkeypatch.setenv("ANTDIST_FAULTS", json.dumps([{"fault": "stall", **fault}]))
+    assert statuses(1, data, tmp_path, {"epochs": 1, "hang": limits(**{phase: 0.04})}) == [HUNG]
+    assert f"rank 0, phase {phase}" in (tmp_path / "hang" / "rank-0.txt").read_text()
+
+
+STUCK = """
+import ctypes, sys
+from pathlib import Path
+from antdist.config.schema import HangConfig
+from antdist.training.watchdog import Watchdog
+
+with Watchdog(Path(sys.argv[1]), 0, "stuck", HangConfig(start_minutes=0.01, step_minutes=0.01, checkpoint_minutes=0.01)):
+    ctypes.PyDLL(None).sleep(60)  # keeps the interpreter's lock
+"""
+
+
+def test_an_interpreter_that_is_stuck_ends_too(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", STUCK, str(tmp_path)], cwd=PROJECT, capture_output=True, text=True, timeout=50
+    )
+    assert done.returncode == 1 and "Timeout" in done.stderr and 'File "<string>", line 8' in done.stderr
+
+
+def test_a_run_that_gets_on_is_left_alone(data: Path, tmp_path: Path) -> None:
+    """Many times longer than a limit in all, each step below it."""
+    done = run(data, tmp_path, epochs=9, hang=limits(step=0.02))
+    assert done["progress"].finished == "all epochs done" and not (tmp_path / "hang").exists()
