@@ -12,7 +12,7 @@ from typing import Any, NoReturn, Protocol
 import click
 
 from antdist import __version__
-from antdist.errors import UserError
+from antdist.errors import Preempted, UserError
 
 EXIT_USER_ERROR = 2
 # what a user mends outside of antdist: permissions, a full or read-only disk
@@ -52,6 +52,9 @@ def main() -> NoReturn:
         if error.errno not in THE_MACHINES:
             raise
         _refuse(f"{error.filename or 'file system'}: {error.strerror}.")
+    except Preempted as preempted:
+        click.echo(preempted, err=True)
+        sys.exit(Preempted.EXIT_CODE)
     except click.exceptions.Abort:
         click.echo("stopped", err=True)
         sys.exit(130)

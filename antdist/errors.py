@@ -1,4 +1,4 @@
-"""Mistakes that a user can mend, told in one line: where, what, and what to do; and no secret in what is told."""
+"""Mistakes that a user can mend, told in one line, no secret among it: where, what, and what to do; and the end that is none."""
 
 from __future__ import annotations
 
@@ -37,6 +37,13 @@ class UserError(Exception):
     def __reduce__(self) -> tuple[object, ...]:
         """Survive the trip back from a Ray worker."""
         return (_rebuild, (self.what, self.where, self.remedy))
+
+
+class Preempted(Exception):
+    """The command was asked to stop, and did, with its state on disk: the same command goes on. The command line exits with
+    `EXIT_CODE`, by which a scheduler may tell it from a failure (EX_TEMPFAIL of sysexits.h)."""
+
+    EXIT_CODE = 75
 
 
 def _rebuild(what: str, where: str | None, remedy: str | None) -> UserError:

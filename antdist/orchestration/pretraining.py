@@ -8,20 +8,21 @@ from typing import TYPE_CHECKING, Any
 
 from antdist.config.load import check_config
 from antdist.config.schema import PretrainConfig
-from antdist.errors import UserError
+from antdist.errors import Preempted, UserError
 from antdist.files import read_json, write_json
 from antdist.orchestration.checks import check_pretrain
 from antdist.orchestration.inputs import Inputs, open_domains, open_inputs, rank_together
 from antdist.orchestration.runs import (
     GENTLER,
     LONGER,
+    STOP,
     claimed,
     collect_training_state,
     ending_runs,
     following,
     for_workers,
 )
-from antdist.orchestration.session import enter_worker, ray_session, run_workers
+from antdist.orchestration.session import enter_worker, ray_session, run_workers, stoppable
 from antdist.orchestration.worker import alone, best_model, learn, save_best
 from antdist.progress import say
 from antdist.tracking.registry import Lineage, register, resolve, resolve_training_state
@@ -69,6 +70,7 @@ def pretrain(config: PretrainConfig) -> Pretrained:
     registry holds, in the MLflow run that it came from.
 
     Raises:
+        Preempted: SIGTERM came; the state is saved.
         UserError: whatever `check_pretrain` finds; a run of this name with another configuration, or at work; a loss that
             diverged.
     """
@@ -98,11 +100,14 @@ def _pretrain(config: PretrainConfig, folder: Path, uri: str) -> Pretrained:
     tracked.finish(status=None)
     settings = {"config": for_workers(config), "uri": uri, "run_id": tracked.run_id, "folder": str(folder)}
     (folder / "outcome.json").unlink(missing_ok=True)
-    with ending_runs(uri, [folder]), ray_session(config.ray), following(folder):
+    with ending_runs(uri, [folder]), ray_session(config.ray), following(folder), stoppable(folder / STOP):
         run_workers(pretrain_worker, settings, config.ray, config.name, config.training.hang)
     outcome = read_json(folder / "outcome.json")
     assert outcome is not None, "the workers ended without a word"
     tracked = start_run(uri, config.tracking.experiment, config.name, folder, run_id=tracked.run_id)
+    if outcome.get("preempted"):
+        tracked.finish("KILLED")
+        raise Preempted(outcome["preempted"])
     if outcome.get("error"):
         tracked.finish("FAILED")
         raise UserError(**outcome["error"])
@@ -138,6 +143,8 @@ def pretrain_worker(settings: dict[str, Any]) -> None:
     try:
         with alone(world, folder):
             outcome = _train(config, world, folder, tracked, settings["uri"])
+    except Preempted as preempted:
+        outcome = {"preempted": str(preempted)}
     except Diverged as error:  # on all ranks alike: a restart by Ray would only repeat it
         outcome = {"error": {"what": error.what, "where": error.where, "remedy": error.remedy}}
     finally:

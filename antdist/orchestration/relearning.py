@@ -13,13 +13,13 @@ import numpy as np
 
 from antdist.config.load import check_config
 from antdist.config.schema import RelearnConfig, Strategy
-from antdist.errors import UserError
+from antdist.errors import Preempted, UserError
 from antdist.files import read_json, write_json
 from antdist.orchestration.checks import check_relearn
 from antdist.orchestration.inputs import Inputs, open_domains, open_inputs, rank_together
 from antdist.orchestration.pretraining import feature_sources
-from antdist.orchestration.runs import claimed, ending_runs, following, for_workers
-from antdist.orchestration.session import enter_worker, ray_session, run_workers
+from antdist.orchestration.runs import STOP, claimed, ending_runs, following, for_workers
+from antdist.orchestration.session import enter_worker, ray_session, run_workers, stoppable
 from antdist.orchestration.worker import alone, best_model, learn, save_best
 from antdist.progress import say
 from antdist.tracking.registry import Lineage, register, resolve
@@ -95,6 +95,7 @@ def relearn(config: RelearnConfig) -> Relearned:
     Trials that are finished under the same name are not run again.
 
     Raises:
+        Preempted: SIGTERM came; the state is saved.
         UserError: whatever `check_relearn` finds; a run of this name with another configuration, or at work; a loss that
             diverged; trials that `training.stop_after` ended early.
     """
@@ -115,12 +116,17 @@ def _relearn(config: RelearnConfig, target: str, folder: Path, uri: str) -> Rele
     for strategy, seed in trials:
         _open_trial(config, strategy, seed, folder, uri, _lineage(config, domain.fingerprint, strategy, parent_uri))
     outcomes = [trial_folder(folder, *trial) / "outcome.json" for trial in trials]
+    preempted = folder / "preempted.json"
     if all(outcome.is_file() for outcome in outcomes):
         say("all trials are finished: nothing is trained")
     else:
         settings = {"config": for_workers(config), "uri": uri, "folder": str(folder)}
-        with ending_runs(uri, [outcome.parent for outcome in outcomes]), ray_session(config.ray), following(folder):
+        preempted.unlink(missing_ok=True)
+        trial_folders = [outcome.parent for outcome in outcomes]
+        with ending_runs(uri, trial_folders), ray_session(config.ray), following(folder), stoppable(folder / STOP):
             run_workers(relearn_worker, settings, config.ray, f"{config.name}-{target}", config.training.hang)
+        if told := read_json(preempted):
+            raise Preempted(told["preempted"])
     _refuse_unfinished(outcomes)
     return _conclude(config, folder, uri, domain.fingerprint, parent_uri)
 
@@ -280,7 +286,12 @@ def relearn_worker(settings: dict[str, Any]) -> None:
             for seed in config.seeds:
                 mine = trial_folder(folder, strategy, seed)
                 if not agree(world, (mine / "outcome.json").is_file()):
-                    _run_trial(config, strategy, seed, mine, parent, world, settings["uri"])
+                    try:
+                        _run_trial(config, strategy, seed, mine, parent, world, settings["uri"])
+                    except Preempted as preempted:
+                        if world.leader:
+                            write_json(folder / "preempted.json", {"preempted": str(preempted)})
+                        return
 
 
 def _run_trial(
@@ -296,6 +307,9 @@ def _run_trial(
     try:
         outcome = _train_trial(config, strategy, seed, folder, parent, world, tracked)
         status = "FINISHED" if outcome is not None else "KILLED"
+    except Preempted:
+        status = "KILLED"
+        raise
     except Diverged as error:  # on all ranks alike: a restart by Ray would only repeat it
         outcome = {"error": {"what": error.what, "where": error.where, "remedy": error.remedy}}
     finally:

@@ -6,6 +6,9 @@ STORAGE/NAME/
   log.txt         what the leader said
   live.json       how it goes
   outcome.json    what became of it
+  stop            while the workers are asked to save their state and leave
+  hang/           the stacks of a rank that made no progress
+  skipped.jsonl   steps without numbers, and their data
   lock, leader.lock   held by the command, by the leading worker
   checkpoints/  best/  model/  training_state/
   profile/        a trace of some steps a worker, where profile=true asks for it
@@ -35,6 +38,7 @@ from antdist.progress import QUIET_SECONDS, say, tee
 from antdist.training.live import Live
 
 EARLIER_WORKERS_SECONDS = 120.0
+STOP = "stop"
 
 # keys that may differ between two starts of a run: how and how long, not what
 OPERATIONAL = frozenset(

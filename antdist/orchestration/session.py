@@ -89,6 +89,36 @@ def _terminable() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
+@contextlib.contextmanager
+def stoppable(ask: Path) -> Iterator[None]:
+    """Within the block SIGTERM makes the file `ask`, by which workers are asked to save their state and leave; a second one
+    ends the command at once."""
+    ask.unlink(missing_ok=True)
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def tell(*_: object) -> None:
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
+        ask.touch()
+
+    before = signal.signal(signal.SIGTERM, tell)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+        ask.unlink(missing_ok=True)
+
+
+def node_is_going() -> bool:
+    """On a worker: whether Ray is about to take a node from its group, as it does after `ray drain-node`, a notice of a
+    spot instance's end, or SIGTERM to `ray start --block`. Ray Train starts the group again without that node."""
+    # ray.train.get_preemption_info() asks an actor and waits for all workers, each time; the loop agrees by itself
+    from ray.train.v2._internal.execution.context import get_train_context
+
+    return get_train_context().preemption_context.preemption_info is not None
+
+
 def _knock(address: str) -> None:
     """Raise OSError if nothing listens at HOST:PORT, which Ray would try for many minutes."""
     if found := re.fullmatch(r"(?:ray://)?\[?([^/]+?)\]?:(\d+)", address):

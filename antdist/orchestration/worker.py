@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from antdist.config.schema import LossConfig, TrainingConfig
 from antdist.orchestration.inputs import Inputs
-from antdist.orchestration.runs import leading, show_live
+from antdist.orchestration.runs import STOP, leading, show_live
+from antdist.orchestration.session import node_is_going
 
 if TYPE_CHECKING:
     from antdist.model.io import ModelCard
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
     from antdist.tracking.run import TrackedRun
     from antdist.training.checkpoint import Checkpoint
     from antdist.training.engine import Engine
-    from antdist.training.loop import Metrics, Progress
+    from antdist.training.loop import Asked, Metrics, Progress
     from antdist.training.world import World
 
 
@@ -64,6 +65,17 @@ def learn(
         if tracked is not None:
             tracked.log(metrics, step)
 
+    asked_by, saved = (log_folder or folder) / STOP, False
+
+    def asked() -> Asked:
+        nonlocal saved
+        if world.leader and asked_by.exists():
+            return "stop"
+        if saved or not node_is_going():
+            return None
+        saved = True
+        return "save"
+
     job = Job(
         engine=engine,
         feed=Feed(inputs.stream, inputs.catalogue, loss, inputs.popularity, training.accumulation, seed, world),
@@ -74,6 +86,7 @@ def learn(
         validate=validate,
         report=report,
         live=lambda live: show_live(log_folder or folder, live),
+        asked=asked,
         name=name,
         start=start,
         profile=profile,

@@ -17,7 +17,7 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -26,7 +26,7 @@ from antdist import faults
 from antdist.batch import GlobalBatch
 from antdist.config.schema import TrainingConfig
 from antdist.data.stream import StreamState
-from antdist.errors import UserError
+from antdist.errors import Preempted, UserError
 from antdist.files import flush_to_disk
 from antdist.products import exact_products
 from antdist.profiling import part, profiled
@@ -56,6 +56,7 @@ CHOSEN_BY = "Recall@10"  # on validation users (spec, section 7)
 SHOWN = ("loss", f"validation/{CHOSEN_BY}", "validation/NDCG@10")  # after each validation
 SKIPPED = "skipped.jsonl"
 Metrics = dict[str, float]
+Asked = Literal["save", "stop"] | None
 
 
 class Diverged(UserError):
@@ -85,7 +86,8 @@ class Job:
     """One training run on this rank.
 
     `validate` is collective and returns the same metrics on every rank; `report` gets curves and `live` how it goes, on the
-    leader. `start` is a state to begin from where `folder` has no checkpoint of its own. `profile`: each rank writes a trace of
+    leader. `asked` tells on each rank, where the curves get a point, whether to take a checkpoint and perhaps to stop: what one
+    rank hears, all do. `start` is a state to begin from where `folder` has no checkpoint of its own. `profile`: each rank writes a trace of
     some steps to `folder/profile`.
     """
 
@@ -98,6 +100,7 @@ class Job:
     validate: Callable[[], Metrics]
     report: Callable[[Metrics, int], None]
     live: Callable[[Live], None] = say_line
+    asked: Callable[[], Asked] = lambda: None
     name: str = "training"
     start: Checkpoint | None = None
     profile: bool = False
@@ -109,6 +112,7 @@ def train(job: Job) -> Progress:
 
     Raises:
         Diverged: too many steps were skipped for a loss or gradients that are no numbers; the weights are none. On all ranks.
+        Preempted: `job.asked` to stop; a checkpoint of the last step is on disk. On all ranks.
         UserError: a checkpoint cannot be written; one that is there does not fit. On all ranks.
     """
     with Watchdog(job.folder, job.world.rank, job.name, job.config.hang) as watchdog:
@@ -217,6 +221,7 @@ def _train_epoch(
         if progress.step == stop_at and progress.batch < job.feed.stream.steps_per_epoch:
             meter.flush(progress)
             return False
+        _heed(job, progress, meter, saver, watchdog)
         if job.config.checkpoint_every and progress.step % job.config.checkpoint_every == 0:
             meter.flush(progress)
             # weights that give no numbers may be what a step before made of them: the last good checkpoint stays
@@ -225,7 +230,25 @@ def _train_epoch(
                 _checkpoint(job, progress, saver)
                 watchdog.at("step")
     meter.flush(progress)
+    _heed(job, progress, meter, saver, watchdog)
     return True
+
+
+def _heed(job: Job, progress: Progress, meter: Meter, saver: Saver, watchdog: Watchdog) -> None:
+    """Do what a rank was asked for, as the meter heard. At an epoch's end that is before the validation: a resume makes up
+    for it."""
+    asked, meter.asked = meter.asked, None
+    if asked is None:
+        return
+    watchdog.at("checkpoint")
+    if not in_a_row(progress.skipped, progress.step):
+        _checkpoint(job, progress, saver)
+    _await_save(job, saver)
+    if asked == "stop":
+        raise Preempted(f"{job.name}: stopped after step {progress.step}, as asked; the same command goes on")
+    if job.world.leader:
+        say(f"{job.name}: a checkpoint of step {progress.step}, as a node is about to go")
+    watchdog.at("step")
 
 
 def train_step(job: Job, step_input: StepInput) -> Tensor:
@@ -397,6 +420,7 @@ class Meter:
     def __init__(self, job: Job, step: int, step_done: Callable[[], None]) -> None:
         self.job, self.step_done, self.pending = job, step_done, list[tuple[Tensor, GlobalBatch]]()
         self.waited, self.since = 0.0, time.perf_counter()
+        self.asked: Asked = None  # by any rank, since the last point
         self.first, self.begun = step, time.perf_counter()
         self.told = self.begun
 
@@ -419,11 +443,16 @@ class Meter:
             self.flush(progress)
 
     def flush(self, progress: Progress) -> None:
-        """Sum the pending losses over ranks, into the epoch's mean and the curves. Collective."""
+        """Sum the pending losses over ranks, into the epoch's mean and the curves; hear what ranks are asked. Collective."""
         if not self.pending:
             return
+        asked = self.job.asked()
+        heard = torch.tensor([[asked == "stop", asked == "save", 0, 0]]).to(self.pending[0][0])
         # one copy from the device for all pending steps
-        losses = sum_over_ranks(self.job.world, torch.stack([losses for losses, _ in self.pending])).double().cpu()
+        rows = sum_over_ranks(self.job.world, torch.cat([torch.stack([losses for losses, _ in self.pending]), heard]))
+        *_, (stop, save, _, _) = rows = rows.double().cpu()
+        self.asked = "stop" if stop else "save" if save else self.asked
+        losses = rows[:-1]
         counts = torch.tensor([batch.predictions for _, batch in self.pending], dtype=torch.float64)
         skipped = self._skipped(losses)
         weights = counts * ~skipped

@@ -5,7 +5,9 @@ from __future__ import annotations
 import contextlib
 import gzip
 import json
+import os
 import shutil
+import signal
 import threading
 import time
 from collections.abc import Iterator
@@ -21,7 +23,7 @@ from safetensors.numpy import load_file
 from antdist.cli import cli
 from antdist.config.load import check_config
 from antdist.config.schema import PretrainConfig, RayConfig, RelearnConfig
-from antdist.errors import UserError
+from antdist.errors import Preempted, UserError
 from antdist.model.io import read_card
 from antdist.orchestration.pretraining import Pretrained, pretrain
 from antdist.orchestration.relearning import relearn
@@ -243,6 +245,48 @@ def test_a_killed_worker_costs_nothing(world: Path, tmp_path: Path) -> None:
     assert "goes on at step" in (folder / "log.txt").read_text()
     for name, weight in weights(straight.folder / "model").items():
         np.testing.assert_array_equal(weights(killed.folder / "model")[name], weight, err_msg=name)
+
+
+def test_a_terminated_command_saves_and_the_same_command_goes_on(world: Path, pretrained: Pretrained) -> None:
+    """SIGTERM to the driver, before the second of nine steps: no worker dies, nothing is repeated, nothing differs."""
+    folder = world / "runs" / "terminated"
+    config = pretrain_config(world, "terminated")
+    terminator = threading.Thread(target=terminate_once, args=(folder / "lock",))
+    terminator.start()
+    with pytest.raises(Preempted, match=r"terminated: stopped after step \d+, as asked; the same command goes on"):
+        pretrain(config)
+    terminator.join()
+    assert not (folder / "stop").exists()
+    known = json.loads((folder / "run.json").read_text())["run_id"]
+    assert connect(f"sqlite:///{world}/runs/mlflow.db").get_run(known).info.status == "KILLED"
+    done = pretrain(config)
+    assert done.finished == "all epochs done" and curve(done) == curve(pretrained)
+    for name, weight in weights(pretrained.folder / "model").items():
+        np.testing.assert_array_equal(weights(done.folder / "model")[name], weight, err_msg=name)
+
+
+def terminate_once(ready: Path) -> None:
+    """SIGTERM to this process, once SIGTERM would be heard by the run."""
+    before = signal.getsignal(signal.SIGTERM)
+    while signal.getsignal(signal.SIGTERM) in (before, signal.default_int_handler):
+        time.sleep(0.02)
+    assert ready.exists()
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+def test_a_relearning_that_is_terminated_goes_on_with_its_trial(world: Path) -> None:
+    config = relearn_config(world, name="parted", strategy="scratch")
+    terminator = threading.Thread(target=terminate_once, args=(world / "runs" / "parted" / "target" / "lock",))
+    terminator.start()
+    with pytest.raises(Preempted, match=r"target scratch seed 0: stopped after step \d+, as asked"):
+        relearn(config)
+    terminator.join()
+    done = relearn(config)
+    whole = relearn(relearn_config(world, name="whole", strategy="scratch"))
+    for seed in (0, 1):
+        ours, theirs = (weights(each.folder / f"scratch-seed{seed}" / "model") for each in (done, whole))
+        for name, weight in theirs.items():
+            np.testing.assert_array_equal(ours[name], weight, err_msg=name)
 
 
 def test_a_worker_that_dies_for_good_is_one_line(world: Path) -> None:

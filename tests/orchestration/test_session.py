@@ -16,7 +16,7 @@ import pytest
 
 from antdist.config.schema import HangConfig, RayConfig
 from antdist.errors import UserError
-from antdist.orchestration.session import ray_session, run_workers
+from antdist.orchestration.session import node_is_going, ray_session, run_workers
 from tests.ranks import free_port
 from tests.worlds import make_domains
 
@@ -77,6 +77,24 @@ def test_a_fault_in_a_worker_keeps_its_traceback(local_ray: None, tmp_path: Path
 
 
 @pytest.mark.ray
+def test_a_worker_knows_that_its_node_is_going(local_ray: None, tmp_path: Path) -> None:
+    """Ray's notice, as its watcher leaves it with each worker; a real one takes the node away."""
+
+    def work(settings: dict[str, Any]) -> None:
+        from ray.train import PreemptionInfo
+        from ray.train.v2._internal.execution.context import get_train_context
+
+        before = node_is_going()
+        get_train_context().preemption_context.preemption_info = PreemptionInfo(None, {"node": [0]})
+        Path(settings["told"]).write_text(f"{before} {node_is_going()}")
+        get_train_context().preemption_context.preemption_info = None
+
+    settings = {"told": str(tmp_path / "told")}
+    run_workers(work, settings, RayConfig(storage=str(tmp_path), max_failures=0), "going", HangConfig())
+    assert (tmp_path / "told").read_text() == "False True"
+
+
+@pytest.mark.ray
 def test_workers_that_fit_nowhere_are_not_waited_for(local_ray: None, tmp_path: Path) -> None:
     config = RayConfig(storage=str(tmp_path), workers=1, cpus_per_worker=1000)
     with pytest.raises(UserError, match=r"the workers ask for 1000 CPUs \(\d+ there\) on this machine\. Lower them"):
@@ -107,7 +125,7 @@ def test_a_range_of_workers_takes_what_there_is(local_ray: None, tmp_path: Path)
 @pytest.mark.ray
 @pytest.mark.parametrize("sign", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
 def test_a_signal_ends_a_run_in_order(sign: int, tmp_path: Path) -> None:
-    """Ctrl-C and a scheduler's SIGTERM: exit code 130, no traceback, no worker left."""
+    """Ctrl-C ends it at once, exit code 130; a scheduler's SIGTERM once the state is saved, 75. No traceback, no worker left."""
     make_domains(tmp_path / "data", ["aa"])
     overrides = [
         "name=long", f"data.root={tmp_path}/data", "data.domains=[aa]", f"ray.storage={tmp_path}/runs", "model.dim=8",
@@ -126,8 +144,9 @@ def test_a_signal_ends_a_run_in_order(sign: int, tmp_path: Path) -> None:
         time.sleep(0.2)
     started = psutil.Process(process.pid).children(recursive=True)
     process.send_signal(sign)
-    assert process.wait(timeout=30) == 130
+    assert process.wait(timeout=30) == {signal.SIGINT: 130, signal.SIGTERM: 75}[sign]
     told = (tmp_path / "said").read_text()
-    assert told.rstrip().endswith("stopped") and "Traceback" not in told
+    last = {signal.SIGINT: "stopped", signal.SIGTERM: "as asked; the same command goes on"}[sign]
+    assert told.rstrip().endswith(last) and "Traceback" not in told
     left = psutil.wait_procs(started, timeout=20)[1]
     assert not left, left

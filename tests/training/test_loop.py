@@ -43,6 +43,7 @@ def run(
     loss: dict[str, Any] | None = None,
     recalls: list[float] | None = None,
     profile: bool = False,
+    asked: Any = lambda: None,
     **training: Any,
 ) -> dict[str, Any]:
     """Train a small model on two domains; give the curve, the last weights and the progress."""
@@ -85,6 +86,7 @@ def run(
         seed=3,
         validate=lambda: {"Recall@10": next(validations), "NDCG@10": 0.05},
         report=report,
+        asked=asked,
         start=load_checkpoint(start) if start else None,
         profile=profile,
     )
