@@ -12,7 +12,6 @@ from __future__ import annotations
 import faulthandler
 import os
 import threading
-import time
 from datetime import UTC, datetime
 from pathlib import Path
 from types import TracebackType
@@ -37,16 +36,15 @@ class Watchdog:
             "checkpoint": 60 * limits.checkpoint_minutes,
         }
         self.tick = min(5.0, min(self.limits.values()) / 4)
-        self._phase: tuple[Phase, float] = ("start", time.monotonic())
+        self._stage: tuple[Phase, int] = ("start", 0)
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
 
     def at(self, phase: Phase) -> None:
         """A phase begins, or the next step does."""
-        self._phase = (phase, time.monotonic())
+        self._stage = (phase, self._stage[1] + 1)
 
     def __enter__(self) -> Watchdog:
-        self.at("start")
         self._thread.start()
         return self
 
@@ -58,14 +56,17 @@ class Watchdog:
         faulthandler.cancel_dump_traceback_later()
 
     def _watch(self) -> None:
+        # ticks are counted, as the clock goes on while the whole process is stopped
+        seen, ticks = self._stage, 0
         while True:
             # set anew while this thread runs; it needs no interpreter to go off
             faulthandler.dump_traceback_later(max(self.limits.values()) + 2 * self.tick, exit=True, file=STANDARD_ERROR)
             if self._over.wait(self.tick):
                 return
-            phase, since = self._phase
-            if time.monotonic() - since > self.limits[phase]:
-                self._end(phase)
+            ticks = ticks + 1 if self._stage == seen else 0
+            seen = self._stage
+            if ticks * self.tick > self.limits[seen[0]]:
+                self._end(seen[0])
 
     def _end(self, phase: Phase) -> None:
         self.file.parent.mkdir(parents=True, exist_ok=True)
