@@ -116,10 +116,10 @@ def test_a_range_of_workers_takes_what_there_is(local_ray: None, tmp_path: Path)
 
     half = int(ray.cluster_resources()["CPU"]) // 2
     config = RayConfig(storage=str(tmp_path), workers=3, min_workers=1, cpus_per_worker=half)
-    run_workers(work, {"folder": str(tmp_path)}, config, "range")
+    run_workers(work, {"folder": str(tmp_path)}, config, "range", HangConfig())
     assert sorted(path.name for path in tmp_path.glob("rank-*")) == ["rank-0-of-2", "rank-1-of-2"]
     with pytest.raises(UserError, match=r"the workers ask for \d+ CPUs"):
-        run_workers(work, {}, config.model_copy(update={"min_workers": 3}), "much")
+        run_workers(work, {}, config.model_copy(update={"min_workers": 3}), "much", HangConfig())
 
 
 @pytest.mark.ray
