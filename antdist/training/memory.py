@@ -1,42 +1,23 @@
-"""Memory between steps on a CPU: kept for the next step's tensors, and what is too much given back. Linux with glibc only.
-
-glibc takes each large tensor from the system and gives it back at once: the next one costs a page fault every 4 KiB, a fifth
-of a training step. Told to keep all, it would pile up gigabytes between small tensors.
-"""
+"""Give memory back to the system. glibc keeps what a step's large tensors leave between small ones; gigabytes pile up."""
 
 from __future__ import annotations
 
 import ctypes
 import sys
 import time
-from typing import Any
 
 SECONDS = 10.0
-M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4  # of malloc.h
 
 _last = 0.0
 
 
-def keep_memory() -> None:
-    """From now on what is freed in this process waits for the next tensor, until `release_now_and_then`."""
-    mallopt = _of_glibc("mallopt")
-    if mallopt is not None:
-        mallopt(M_MMAP_MAX, 0)
-        mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
-        mallopt(M_TOP_PAD, 2**28)
-
-
 def release_now_and_then() -> None:
-    """Return the allocator's free pages to the system (about 40 ms), at most every ten seconds."""
+    """Return the allocator's free pages to the system (about 40 ms), at most every ten seconds. Linux with glibc only."""
     global _last
     now = time.monotonic()
-    if now - _last < SECONDS:
+    if now - _last < SECONDS or not sys.platform.startswith("linux"):
         return
     _last = now
-    trim = _of_glibc("malloc_trim")
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:
         trim(0)
-
-
-def _of_glibc(function: str) -> Any:
-    return getattr(ctypes.CDLL(None), function, None) if sys.platform.startswith("linux") else None
