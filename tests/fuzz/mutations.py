@@ -70,7 +70,8 @@ def mutate_tree(tree: Any, random: Random, changes: int | None = None) -> Any:
         if kind < 3:
             holder[key] = some_value(random)
         elif kind == 3 and isinstance(holder[key], int | float) and not isinstance(holder[key], bool):
-            holder[key] += random.choice([-1, 1, 0.5, 2**33])
+            with contextlib.suppress(OverflowError):  # a whole number that no fraction can be added to
+                holder[key] += random.choice([-1, 1, 0.5, 2**33])
         elif kind == 4:
             del holder[key]
         elif kind == 5:
