@@ -50,9 +50,9 @@ def _poisoned(kind: str, **options: Any) -> tuple[dict[str, Any], dict[str, Any]
     def step(spoilt: bool) -> dict[str, Any]:
         x = torch.randn(12, 6, generator=torch.Generator().manual_seed(len(told)))[world.rank :: world.size]
         loss = (engine.forward(x) - 1).square().sum() / 12
-        # of one layer alone, whose moments are on one rank alone where they are shared
-        layer = dict(engine.model.named_parameters())["0.weight"]
-        spoiler = layer.register_hook(lambda gradient: gradient * float("inf" if options.get("clip") else "nan"))
+        # of one number alone, whose moments are on one rank alone where they are shared
+        last = dict(engine.model.named_parameters())["3.bias"]
+        spoiler = last.register_hook(lambda gradient: gradient * float("inf" if options.get("clip") else "nan"))
         if not spoilt or world.rank < world.size - 1:
             spoiler.remove()
         engine.backward(loss, last=True)
