@@ -135,8 +135,8 @@ def test_what_a_skipped_batch_held_is_written_down_with_its_users(
         for place, users in line["domains"].get(domain.name, {}).items():
             name, key = place.split()
             shard = next(shard for shard in domain.manifest.sequence_shards if shard.name == name)
-            first = shard.first_user
-            for block, entry in zip(read_blocks(domain.folder, shard), shard.blocks, strict=True):
+            first, blocks = shard.first_user, read_blocks(domain.folder, shard, domain.manifest.items)
+            for block, entry in zip(blocks, shard.blocks, strict=True):
                 if entry.key == key:
                     assert all(first <= user < first + len(block.offsets) - 1 for user in users)
                 first += len(block.offsets) - 1
