@@ -216,6 +216,11 @@ class TrackingConfig(Component):
     uri: str | None = None
     experiment: str = "antdist"
     registered_model: str | None = Field(None, description="name in the registry; null: the run's name")
+    offline_ok: bool = Field(
+        False,
+        description="true: a run starts though the store is away; its records wait on disk until the store is back, at the "
+        "latest until the same command is run again",
+    )
 
 
 PROFILE = "true: each worker writes a trace of some steps to profile/ in the run's folder, for Perfetto"

@@ -58,7 +58,14 @@ def check_pretrain(config: PretrainConfig) -> CheckReport:
 
 def check_relearn(config: RelearnConfig) -> CheckReport:
     """Raises UserError at the first thing that would stop the run."""
-    from antdist.orchestration.relearning import available, open_parent, parent_notes, relearn_inputs, strategies_of
+    from antdist.orchestration.relearning import (
+        available,
+        find_parent,
+        open_parent,
+        parent_notes,
+        relearn_inputs,
+        strategies_of,
+    )
     from antdist.training.adaptation import adapt, needs_parent
 
     report = CheckReport()
@@ -67,7 +74,7 @@ def check_relearn(config: RelearnConfig) -> CheckReport:
             "no target is named", where="target", remedy="give target=NAME, a prepared domain below data.root"
         )
     _check_common(config, report)
-    parent = open_parent(config, _tracking(config))
+    parent = open_parent(find_parent(config, _tracking(config)))
     for strategy in strategies_of(config):
         inputs = relearn_inputs(config, strategy, parent)
         catalogue_size = inputs.catalogue.size if config.model.item_embeddings else None
@@ -120,8 +127,13 @@ def _check_common(config: PretrainConfig | RelearnConfig, report: CheckReport) -
         )
     report.checked.append("configuration")
     uri = _tracking(config)
-    check_reachable(uri)
-    report.checked.append(f"tracking store {redact(uri)}")
+    try:
+        check_reachable(uri)
+        report.checked.append(f"tracking store {redact(uri)}")
+    except UserError as error:
+        if not config.tracking.offline_ok:
+            raise
+        report.notes.append(f"offline, since tracking.offline_ok is set: records wait on disk ({error})")
 
 
 def _contradiction(key: str, what: str, remedy: str) -> None:

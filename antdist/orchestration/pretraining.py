@@ -16,6 +16,7 @@ from antdist.orchestration.runs import (
     GENTLER,
     LONGER,
     STOP,
+    brought,
     claimed,
     collect_training_state,
     ending_runs,
@@ -26,13 +27,12 @@ from antdist.orchestration.session import enter_worker, ray_session, run_workers
 from antdist.orchestration.worker import alone, best_model, learn, save_best
 from antdist.progress import say
 from antdist.tracking.registry import Lineage, register, resolve, resolve_training_state
-from antdist.tracking.run import start_run
+from antdist.tracking.run import TrackedRun, start_run, stored_run
 from antdist.tracking.store import redact, tracking_uri
 
 if TYPE_CHECKING:
     from antdist.model.io import ModelCard
     from antdist.model.recommender import Recommender
-    from antdist.training.checkpoint import Checkpoint
     from antdist.training.loop import Metrics
     from antdist.training.world import World
 
@@ -95,10 +95,18 @@ def _pretrain(config: PretrainConfig, folder: Path, uri: str) -> Pretrained:
         config=config.model_dump(mode="json", by_alias=True),
         tags=lineage.tags(),
         run_id=run_id,
+        offline_ok=config.tracking.offline_ok,
     )
     write_json(folder / "run.json", {"run_id": tracked.run_id})
     tracked.finish(status=None)
-    settings = {"config": for_workers(config), "uri": uri, "run_id": tracked.run_id, "folder": str(folder)}
+    state = _registered_state(config, folder, uri)
+    settings = {
+        "config": for_workers(config),
+        "uri": uri,
+        "run_id": tracked.run_id,
+        "folder": str(folder),
+        "state": None if state is None else str(state),
+    }
     (folder / "outcome.json").unlink(missing_ok=True)
     with ending_runs(uri, [folder]), ray_session(config.ray), following(folder), stoppable(folder / STOP):
         run_workers(pretrain_worker, settings, config.ray, config.name, config.training.hang)
@@ -111,9 +119,10 @@ def _pretrain(config: PretrainConfig, folder: Path, uri: str) -> Pretrained:
     if outcome.get("error"):
         tracked.finish("FAILED")
         raise UserError(**outcome["error"])
+    run_id = stored_run(uri, tracked.run_id, folder)
     version = register(
         uri,
-        tracked.run_id,
+        run_id,
         folder / "model",
         config.tracking.registered_model or config.name,
         lineage,
@@ -123,9 +132,7 @@ def _pretrain(config: PretrainConfig, folder: Path, uri: str) -> Pretrained:
     undelivered = tracked.finish("FINISHED")
     if undelivered:
         say(f"{undelivered.records} tracking records wait in {undelivered.outbox}")
-    return Pretrained(
-        folder, version.uri, version.champion, tracked.run_id, uri, outcome["finished"], outcome["history"]
-    )
+    return Pretrained(folder, version.uri, version.champion, run_id, uri, outcome["finished"], outcome["history"])
 
 
 def pretrain_worker(settings: dict[str, Any]) -> None:
@@ -137,25 +144,28 @@ def pretrain_worker(settings: dict[str, Any]) -> None:
     from antdist.training.world import current_world
 
     world, folder = current_world(), Path(settings["folder"])
-    tracked = None
-    if world.leader:
-        tracked = start_run(settings["uri"], config.tracking.experiment, config.name, folder, run_id=settings["run_id"])
-    try:
-        with alone(world, folder):
-            outcome = _train(config, world, folder, tracked, settings["uri"])
-    except Preempted as preempted:
-        outcome = {"preempted": str(preempted)}
-    except Diverged as error:  # on all ranks alike: a restart by Ray would only repeat it
-        outcome = {"error": {"what": error.what, "where": error.where, "remedy": error.remedy}}
-    finally:
-        if tracked is not None:
-            tracked.finish(status=None)
-    if world.leader:
-        write_json(folder / "outcome.json", outcome)
+    with alone(world, folder):
+        tracked = None
+        if world.leader:
+            tracked = TrackedRun(settings["uri"], settings["run_id"], folder, resumed=True)
+        try:
+            outcome = _train(config, world, folder, tracked, settings["state"])
+        except Preempted as preempted:
+            outcome = {"preempted": str(preempted)}
+        except Diverged as error:  # on all ranks alike: a restart by Ray would only repeat it
+            outcome = {"error": {"what": error.what, "where": error.where, "remedy": error.remedy}}
+        finally:
+            if tracked is not None:
+                tracked.finish(status=None)
+        if world.leader:
+            write_json(folder / "outcome.json", outcome)
 
 
-def _train(config: PretrainConfig, world: World, folder: Path, tracked: Any, uri: str) -> dict[str, Any]:
+def _train(
+    config: PretrainConfig, world: World, folder: Path, tracked: TrackedRun | None, state: str | None
+) -> dict[str, Any]:
     from antdist.model.recommender import build_recommender, centre
+    from antdist.training.checkpoint import load_latest
 
     inputs = pretrain_inputs(config)
     model = build_recommender(config.model, inputs.catalogue.dims, seed=config.seed)
@@ -173,7 +183,7 @@ def _train(config: PretrainConfig, world: World, folder: Path, tracked: Any, uri
         name=config.name,
         evaluate=evaluate,
         tracked=tracked,
-        start=_registered_state(config, folder, uri) if world.leader else None,
+        start=load_latest(Path(state) / "checkpoints") if state is not None and world.leader else None,
         profile=config.profile,
     )
     best = best_model(model, folder, progress, world)
@@ -199,8 +209,9 @@ def pretrain_inputs(config: PretrainConfig) -> Inputs:
     )
 
 
-def _registered_state(config: PretrainConfig, folder: Path, uri: str) -> Checkpoint | None:
-    """The state that `resume` names; not looked for where the run has checkpoints of its own, as after a restart."""
+def _registered_state(config: PretrainConfig, folder: Path, uri: str) -> Path | None:
+    """The state that `resume` names, in the run's folder; not looked for where the run has checkpoints of its own, as after
+    a restart."""
     from antdist.training.checkpoint import load_latest, steps_in
 
     if config.resume is None:
@@ -208,12 +219,12 @@ def _registered_state(config: PretrainConfig, folder: Path, uri: str) -> Checkpo
     if steps_in(folder / "checkpoints"):
         say(f"{config.name}: has checkpoints of its own in {folder}, so {config.resume} is not read")
         return None
-    found = load_latest(resolve_training_state(config.resume, uri) / "checkpoints")
-    if found is None:
+    state = resolve_training_state(config.resume, uri)
+    if load_latest(state / "checkpoints") is None:
         raise UserError(
             "its training state holds no whole checkpoint", where=config.resume, remedy="resume another version"
         )
-    return found
+    return brought(state, folder)
 
 
 def _evaluator(config: PretrainConfig, inputs: Inputs, world: World) -> Any:

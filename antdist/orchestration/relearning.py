@@ -18,12 +18,12 @@ from antdist.files import read_json, write_json
 from antdist.orchestration.checks import check_relearn
 from antdist.orchestration.inputs import Inputs, open_domains, open_inputs, rank_together
 from antdist.orchestration.pretraining import feature_sources
-from antdist.orchestration.runs import STOP, claimed, ending_runs, following, for_workers
+from antdist.orchestration.runs import STOP, brought, claimed, ending_runs, following, for_workers
 from antdist.orchestration.session import enter_worker, ray_session, run_workers, stoppable
 from antdist.orchestration.worker import alone, best_model, learn, save_best
 from antdist.progress import say
-from antdist.tracking.registry import Lineage, register, resolve
-from antdist.tracking.run import start_run
+from antdist.tracking.registry import Lineage, ResolvedModel, register, resolve
+from antdist.tracking.run import TrackedRun, check_known, start_run, stored_run
 from antdist.tracking.store import redact, tracking_uri
 
 if TYPE_CHECKING:
@@ -110,7 +110,8 @@ def relearn(config: RelearnConfig) -> Relearned:
 
 
 def _relearn(config: RelearnConfig, target: str, folder: Path, uri: str) -> Relearned:
-    parent_uri = resolve(config.parent, uri).uri if config.parent else None
+    parent = find_parent(config, uri)
+    parent_uri = None if parent is None else parent.uri
     trials = [(strategy, seed) for strategy in strategies_of(config) for seed in config.seeds]
     domain = open_domains(config.data, [target], "target")[0]
     for strategy, seed in trials:
@@ -120,7 +121,12 @@ def _relearn(config: RelearnConfig, target: str, folder: Path, uri: str) -> Rele
     if all(outcome.is_file() for outcome in outcomes):
         say("all trials are finished: nothing is trained")
     else:
-        settings = {"config": for_workers(config), "uri": uri, "folder": str(folder)}
+        settings = {
+            "config": for_workers(config),
+            "uri": uri,
+            "folder": str(folder),
+            "parent": None if parent is None else {"folder": str(brought(parent.folder, folder)), "uri": parent.uri},
+        }
         preempted.unlink(missing_ok=True)
         trial_folders = [outcome.parent for outcome in outcomes]
         with ending_runs(uri, trial_folders), ray_session(config.ray), following(folder), stoppable(folder / STOP):
@@ -162,9 +168,8 @@ def trial_folder(folder: Path, strategy: Strategy, seed: int) -> Path:
     return folder / f"{strategy}-seed{seed}"
 
 
-def open_parent(config: RelearnConfig, uri: str) -> Parent | None:
-    """The model that `from` names, or None. Raises UserError if a strategy needs one and none is named."""
-    from antdist.model.io import load_model
+def find_parent(config: RelearnConfig, uri: str) -> ResolvedModel | None:
+    """Where the model lies that `from` names, or None. Raises UserError if a strategy needs one and none is named."""
     from antdist.training.adaptation import needs_parent
 
     if config.parent is None:
@@ -175,7 +180,15 @@ def open_parent(config: RelearnConfig, uri: str) -> Parent | None:
                 remedy="give one, e.g. from=models:/NAME/latest",
             )
         return None
-    found = resolve(config.parent, uri)
+    return resolve(config.parent, uri)
+
+
+def open_parent(found: ResolvedModel | None) -> Parent | None:
+    """The pre-trained model in memory."""
+    from antdist.model.io import load_model
+
+    if found is None:
+        return None
     model, card = load_model(found.folder)
     return Parent(model, card, found.uri)
 
@@ -260,11 +273,15 @@ def _open_trial(config: RelearnConfig, strategy: Strategy, seed: int, folder: Pa
                 where=mine,
                 remedy="choose another name=..., name that parent, or remove the folder",
             )
+        if not (mine / "outcome.json").is_file():
+            check_known(uri, known["run_id"])
         return
     shown = {**config.model_dump(mode="json", by_alias=True), "strategy": strategy, "seeds": [seed]}
     name = f"{config.name}-{config.target}-{strategy}-seed{seed}"
     tags = {**lineage.tags(), "seed": str(seed)}
-    tracked = start_run(uri, config.tracking.experiment, name, mine, config=shown, tags=tags)
+    tracked = start_run(
+        uri, config.tracking.experiment, name, mine, config=shown, tags=tags, offline_ok=config.tracking.offline_ok
+    )
     tracked.finish(status=None)
     write_json(mine / "run.json", {"run_id": tracked.run_id, "parent": lineage.parent})
 
@@ -280,7 +297,8 @@ def relearn_worker(settings: dict[str, Any]) -> None:
     from antdist.training.world import agree, current_world
 
     world, folder = current_world(), Path(settings["folder"])
-    parent = open_parent(config, settings["uri"])
+    told = settings["parent"]
+    parent = open_parent(None if told is None else ResolvedModel(Path(told["folder"]), told["uri"]))
     with alone(world, folder):
         for strategy in strategies_of(config):
             for seed in config.seeds:
@@ -302,7 +320,7 @@ def _run_trial(
     tracked = None
     if world.leader:
         run_id = (read_json(folder / "run.json") or {})["run_id"]
-        tracked = start_run(uri, config.tracking.experiment, folder.name, folder, run_id=run_id)
+        tracked = TrackedRun(uri, run_id, folder, resumed=True)
     outcome, status = None, "FAILED"
     try:
         outcome = _train_trial(config, strategy, seed, folder, parent, world, tracked)
@@ -460,7 +478,7 @@ def _conclude(config: RelearnConfig, folder: Path, uri: str, fingerprint: str, p
     notes.append(f"{seen} of {len(runs[chosen, 'test'].ranks[0].users)} test targets stood in the history: misses")
     version = register(
         uri,
-        (read_json(mine / "run.json") or {})["run_id"],
+        stored_run(uri, (read_json(mine / "run.json") or {})["run_id"], mine),
         mine / "model",
         config.tracking.registered_model or f"{config.name}-{config.target}",
         _lineage(config, fingerprint, chosen, parent_uri),

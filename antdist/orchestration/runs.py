@@ -11,6 +11,7 @@ STORAGE/NAME/
   skipped.jsonl   steps without numbers, and their data
   lock, leader.lock   held by the command, by the leading worker
   checkpoints/  best/  model/  training_state/
+  from-*/         what the registry gave to start from, for all nodes to read
   profile/        a trace of some steps a worker, where profile=true asks for it
 """
 
@@ -56,7 +57,8 @@ def claimed(folder: Path, config: BaseModel, adjustable: frozenset[str] = frozen
     """Within the block the run's folder is this command's: made, or taken up again if it holds the same run.
 
     Raises:
-        UserError: another command holds it; it holds a run of another configuration, saying which keys differ.
+        UserError: another command holds it; earlier workers do not end; it holds a run of another configuration, saying
+            which keys differ.
     """
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / "lock").open("a") as lock:
@@ -66,6 +68,8 @@ def claimed(folder: Path, config: BaseModel, adjustable: frozenset[str] = frozen
                 where=folder,
                 remedy="wait for it or stop it, or choose another name=...",
             )
+        with _led(folder):  # a killed command's workers outlive it by some seconds, and write to the same outbox
+            pass
         _take_up(folder, config, adjustable)
         yield
 
@@ -152,11 +156,16 @@ def leading(folder: Path) -> Iterator[None]:
     Raises:
         UserError: earlier workers of this run do not end.
     """
+    with _led(folder), (folder / "log.txt").open("a", encoding="utf-8", buffering=1) as log, tee(log):
+        yield
+
+
+@contextlib.contextmanager
+def _led(folder: Path) -> Iterator[None]:
     with (folder / "leader.lock").open("a") as lock:
         if not _locked(lock, EARLIER_WORKERS_SECONDS):
             raise UserError("earlier workers of this run are still at work", where=folder, remedy="stop them")
-        with (folder / "log.txt").open("a", encoding="utf-8", buffering=1) as log, tee(log):
-            yield
+        yield
 
 
 def show_live(folder: Path, live: Live) -> None:
@@ -229,6 +238,20 @@ def _bar() -> Iterator[Callable[[Live], None]]:
             progress.update(task, description=live.name, completed=live.step, total=live.steps, figures=figures)
 
         yield show
+
+
+def brought(source: Path, folder: Path) -> Path:
+    """A copy of a model's or a state's files in the run's folder, which all nodes see; workers ask no registry, which may be
+    away when they are started again."""
+    from antdist.tracking.registry import folder_digest
+
+    place = folder / f"from-{folder_digest(source)[:12]}"
+    if not place.is_dir():
+        partial = folder / "from.partial"
+        shutil.rmtree(partial, ignore_errors=True)
+        shutil.copytree(source, partial)
+        partial.rename(place)
+    return place
 
 
 def collect_training_state(folder: Path) -> Path:

@@ -20,7 +20,7 @@ from urllib.request import url2pathname
 from antdist.errors import UserError
 from antdist.files import file_sha256
 from antdist.tracking.run import clean_key
-from antdist.tracking.store import connect, redact, told_clearly
+from antdist.tracking.store import connect, patiently, redact, told_clearly
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -96,6 +96,7 @@ def register(
     aliases: Iterable[str] = (),
 ) -> ModelVersionInfo:
     """Upload a model's folder to its run and make it a version of `name`; again for the same run and content: nothing new.
+    While the store is away it is tried again for about two minutes.
 
     The alias `newest` goes to the highest version. `champion` goes to this version if its `validation` (Recall@10 on
     validation users) beats the holder's for the same task, or if nothing holds it yet; a holder for another task keeps it.
@@ -112,33 +113,45 @@ def register(
     state_digest = None if training_state is None else folder_digest(training_state)
     if state_digest is not None:
         told.update(training_state=f"{TRAINING_STATE}/{state_digest[:12]}", training_state_digest=state_digest)
-    client = connect(uri)
-    with told_clearly(uri):
-        version = next(
-            (v for v in _versions(client, name) if v.run_id == run_id and v.tags.get("digest") == digest), None
-        )
-        if version is None:
-            # A run may register several times (after each session): each content has its own place.
-            path = f"{MODEL}/{digest[:12]}"
-            client.log_artifacts(run_id, str(folder), path)
-            if training_state is not None:
-                client.log_artifacts(run_id, str(training_state), told["training_state"])
-            source = f"{client.get_run(run_id).info.artifact_uri}/{path}"
-            _ensure_model(client, name)
-            version = client.create_model_version(name, source, run_id, tags=told)
-        for key in [key for key in told if version.tags.get(key) != told[key]]:  # what is known of it since
-            client.set_model_version_tag(name, version.version, key, told[key])
-        number = int(version.version)
-        newest = _holder(client, name, "newest")
-        if newest is None or int(newest.version) < number:
-            client.set_registered_model_alias(name, "newest", str(number))
-        for alias in aliases:
-            client.set_registered_model_alias(name, alias, str(number))
-        moves, champion = judge_champion(_holder(client, name, "champion"), version)
-        if not promote:
-            moves, champion = False, "kept from being champion by its caller"
-        if moves:
-            client.set_registered_model_alias(name, "champion", str(number))
+    aliases = list(aliases)
+    return patiently(lambda: _register(uri, run_id, folder, name, told, promote, training_state, aliases), uri)
+
+
+def _register(
+    uri: str,
+    run_id: str,
+    folder: Path,
+    name: str,
+    told: Mapping[str, str],
+    promote: bool,
+    training_state: Path | None,
+    aliases: Iterable[str],
+) -> ModelVersionInfo:
+    """Goes on wherever an earlier trial ended: each step looks first for what is done."""
+    client, digest = connect(uri), told["digest"]
+    version = next((v for v in _versions(client, name) if v.run_id == run_id and v.tags.get("digest") == digest), None)
+    if version is None:
+        # A run may register several times (after each session): each content has its own place.
+        path = f"{MODEL}/{digest[:12]}"
+        client.log_artifacts(run_id, str(folder), path)
+        if training_state is not None:
+            client.log_artifacts(run_id, str(training_state), told["training_state"])
+        source = f"{client.get_run(run_id).info.artifact_uri}/{path}"
+        _ensure_model(client, name)
+        version = client.create_model_version(name, source, run_id, tags=dict(told))
+    for key in [key for key in told if version.tags.get(key) != told[key]]:  # what is known of it since
+        client.set_model_version_tag(name, version.version, key, told[key])
+    number = int(version.version)
+    newest = _holder(client, name, "newest")
+    if newest is None or int(newest.version) < number:
+        client.set_registered_model_alias(name, "newest", str(number))
+    for alias in aliases:
+        client.set_registered_model_alias(name, alias, str(number))
+    moves, champion = judge_champion(_holder(client, name, "champion"), version)
+    if not promote:
+        moves, champion = False, "kept from being champion by its caller"
+    if moves:
+        client.set_registered_model_alias(name, "champion", str(number))
     return ModelVersionInfo(name, number, version.source, digest, champion)
 
 

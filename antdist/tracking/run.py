@@ -2,6 +2,9 @@
 
 `log` appends to the outbox and returns; a thread of its own delivers, in order. Delivering twice does no harm: a metric's
 point is known by key, step, value and the time when it was logged, which the outbox keeps.
+
+A run that begins while the server is away gets a name of its own, `offline-...`. Its MLflow run is made by whoever first
+reaches the server, and bears that name as a tag, so that it is made once.
 """
 
 from __future__ import annotations
@@ -17,6 +20,7 @@ import re
 import subprocess
 import threading
 import time
+import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,17 +30,27 @@ import yaml
 
 from antdist import __version__
 from antdist.errors import UserError
-from antdist.tracking.store import artifact_location, check_reachable, connect, redact, told_clearly
+from antdist.files import read_json, write_json
+from antdist.tracking.store import (
+    artifact_location,
+    check_reachable,
+    connect,
+    patiently,
+    redact,
+    refused,
+    told_clearly,
+)
 
 LIBRARIES = ("torch", "deepspeed", "ray", "transformers", "webdataset", "mlflow", "numpy")
 INTERVAL = 2.0  # seconds between deliveries
 LONGEST_WAIT = 60.0  # seconds between trials while the server is away
+TOLD_FROM = 64 * 2**20  # bytes of an outbox from which on each doubling is told
+OFFLINE = "offline-"
+OFFLINE_TAG = "antdist.offline"
 
 # What MLflow takes in one log_batch, and how long a value may be.
 MOST_ENTRIES, MOST_PARAMS_OR_TAGS = 1000, 100
 LONGEST_PARAM, LONGEST_TAG, LONGEST_KEY = 6000, 8000, 250
-# Answers that trying again will not change.
-REFUSALS = {"INVALID_PARAMETER_VALUE", "BAD_REQUEST", "RESOURCE_DOES_NOT_EXIST", "RESOURCE_ALREADY_EXISTS"}
 
 Record = dict[str, Any]
 _log = logging.getLogger(__name__)
@@ -59,6 +73,7 @@ def start_run(
     config: Mapping[str, Any] | None = None,
     tags: Mapping[str, str] | None = None,
     run_id: str | None = None,
+    offline_ok: bool = False,
 ) -> TrackedRun:
     """Begin a run, or go on with the run `run_id` (the server may be away then).
 
@@ -67,16 +82,26 @@ def start_run(
         config: the resolved configuration, nested (`model_dump(mode="json")`): becomes params with dotted keys, and whole
             the artifact `config.yaml`. Credentials in URIs are cut out.
         tags: added to `environment_tags`.
+        offline_ok: a new run may begin without a server.
 
     Raises:
-        UserError: a new run and no server, an experiment that was deleted, a `run_id` that the store does not know.
+        UserError: a new run and no server (but with `offline_ok`), an experiment that was deleted, a `run_id` that the store does not know.
     """
     if run_id is None:
-        check_reachable(uri)
-        run_id = _create_run(uri, experiment, name)
+        try:
+            check_reachable(uri)
+        except UserError as error:
+            if not offline_ok:
+                raise
+            _log.warning("the run begins offline, its records wait: %s", error)
+            run_id = OFFLINE + uuid.uuid4().hex
+            folder.mkdir(parents=True, exist_ok=True)
+            write_json(folder / f"{run_id}.json", {"experiment": experiment, "name": name})
+        else:
+            run_id = _create_run(uri, experiment, name)
         resumed = False
     else:
-        _check_known(uri, run_id)
+        check_known(uri, run_id)
         resumed = True
     run = TrackedRun(uri, run_id, folder, resumed=resumed)
     run.set_tags({**environment_tags(), **(tags or {})})
@@ -86,36 +111,68 @@ def start_run(
     return run
 
 
+def stored_run(uri: str, run_id: str, folder: Path) -> str:
+    """The MLflow run of a run in `folder`: itself, but for one that began offline. While the store is away it is tried again
+    for about two minutes.
+
+    Raises:
+        UserError: a store that is away.
+    """
+    return patiently(lambda: _stored_run(uri, run_id, folder), uri)
+
+
+def _stored_run(uri: str, run_id: str, folder: Path) -> str:
+    file = folder / f"{run_id}.json"
+    begun = read_json(file) if run_id.startswith(OFFLINE) else {"run_id": run_id}
+    assert begun is not None, f"{file} is gone"
+    if "run_id" not in begun:
+        # looked for first: it may be there without our knowing, its answer lost
+        client, experiment = connect(uri), _experiment(uri, begun["experiment"])
+        found = client.search_runs([experiment], f"tags.`{OFFLINE_TAG}` = '{run_id}'", max_results=1)
+        run = found[0] if found else client.create_run(experiment, run_name=begun["name"], tags={OFFLINE_TAG: run_id})
+        begun["run_id"] = run.info.run_id
+        write_json(file, begun)
+    return str(begun["run_id"])
+
+
 def _create_run(uri: str, experiment: str, name: str) -> str:
+    with told_clearly(uri):
+        return str(connect(uri).create_run(_experiment(uri, experiment), run_name=name).info.run_id)
+
+
+def _experiment(uri: str, experiment: str) -> str:
+    """The number of an experiment, made if need be."""
     from mlflow.exceptions import MlflowException
 
     client = connect(uri)
-    with told_clearly(uri):
+    found = client.get_experiment_by_name(experiment)
+    if found is None:
+        try:
+            client.create_experiment(experiment, artifact_location=artifact_location(uri))
+        except MlflowException as error:
+            if error.error_code != "RESOURCE_ALREADY_EXISTS":  # another job made it in the same moment
+                raise
         found = client.get_experiment_by_name(experiment)
-        if found is None:
-            try:
-                client.create_experiment(experiment, artifact_location=artifact_location(uri))
-            except MlflowException as error:
-                if error.error_code != "RESOURCE_ALREADY_EXISTS":  # another job made it in the same moment
-                    raise
-            found = client.get_experiment_by_name(experiment)
-        if found.lifecycle_stage != "active":
-            raise UserError(
-                f"the experiment {experiment!r} was deleted",
-                where="tracking.experiment",
-                remedy=f"restore it with `mlflow experiments restore --experiment-id {found.experiment_id}` or choose another name",
-            )
-        return str(client.create_run(found.experiment_id, run_name=name).info.run_id)
+    if found.lifecycle_stage != "active":
+        raise UserError(
+            f"the experiment {experiment!r} was deleted",
+            where="tracking.experiment",
+            remedy=f"restore it with `mlflow experiments restore --experiment-id {found.experiment_id}` or choose another name",
+        )
+    return str(found.experiment_id)
 
 
-def _check_known(uri: str, run_id: str) -> None:
+def check_known(uri: str, run_id: str) -> None:
+    """Raises UserError if the store says that it knows no such run; warns if it is away."""
     from mlflow.exceptions import MlflowException
 
+    if run_id.startswith(OFFLINE):
+        return
     try:
         check_reachable(uri)
         connect(uri).get_run(run_id)
     except (UserError, MlflowException) as error:
-        if _refused(error):
+        if refused(error):
             raise UserError(
                 f"the tracking store knows no run {run_id!r}",
                 where=redact(uri),
@@ -132,6 +189,9 @@ class TrackedRun:
         self.outbox = folder / f"outbox-{run_id}.jsonl"
         self.rejected = folder / f"rejected-{run_id}.jsonl"
         self._client: Any = None
+        self._stored = ""  # the run's id at the server
+        self._given_up = False  # finish() has returned: the outbox may be another's
+        self._told = TOLD_FROM
         self._unwritten: list[bytes] = []  # empty, but while the disk refuses
         self._sent = 0  # bytes of the outbox that the server has
         self._writing, self._sending = threading.Lock(), threading.Lock()
@@ -214,6 +274,8 @@ class TrackedRun:
         self._deadline = time.monotonic() + timeout
         self._closing.set()
         self._thread.join(timeout)
+        with self._writing:
+            self._given_up = True
         waiting = self._waiting()
         if not waiting:
             return None
@@ -263,6 +325,9 @@ class TrackedRun:
                         file.truncate(before)
                         raise OSError("the disk is full")
                 self._unwritten.clear()
+                if before + len(data) - self._sent >= self._told:
+                    _log.warning("%d MiB of tracking records wait in %s", self._told // 2**20, self.outbox)
+                    self._told *= 2
             except OSError as error:
                 if not refused_before:
                     _log.warning("cannot write %s, tracking records wait in memory: %s", self.outbox, error)
@@ -272,16 +337,18 @@ class TrackedRun:
             self._append([])
             if self._client is None:
                 self._client = connect(self.uri)
+            if not self._stored:
+                self._stored = _stored_run(self.uri, self.run_id, self.outbox.parent)
             if not self._caught_up:
                 self._catch_up()
-            while True:
+            while not self._given_up:
                 batch, end = self._next_batch()
                 if not batch:
                     break
                 self._send(batch)
                 self._sent = end
             with self._writing:
-                if self.outbox.stat().st_size == self._sent:
+                if not self._given_up and self.outbox.stat().st_size == self._sent:
                     os.truncate(self.outbox, 0)
                     self._sent = 0
 
@@ -307,12 +374,12 @@ class TrackedRun:
 
     def _catch_up(self) -> None:
         """A resumed run: learn what the server has already, and set the run going again."""
-        run = self._client.get_run(self.run_id)
+        run = self._client.get_run(self._stored)
         self._server_params = set(run.data.params)
         for key in run.data.metrics:
-            history = self._client.get_metric_history(self.run_id, key)
+            history = self._client.get_metric_history(self._stored, key)
             self._server_steps[key] = max(point.step for point in history)
-        self._client.update_run(self.run_id, status="RUNNING")
+        self._client.update_run(self._stored, status="RUNNING")
         self._caught_up = True
 
     def _send(self, batch: list[Record]) -> None:
@@ -320,7 +387,7 @@ class TrackedRun:
         try:
             self._send_once(batch)
         except Exception as error:
-            if not _refused(error):
+            if not refused(error):
                 raise
             if len(batch) > 1:
                 self._send(batch[: len(batch) // 2])
@@ -335,14 +402,14 @@ class TrackedRun:
 
         first = batch[0]
         if first["kind"] == "text":
-            self._client.log_text(self.run_id, first["text"], first["path"])
+            self._client.log_text(self._stored, first["text"], first["path"])
         elif first["kind"] == "artifacts":
-            self._client.log_artifacts(self.run_id, first["folder"], first["path"])
+            self._client.log_artifacts(self._stored, first["folder"], first["path"])
         elif first["kind"] == "status":
-            self._client.set_terminated(self.run_id, first["status"], end_time=first["timestamp"])
+            self._client.set_terminated(self._stored, first["status"], end_time=first["timestamp"])
         else:
             self._client.log_batch(
-                self.run_id,
+                self._stored,
                 metrics=[
                     Metric(r["key"], r["value"], r["timestamp"], r["step"])
                     for r in batch
@@ -360,11 +427,6 @@ class TrackedRun:
         with self._writing, self.outbox.open("rb") as file:
             file.seek(self._sent)
             return sum(1 for _ in file) + len(self._unwritten)
-
-
-def _refused(error: Exception) -> bool:
-    """Whether MLflow itself said no for good. Gateways and restarting servers speak of an "API request" that failed."""
-    return getattr(error, "error_code", None) in REFUSALS and not str(error).startswith("API request")
 
 
 def clean_key(name: str) -> str:

@@ -12,11 +12,12 @@ import shlex
 import sqlite3
 import ssl
 import sys
+import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from antdist.config.schema import TrackingConfig
 from antdist.errors import UserError, redact
@@ -26,6 +27,11 @@ if TYPE_CHECKING:
 
 ARTIFACTS = "mlartifacts"
 SCHEMES = ("http", "https", "sqlite", "databricks")
+# Answers that trying again will not change.
+REFUSALS = {"INVALID_PARAMETER_VALUE", "BAD_REQUEST", "RESOURCE_DOES_NOT_EXIST", "RESOURCE_ALREADY_EXISTS"}
+WAITS = (1.0, 2.0, 4.0, 8.0, 15.0, 30.0, 30.0, 30.0)  # seconds between trials of what cannot wait in an outbox
+_log = logging.getLogger(__name__)
+T = TypeVar("T")
 
 
 def tracking_uri(config: TrackingConfig, storage: Path) -> str:
@@ -162,8 +168,10 @@ def open_pages_command(uri: str) -> str:
 def connect(uri: str) -> MlflowClient:
     """A client of the store and its registry, one a process. Making it takes seconds (import, tables)."""
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
-    # Seven retries of MLflow's own are four minutes; what is worth retrying longer waits in the outbox.
-    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "3")
+    # MLflow's own retries send again what the server may have done already: twice a version. What is worth retrying waits
+    # in the outbox, or is tried again by `patiently`, which looks first.
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "30")
     os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
     from mlflow import MlflowClient
 
@@ -188,14 +196,41 @@ def _alone_with(file: Path | None) -> Iterator[None]:
         yield
 
 
+def refused(error: Exception) -> bool:
+    """Whether MLflow itself said no for good. Gateways and restarting servers speak of an "API request" that failed."""
+    return getattr(error, "error_code", None) in REFUSALS and not str(error).startswith("API request")
+
+
+def patiently(work: Callable[[], T], uri: str) -> T:
+    """`work()`, tried again for about two minutes while the store is away. It must do no harm when it is done twice.
+
+    Raises:
+        UserError: as `told_clearly`.
+    """
+    from mlflow.exceptions import MlflowException
+    from requests import RequestException
+
+    with told_clearly(uri):
+        for wait in WAITS:
+            try:
+                return work()
+            except (MlflowException, RequestException) as error:
+                if refused(error):
+                    raise
+                _log.warning("the tracking store failed, trying again in %g s: %s", wait, redact(str(error)))
+                time.sleep(wait)
+        return work()
+
+
 @contextlib.contextmanager
 def told_clearly(uri: str) -> Iterator[None]:
     """Turn MLflow's errors into a UserError without credentials; the chain is cut, since its messages may hold them."""
     from mlflow.exceptions import MlflowException
+    from requests import RequestException
 
     try:
         yield
-    except MlflowException as error:
+    except (MlflowException, RequestException) as error:  # artifacts go without MLflow's wrapping
         first = redact(str(error)).strip().splitlines()[0]
         raise UserError(
             f"the tracking store refused or failed: {first}",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
@@ -13,7 +15,7 @@ from antdist.config.load import check_config
 from antdist.config.schema import PretrainConfig
 from antdist.errors import UserError
 from antdist.orchestration import runs
-from antdist.orchestration.runs import GENTLER, LONGER, claimed, leading
+from antdist.orchestration.runs import GENTLER, LONGER, brought, claimed, leading
 from antdist.progress import say
 
 
@@ -28,6 +30,61 @@ def test_a_second_command_on_the_same_run_is_refused(tmp_path: Path) -> None:
             pass
     with claimed(tmp_path / "run", config()):
         pass
+
+
+HOLDING = """
+import sys, time
+from pathlib import Path
+from antdist.config.schema import PretrainConfig
+from antdist.orchestration.runs import claimed, leading
+with claimed(Path(sys.argv[1]), PretrainConfig()):
+    print("claimed", flush=True)
+    with leading(Path(sys.argv[1])):
+        print("leading", flush=True)
+        time.sleep(600)
+"""
+
+
+def test_a_second_command_is_refused_while_the_first_lives_and_goes_on_once_it_is_killed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    first = subprocess.Popen([sys.executable, "-c", HOLDING, tmp_path], stdout=subprocess.PIPE, text=True)
+    try:
+        assert first.stdout is not None and first.stdout.readline() == "claimed\n"
+        assert first.stdout.readline() == "leading\n"
+        with pytest.raises(UserError, match="another command is working on this run"), claimed(tmp_path, config()):
+            pass
+    finally:
+        first.kill()
+        first.wait()
+    with claimed(tmp_path, config()), leading(tmp_path):
+        pass
+    assert "exists: going on with that run" in capsys.readouterr().err
+
+
+def test_a_command_waits_for_the_workers_of_one_that_was_killed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They write to the outbox that the next command's driver opens."""
+    monkeypatch.setattr(runs, "EARLIER_WORKERS_SECONDS", 0.1)
+    with leading(tmp_path):
+        refused = pytest.raises(UserError, match="earlier workers of this run are still at work")
+        with refused, claimed(tmp_path, config()):
+            pass
+    with claimed(tmp_path, config()):
+        pass
+
+
+def test_what_the_registry_gave_is_copied_once_and_by_content(tmp_path: Path) -> None:
+    given = tmp_path / "cache"
+    given.mkdir()
+    (given / "weights").write_text("1")
+    (tmp_path / "from.partial").mkdir()  # of a copy that was cut off
+    (tmp_path / "from.partial" / "half").touch()
+    first = brought(given, tmp_path)
+    assert [path.name for path in first.iterdir()] == ["weights"] and brought(given, tmp_path) == first
+    (given / "weights").write_text("2")
+    assert brought(given, tmp_path) != first and (first / "weights").read_text() == "1"
 
 
 def test_what_a_run_is_may_not_change_and_how_it_runs_may(tmp_path: Path) -> None:

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import pytest
 
 from antdist.config.schema import TrackingConfig
+from antdist.tracking import store
 from antdist.tracking.store import tracking_uri
-
-# Tests that take a server away would else wait for MLflow's own retries.
-os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
 
 
 @pytest.fixture(scope="module")
@@ -20,3 +17,9 @@ def uri(tmp_path_factory: pytest.TempPathFactory) -> str:
     with pytest.MonkeyPatch.context() as patch:
         patch.delenv("MLFLOW_TRACKING_URI", raising=False)
         return tracking_uri(TrackingConfig(), storage)
+
+
+@pytest.fixture(autouse=True)
+def short_waits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As many trials as ever, without the minutes between them."""
+    monkeypatch.setattr(store, "WAITS", (0.01,) * len(store.WAITS))

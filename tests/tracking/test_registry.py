@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from antdist.errors import UserError
+from antdist.tracking import store
 from antdist.tracking.registry import (
     Lineage,
     folder_digest,
@@ -103,6 +104,40 @@ def test_registering_goes_on_where_it_was_cut_off(uri: str, tmp_path: Path, monk
             assert "hidden" not in str(error.value)
     assert register(uri, run_id, folder, "cut", PRETRAIN, validation=0.2).version == 1
     assert resolve("models:/cut@newest", uri).version == resolve("models:/cut@champion", uri).version == 1
+
+
+@pytest.mark.parametrize("then", ["is tried again by itself", "the command runs again"])
+@pytest.mark.parametrize(
+    "step", ["log_artifacts", "create_registered_model", "create_model_version", "set_registered_model_alias"]
+)
+def test_an_answer_lost_at_any_step_of_registering_leaves_no_double(
+    uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str, then: str
+) -> None:
+    from mlflow import MlflowClient
+    from mlflow.exceptions import MlflowException
+
+    run_id, folder = new_run(uri, tmp_path / "run"), model_folder(tmp_path / "a", "a")
+    name = f"lost {step} {then}"
+    whole, calls = getattr(MlflowClient, step), []
+
+    def done_and_lost(*arguments: Any, **named: Any) -> Any:
+        calls.append(1)
+        answer = whole(*arguments, **named)
+        if len(calls) == 1:
+            raise MlflowException("API request to http://host failed")
+        return answer
+
+    monkeypatch.setattr(MlflowClient, step, done_and_lost)
+    if then == "the command runs again":
+        with monkeypatch.context() as patch:
+            patch.setattr(store, "WAITS", ())
+            with pytest.raises(UserError, match="run the command again"):
+                register(uri, run_id, folder, name, PRETRAIN, validation=0.2, aliases=["mine"])
+    assert register(uri, run_id, folder, name, PRETRAIN, validation=0.2, aliases=["mine"]).version == 1
+    assert [v.version for v in connect(uri).search_model_versions(f"name = '{name}'")] == [1]
+    for alias in ("newest", "champion", "mine"):
+        found = resolve(f"models:/{name}@{alias}", uri)
+        assert found.version == 1 and found.tags["digest"] == folder_digest(folder)
 
 
 def version(number: int, metric: float | None, task: str = "t") -> SimpleNamespace:
