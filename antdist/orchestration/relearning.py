@@ -18,7 +18,7 @@ from antdist.files import read_json, write_json
 from antdist.orchestration.checks import check_relearn
 from antdist.orchestration.inputs import Inputs, open_domains, open_inputs, rank_together
 from antdist.orchestration.pretraining import feature_sources
-from antdist.orchestration.runs import STOP, brought, claimed, ending_runs, following, for_workers
+from antdist.orchestration.runs import STOP, brought, claimed, deliver_left, ending_runs, following, for_workers
 from antdist.orchestration.session import enter_worker, ray_session, run_workers, stoppable
 from antdist.orchestration.worker import alone, best_model, learn, save_best
 from antdist.progress import say
@@ -133,6 +133,7 @@ def _relearn(config: RelearnConfig, target: str, folder: Path, uri: str) -> Rele
             run_workers(relearn_worker, settings, config.ray, f"{config.name}-{target}", config.training.hang)
         if told := read_json(preempted):
             raise Preempted(told["preempted"])
+    deliver_left(uri, [outcome.parent for outcome in outcomes if outcome.is_file()])
     _refuse_unfinished(outcomes)
     return _conclude(config, folder, uri, domain.fingerprint, parent_uri)
 

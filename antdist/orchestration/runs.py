@@ -147,6 +147,18 @@ def ending_runs(uri: str, folders: Sequence[Path]) -> Iterator[None]:
         raise
 
 
+def deliver_left(uri: str, folders: Sequence[Path]) -> None:
+    """Deliver what workers that have ended could not; say what still waits, for a later start."""
+    from antdist.tracking.run import TrackedRun
+
+    for folder in folders:
+        known = read_json(folder / "run.json")
+        if known is not None and any(outbox.stat().st_size for outbox in folder.glob("outbox-*.jsonl")):
+            left = TrackedRun(uri, known["run_id"], folder, resumed=True).finish(status=None)
+            if left is not None:
+                say(f"{left.records} tracking records wait in {left.outbox}")
+
+
 @contextlib.contextmanager
 def leading(folder: Path) -> Iterator[None]:
     """On the leader: alone at work in the run's folder; what is said goes to its log too, from where the driver shows it.

@@ -25,12 +25,15 @@ from antdist.config.load import check_config
 from antdist.config.schema import PretrainConfig, RayConfig, RelearnConfig
 from antdist.errors import Preempted, UserError
 from antdist.model.io import read_card
+from antdist.orchestration import relearning
 from antdist.orchestration.pretraining import Pretrained, pretrain
 from antdist.orchestration.relearning import relearn
-from antdist.orchestration.session import ray_session
+from antdist.orchestration.session import ray_session, run_workers
 from antdist.serving.use import evaluate_model, open_model, recommend_items
+from antdist.tracking import store
 from antdist.tracking.registry import resolve
 from antdist.tracking.store import connect
+from tests.ranks import free_port
 from tests.worlds import make_domains
 
 pytestmark = pytest.mark.ray
@@ -287,6 +290,49 @@ def test_a_relearning_that_is_terminated_goes_on_with_its_trial(world: Path) -> 
         ours, theirs = (weights(each.folder / f"scratch-seed{seed}" / "model") for each in (done, whole))
         for name, weight in theirs.items():
             np.testing.assert_array_equal(ours[name], weight, err_msg=name)
+
+
+def test_a_run_without_its_store_goes_on_through_a_killed_worker_and_a_later_start_registers_it(
+    world: Path, pretrained: Pretrained, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The store is away from the start to the end; the later start delivers the curve, and trains nothing."""
+    faults = [{"fault": "kill", "at": "step", "rank": 0, "step": 6, "once": str(world / "killed-offline")}]
+    away = f"http://127.0.0.1:{free_port()}"
+    config = pretrain_config(world, "offline", tracking={"uri": away, "offline_ok": True})
+    config = config.model_copy(update={"ray": config.ray.model_copy(update={"max_failures": 1})})
+    refused = config.model_copy(update={"tracking": config.tracking.model_copy(update={"offline_ok": False})})
+    with pytest.raises(UserError, match="the tracking server does not answer"):
+        pretrain(refused)
+    monkeypatch.setattr(store, "WAITS", (0.1,))
+    monkeypatch.setenv("ANTDIST_FAULTS", json.dumps(faults))
+    with pytest.raises(UserError, match=r"the tracking store refused or failed.* then run the command again"):
+        pretrain(config)
+    monkeypatch.delenv("ANTDIST_FAULTS")
+    assert (world / "killed-offline").exists()
+    assert capsys.readouterr().err.count("offline, since tracking.offline_ok is set: records wait on disk") == 1
+    done = pretrain(pretrain_config(world, "offline"))
+    assert done.model == "models:/offline/1" and curve(done) == curve(pretrained)
+    run = connect(done.tracking_uri).get_run(done.run_id)
+    assert run.info.status == "FINISHED" and run.data.params["training.epochs"] == "2"
+    for name, weight in weights(pretrained.folder / "model").items():
+        np.testing.assert_array_equal(weights(done.folder / "model")[name], weight, err_msg=name)
+
+
+def test_workers_of_a_relearning_need_no_store(
+    world: Path, pretrained: Pretrained, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is away from before they start until after they end: the driver knows the parent, and delivers what waits."""
+
+    def run_without_store(work: Any, settings: dict[str, Any], *others: Any) -> None:
+        run_workers(work, {**settings, "uri": f"http://127.0.0.1:{free_port()}"}, *others)
+
+    monkeypatch.setattr(relearning, "run_workers", run_without_store)
+    done = relearn(relearn_config(world, name="away", strategy="relearn", seeds=[0], **{"from": pretrained.model}))
+    trial = json.loads((done.folder / "relearn-seed0" / "run.json").read_text())
+    run = connect(done.tracking_uri).get_run(trial["run_id"])
+    assert trial["parent"] == pretrained.model and run.info.status == "FINISHED"
+    steps = [point.step for point in connect(done.tracking_uri).get_metric_history(trial["run_id"], "train/loss")]
+    assert len(steps) > 0 and steps == sorted(set(steps))
 
 
 def test_a_worker_that_dies_for_good_is_one_line(world: Path) -> None:
