@@ -292,6 +292,7 @@ def test_a_relearning_that_is_terminated_goes_on_with_its_trial(world: Path) -> 
             np.testing.assert_array_equal(ours[name], weight, err_msg=name)
 
 
+@pytest.mark.slow
 def test_a_run_without_its_store_goes_on_through_a_killed_worker_and_a_later_start_registers_it(
     world: Path, pretrained: Pretrained, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
