@@ -18,6 +18,10 @@ MODALITIES = ("text", "image", "price")
 
 IntArray = NDArray[np.int64]
 
+# Rows of a step's matrices are filled up to a multiple of this, where their number changes from step to step: libraries
+# make a kernel for each new size, which takes as long as a small product does, and GPUs compute in tiles of as many.
+ROWS = 128
+
 
 @dataclass(frozen=True)
 class GlobalBatch:

@@ -18,6 +18,7 @@ from antdist.products import exact_products
 from antdist.training.engine import Engine, PlainEngine
 from antdist.training.feed import Feed, StepInput
 from antdist.training.loop import Job, train_step
+from antdist.training.memory import keep_memory
 from antdist.training.world import World
 
 Steps = Iterator[StepInput]
@@ -42,6 +43,8 @@ def make_job(
         engine_of: makes the engine; the plain one by default.
     """
     world = world or World()
+    if world.device.type == "cpu":
+        keep_memory()  # as `train` does; what runs beside it in the process gains as much
     order = Stream([domain], stream, max_length=model.max_length, seed=0)
     feed = Feed(order, catalogue, loss, domain.popularity(), training.accumulation, 0, world)
     engine = engine_of(build_recommender(model, catalogue.dims), training, world)

@@ -15,7 +15,12 @@ def dropout(x: Tensor, p: float, training: bool) -> Tensor:
         return x
     if not x.is_cpu:
         return F.dropout(x, p)
+    return x * keep_mask(x, p)
+
+
+def keep_mask(x: Tensor, p: float) -> Tensor:
+    """What dropout on a CPU multiplies `x` with: zeros, and elsewhere what keeps the mean."""
     dropped = round(p * LEVELS)
     words = torch.empty((x.numel() + 3) // 4, dtype=torch.int64).random_(-(2**63), None)
     keep = words.view(torch.int16)[: x.numel()].view(x.shape) >= dropped - LEVELS // 2
-    return x * keep.to(x.dtype).mul_(LEVELS / (LEVELS - dropped))
+    return keep.to(x.dtype).mul_(LEVELS / (LEVELS - dropped))

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from antdist.config.schema import ModelConfig
-from antdist.model.dropout import dropout
+from antdist.model.dropout import dropout, keep_mask
 
 
 def token_positions(offsets: Tensor, tokens: int) -> Tensor:
@@ -30,11 +32,10 @@ class Bands:
     width: int
     mask: Tensor
 
-    def blocks(self, x: Tensor) -> Tensor:
-        """(T, ...) to (blocks, width, ...)."""
-        blocks = len(self.mask)
-        filled = F.pad(x, (0, 0, 0, blocks * self.width - len(x)))
-        return filled.view(blocks, self.width, -1)
+    @property
+    def rows(self) -> int:
+        """Tokens with those that fill up the last block."""
+        return len(self.mask) * self.width
 
 
 def bands(offsets: Tensor, tokens: int, longest: int) -> Bands:
@@ -52,12 +53,42 @@ def bands(offsets: Tensor, tokens: int, longest: int) -> Bands:
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, dropped: float) -> Tensor:
-    """softmax(q k / sqrt(d_h)) v with dropout on the softmax. On a CPU written out: torch's draws its mask slowly there."""
+    """softmax(q k / sqrt(d_h)) v with dropout on the softmax: (B, H, n, d_h), keys and values (B, H, m, d_h), mask
+    (B, 1, n, m). Written out on a CPU, where torch's draws its mask slowly."""
     if not q.is_cpu:
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropped)
-    scores = q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5
-    weights = scores.masked_fill(~mask, float("-inf")).softmax(-1)
-    return dropout(weights.to(v.dtype), dropped, dropped > 0) @ v
+    attended: Tensor = _Attention.apply(q, k, v, mask, dropped)
+    return attended
+
+
+class _Attention(torch.autograd.Function):
+    """Attention whose gradients come out in the layout of their inputs: torch's own backward transposes the keys' twice."""
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor, dropped: float) -> Tensor:
+        shape, ctx.scale = q.shape, q.shape[-1] ** -0.5
+        q, k, v = (part.flatten(0, 1) for part in (q, k, v))
+        scores = torch.bmm(q, k.transpose(1, 2)).float().mul_(ctx.scale)
+        scores.view(*shape[:3], -1).masked_fill_(~mask, float("-inf"))
+        weights = scores.softmax(-1).to(v.dtype)
+        kept = keep_mask(weights, dropped) if dropped else None
+        ctx.save_for_backward(q, k, v, weights, kept)
+        return torch.bmm(weights if kept is None else weights * kept, v).view(shape)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, weights, kept = ctx.saved_tensors
+        heads = grad.shape[:2]
+        grad = grad.flatten(0, 1)
+        by_weights = torch.bmm(grad, v.transpose(1, 2))
+        v_grad = torch.bmm((weights if kept is None else weights * kept).transpose(1, 2), grad)
+        if kept is not None:
+            by_weights.mul_(kept)
+        by_scores = torch._softmax_backward_data(by_weights.float(), weights.float(), -1, torch.float32)
+        by_scores = by_scores.mul_(ctx.scale).to(weights.dtype)
+        q_grad, k_grad = torch.bmm(by_scores, k), torch.bmm(by_scores.transpose(1, 2), q)
+        return *(part.unflatten(0, heads) for part in (q_grad, k_grad, v_grad)), None, None
 
 
 class Norm(nn.LayerNorm):
@@ -93,13 +124,12 @@ class Layer(nn.Module):
         return out
 
     def attend(self, qkv: Tensor, bands: Bands) -> Tensor:
-        """Causal attention of each token to its window's earlier ones: (T, 3d) to (T, d)."""
-        dim = qkv.shape[1] // 3
-        q, kv = bands.blocks(qkv).split([dim, 2 * dim], dim=2)
-        k, v = torch.cat([F.pad(kv[:-1], (0, 0, 0, 0, 1, 0)), kv], dim=1).chunk(2, dim=2)
-        q, k, v = (part.unflatten(2, (self.heads, -1)).transpose(1, 2) for part in (q, k, v))
+        """Causal attention of each token to its window's earlier ones: (rows, 3d) to (rows, d)."""
+        blocks = qkv.view(-1, bands.width, 3, self.heads, qkv.shape[1] // (3 * self.heads))
+        q, *kv = blocks.permute(2, 0, 3, 1, 4).unbind()  # (blocks, heads, width, d_h) each
+        k, v = (torch.cat([F.pad(part[:-1], (0, 0, 0, 0, 0, 0, 1, 0)), part], dim=2) for part in kv)
         dropped = self.dropout if self.training else 0.0
-        return attention(q, k, v, bands.mask, dropped).transpose(1, 2).reshape(-1, dim)[: len(qkv)]
+        return attention(q, k, v, bands.mask, dropped).transpose(1, 2).reshape(len(qkv), -1)
 
 
 class SequenceEncoder(nn.Module):
@@ -123,11 +153,12 @@ class SequenceEncoder(nn.Module):
         Returns:
             (T, d); a token's state has seen its window up to and including itself.
         """
+        tokens, seen = len(x), bands(offsets, len(x), longest)
         x = dropout(self.input_norm(x), self.dropout, self.training)
-        seen = bands(offsets, len(x), longest)
+        x = F.pad(x, (0, 0, 0, seen.rows - tokens))
         for layer in self.layers:
             if self.checkpointing and self.training:
                 x = checkpoint(layer, x, seen, use_reentrant=False)
             else:
                 x = layer(x, seen)
-        return x
+        return x[:tokens]

@@ -173,7 +173,7 @@ def _convert(rest: dict[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
                 ours[f"tower.{modality}.{kind}"] = take(f"{prefix}2proj.{kind}")
             continue
         experts = [f"{prefix}2rec.proj.{k}" for k in range(config.experts)]
-        ours[f"tower.{modality}.weight"] = torch.stack([take(f"{expert}.lin.weight").T for expert in experts])
+        ours[f"tower.{modality}.weight"] = torch.stack([take(f"{expert}.lin.weight").T for expert in experts], dim=1)
         added, place = ("bias", "lin.bias") if modality == "price" else ("shift", "bias")
         ours[f"tower.{modality}.{added}"] = torch.stack([take(f"{expert}.{place}") for expert in experts])
         for kind in ("gate", "noise"):

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+
+from antdist.batch import ROWS
 
 TINY = 1e-24  # squared length below which a vector counts as zero
 
@@ -56,9 +60,14 @@ def next_item_loss(
         A float32 scalar (float64 for float64 inputs).
     """
     with torch.autocast(users.device.type, enabled=False):
-        loss: Tensor = _SoftmaxLoss.apply(
-            unit(users) / temperature, candidates, targets, bias, target_bias, weights, chunk
-        )
+        users = unit(users) / temperature
+        if fill := -len(users) % ROWS:
+            users, targets = F.pad(users, (0, 0, 0, fill)), F.pad(targets, (0, fill))
+            weights = F.pad(users.new_ones(len(users) - fill) if weights is None else weights, (0, fill))
+        if bias is not None and (fill := -len(candidates) % ROWS):
+            candidates, bias = F.pad(candidates, (0, 0, 0, fill)), F.pad(bias, (0, fill), value=-math.inf)
+            target_bias = target_bias if target_bias is None else F.pad(target_bias, (0, fill))
+        loss: Tensor = _SoftmaxLoss.apply(users, candidates, targets, bias, target_bias, weights, chunk)
     return loss
 
 
@@ -170,7 +179,9 @@ def _through_unit(grad: Tensor, x: Tensor) -> Tensor:
 
 def _others(users: Tensor, candidates: Tensor, targets: Tensor, bias: Tensor | None) -> Tensor:
     """Logits (P, n) of a chunk of candidates with bias; the target's, where it is in the chunk, is -inf."""
-    logits = users @ candidates.T if bias is None else torch.addmm(bias.to(users.dtype), users, candidates.T)
+    logits = users @ candidates.T
+    if bias is not None:
+        logits += bias  # addmm would write the bias to all rows first
     _set_target(logits, targets, torch.full_like(logits[:, 0], float("-inf")))
     return logits
 

@@ -89,13 +89,13 @@ class Recommender(nn.Module):
         """This rank's contribution to the losses of a global batch.
 
         Args:
-            features: of this rank's rows of `batch.item_ids`, `batch.share`.
+            features: of this rank's rows of `batch.item_ids`, `batch.share`; more may follow and play no part.
             batch: this rank's.
             gather: all-gather of rows over ranks, with gradient.
             loss: `alignment` weighs the text-image alignment (0: not computed), `chunk` bounds memory.
         """
         with part("embed items"):
-            embeddings = self.embed_items(features)
+            embeddings = _first(batch.share[1] - batch.share[0], self.embed_items(features))
         items, aligned = embeddings.item, None
         if loss.alignment > 0 and embeddings.text is not None and embeddings.image is not None:
             items, aligned = _gather_aligned(embeddings, embeddings.text, embeddings.image, gather)
@@ -168,6 +168,17 @@ class _Aligned(NamedTuple):
     image_present: Tensor  # (N,) floating 0 or 1
 
 
+def _first(rows: int, embeddings: ItemEmbeddings) -> ItemEmbeddings:
+    item, text, image, text_present, image_present = embeddings
+    return ItemEmbeddings(
+        item[:rows],
+        None if text is None else text[:rows],
+        None if image is None else image[:rows],
+        text_present[:rows],
+        image_present[:rows],
+    )
+
+
 def _gather_aligned(embeddings: ItemEmbeddings, text: Tensor, image: Tensor, gather: Gather) -> tuple[Tensor, _Aligned]:
     """Items and their parts from all ranks, in one call: columns [item | text | image | presence]."""
     dtype, dim = embeddings.item.dtype, embeddings.item.shape[1]
@@ -232,7 +243,7 @@ def centre(model: Recommender, means: dict[str, Tensor]) -> None:
             elif isinstance(transform, Experts) and transform.whitening:
                 transform.shift.copy_(mean.expand_as(transform.shift))
             elif isinstance(transform, Experts):
-                transform.bias.copy_(-torch.einsum("m,kmd->kd", mean, transform.weight))
+                transform.bias.copy_(-torch.einsum("m,mkd->kd", mean, transform.weight))
 
 
 def redraw_experts(model: Recommender, seed: int, how: Literal["normal", "xavier"]) -> None:
@@ -274,7 +285,7 @@ def _initialise(model: Recommender, names: list[str], seed: int) -> None:
 def _expert_deviation(parameter: Tensor, how: Literal["normal", "xavier"]) -> float:
     if how == "normal":
         return 0.02
-    return float((2.0 / (parameter.shape[-2] + parameter.shape[-1])) ** 0.5)
+    return float((2.0 / (parameter.shape[0] + parameter.shape[-1])) ** 0.5)
 
 
 def _draw(parameter: nn.Parameter, deviation: float, seed: int, name: str) -> None:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -15,8 +14,7 @@ from antdist.config.schema import ModelConfig
 from antdist.model.dropout import dropout
 
 
-@dataclass(frozen=True)
-class ItemEmbeddings:
+class ItemEmbeddings(NamedTuple):
     """Embeddings of n items, in rows.
 
     `text` and `image` are the transformed embeddings (before fusion) which the alignment loss reads; None if the tower
@@ -34,7 +32,8 @@ class Experts(nn.Module):
     """A mixture of K experts over one modality, under Gaussian routing: (n, d_m) features to (n, d).
 
     Text and image whiten: expert k gives (dropout(x) - shift_k) W_k. Price projects: dropout(x) W_k + bias_k. All K
-    experts are one matrix product; shifts are folded into one offset an expert, - shift_k W_k, added after routing.
+    experts are one matrix product, W_k being `weight[:, k]`; shifts are folded into one offset an expert, - shift_k W_k,
+    added after routing.
 
     The dropout mask is drawn once an item and shared by the experts (the reference draws one for each expert).
     """
@@ -42,7 +41,7 @@ class Experts(nn.Module):
     def __init__(self, features: int, dim: int, experts: int, drop: float, *, whitening: bool) -> None:
         super().__init__()
         self.dropout = drop
-        self.weight = nn.Parameter(torch.zeros(experts, features, dim))
+        self.weight = nn.Parameter(torch.zeros(features, experts, dim))
         if whitening:
             self.shift = nn.Parameter(torch.zeros(experts, features))
         else:
@@ -52,17 +51,16 @@ class Experts(nn.Module):
         self.noise = nn.Parameter(torch.zeros(features, experts))
 
     def forward(self, x: Tensor, present: Tensor | None = None) -> Tensor:
-        """Args: x (n, d_m); present (n,) bool: where it is False the result is zero. None: all are there."""
+        """Args: x (n, d_m), frozen; present (n,) bool: where it is False the result is zero. None: all are there."""
         x = x.to(self.weight.dtype)
-        experts, features, dim = self.weight.shape
-        flat = self.weight.transpose(0, 1).reshape(features, experts * dim)
-        outputs = (dropout(x, self.dropout, self.training) @ flat).unflatten(1, (experts, dim))
-        routing = self.route(x).to(outputs.dtype)
+        routing = self.route(x)
         if present is not None:
             routing = routing * present.unsqueeze(1)
-        offsets = -torch.bmm(self.shift.unsqueeze(1), self.weight).squeeze(1) if self.whitening else self.bias
-        mixed: Tensor = _Mix.apply(routing, outputs)
-        return mixed + routing @ offsets.to(outputs.dtype)
+        added = self.shift if self.whitening else self.bias
+        mixed: Tensor = _Mixture.apply(
+            dropout(x, self.dropout, self.training), routing, self.weight, added, self.whitening
+        )
+        return mixed
 
     def route(self, x: Tensor) -> Tensor:
         """Weights of the experts (n, K), float32. Reads x without dropout; noise is drawn in training only."""
@@ -73,19 +71,40 @@ class Experts(nn.Module):
         return (mean + torch.randn_like(mean) * sigma).softmax(-1)
 
 
-class _Mix(torch.autograd.Function):
-    """sum_k routing[:, k] * outputs[:, k]: (n, K), (n, K, d) to (n, d). torch's own backward is a third as fast."""
+class _Mixture(torch.autograd.Function):
+    """sum_k routing[:, k] * (x W_k + offset_k), offset_k being bias_k or - shift_k W_k: x (n, d_m), routing (n, K), weight
+    (d_m, K, d), added (K, d_m) shifts or (K, d) biases; gives (n, d).
+
+    With a backward pass of its own, since torch's copies weights and outputs several times. It writes over the outputs it
+    kept, so it runs once.
+    """
 
     @staticmethod
-    def forward(ctx: Any, routing: Tensor, outputs: Tensor) -> Tensor:
-        ctx.save_for_backward(routing, outputs)
-        return torch.bmm(routing.unsqueeze(1), outputs).squeeze(1)
+    def forward(ctx: Any, x: Tensor, routing: Tensor, weight: Tensor, added: Tensor, whitening: bool) -> Tensor:
+        features, experts, dim = weight.shape
+        assert not x.requires_grad, "features are frozen"
+        outputs = (x @ weight.view(features, experts * dim)).unflatten(1, (experts, dim))
+        mix, x = routing.to(outputs.dtype), x.to(outputs.dtype)  # as autocast has it
+        offsets = -torch.bmm(added.unsqueeze(1), weight.transpose(0, 1)).squeeze(1) if whitening else added
+        offsets = offsets.to(outputs.dtype)
+        ctx.whitening = whitening
+        ctx.save_for_backward(x, mix, outputs, weight, added, offsets)
+        return torch.addmm(torch.bmm(mix.unsqueeze(1), outputs).squeeze(1), mix, offsets)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
-        routing, outputs = ctx.saved_tensors
-        return torch.bmm(outputs, grad.unsqueeze(2)).squeeze(2), routing.unsqueeze(2) * grad.unsqueeze(1)
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, mix, outputs, weight, added, offsets = ctx.saved_tensors
+        routing_grad = torch.addmm(torch.bmm(outputs, grad.unsqueeze(2)).squeeze(2), grad, offsets.T)
+        if not (ctx.needs_input_grad[2] or ctx.needs_input_grad[3]):
+            return None, routing_grad.float(), None, None, None
+        spread = torch.mul(mix.unsqueeze(2), grad.unsqueeze(1), out=outputs)
+        weight_grad = (x.T @ spread.flatten(1)).view(weight.shape).to(weight.dtype)
+        added_grad = (mix.T @ grad).to(weight.dtype)  # of the offsets
+        if ctx.whitening:
+            weight_grad.addcmul_(added.T.unsqueeze(2), added_grad.unsqueeze(0), value=-1)
+            added_grad = -torch.bmm(weight.transpose(0, 1), added_grad.unsqueeze(2)).squeeze(2)
+        return None, routing_grad.float(), weight_grad, added_grad, None
 
 
 class Projection(nn.Linear):

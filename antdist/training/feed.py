@@ -24,7 +24,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from antdist.batch import Batch, GlobalBatch, IntArray, ItemFeatures
+from antdist.batch import ROWS, Batch, GlobalBatch, IntArray, ItemFeatures
 from antdist.config.schema import LossConfig
 from antdist.data.deal import deal, share
 from antdist.data.stream import Stream, split
@@ -56,8 +56,8 @@ class Features(Protocol):
 class Micro:
     """One micro-batch of this rank, ready for the device (`Feed.bring`); `weight` is its part of the step's predictions.
 
-    `features` are those of the rank's share of the items; None where the device holds the catalogue's. They may be the
-    same tensors at every step: read only.
+    `features` are those of the rank's share of the items, some of the last one's following to fill up (`ROWS`); None where
+    the device holds the catalogue's. They may be the same tensors at every step: read only.
     """
 
     batch: Batch
@@ -111,7 +111,7 @@ class Feed:
         elif self.held is not None:
             features = None
         else:
-            features = self._pinned(self.catalogue.features(dealt.item_ids[slice(*dealt.share)].numpy()))
+            features = self._pinned(self.catalogue.features(_filled(dealt).numpy()))
         return Micro(self._pinned(dealt), features, micro.predictions / predictions)
 
     def bring(self, micro: Micro) -> tuple[Batch, ItemFeatures]:
@@ -120,7 +120,7 @@ class Feed:
         if micro.features is not None:
             return batch, micro.features.to(self.world.device)
         assert self.held is not None
-        return batch, look_up(self.held, batch.item_ids[slice(*batch.share)])
+        return batch, look_up(self.held, _filled(batch))
 
     @cached_property
     def held(self) -> ItemFeatures | None:
@@ -167,6 +167,12 @@ class Feed:
 def room(device: torch.device) -> float:
     """Bytes for held features that a device has. None on a CPU: there the memory map is as near as a copy of it."""
     return 0.0 if device.type == "cpu" else HELD_SHARE * torch.cuda.mem_get_info(device)[0]
+
+
+def _filled(batch: Batch) -> Tensor:
+    """The ids of the items that this rank embeds, the last one repeated up to a multiple of `ROWS`."""
+    item_ids = batch.item_ids[slice(*batch.share)]
+    return torch.cat([item_ids, item_ids[-1:].expand(-len(item_ids) % ROWS)])
 
 
 def look_up(table: ItemFeatures, item_ids: Tensor) -> ItemFeatures:

@@ -44,7 +44,7 @@ from antdist.training.checkpoint import (
 from antdist.training.engine import Engine, EngineState
 from antdist.training.feed import Feed, StepInput
 from antdist.training.live import Live, say_line
-from antdist.training.memory import release_now_and_then
+from antdist.training.memory import keep_memory, release_now_and_then
 from antdist.training.noise import seed_noise
 from antdist.training.numbers import REMEMBERED, WINDOW, forget_from, in_a_row, spike, within_window, write_down
 from antdist.training.saver import Saver
@@ -124,6 +124,8 @@ def _train(job: Job, watchdog: Watchdog) -> Progress:
     stop_at = None if job.config.stop_after is None else progress.step + job.config.stop_after
     trace = job.folder / "profile" / f"rank-{job.world.rank}.json.gz" if job.profile else None
     on_gpu = job.world.device.type == "cuda"
+    if not on_gpu:
+        keep_memory()
     with exact_products(job.world.device), Saver(job.folder) as saver, profiled(trace, on_gpu=on_gpu) as step_done:
         meter = Meter(job, progress.step, step_done)
         while progress.finished is None and (stop_at is None or progress.step < stop_at):

@@ -18,7 +18,7 @@ def same_weights(ours: Recommender, usual: Baseline) -> None:
         for modality, tower in usual.towers.items():
             experts = ours.tower.get_submodule(modality)
             for k, expert in enumerate(tower.experts):
-                expert.linear.weight.copy_(experts.weight[k].T)
+                expert.linear.weight.copy_(experts.weight[:, k].T)
             for name in ("gate", "noise"):
                 getattr(tower, name).copy_(getattr(experts, name))
             (experts.shift if experts.whitening else experts.bias).zero_()

@@ -33,7 +33,8 @@ def _tower(modality: str, kind: str, value: Tensor) -> dict[str, Tensor]:
     if (kind, value.dim()) in (("weight", 2), ("bias", 1)):
         return {f"{short}2proj.{kind}": value}
     name = {"weight": "lin.weight", "bias": "lin.bias", "shift": "bias"}[kind]
-    return {f"{short}2rec.proj.{k}.{name}": expert.T if kind == "weight" else expert for k, expert in enumerate(value)}
+    experts = value.permute(1, 2, 0) if kind == "weight" else value
+    return {f"{short}2rec.proj.{k}.{name}": expert for k, expert in enumerate(experts)}
 
 
 def _layer(layer: str, part: str, kind: str, value: Tensor) -> dict[str, Tensor]:

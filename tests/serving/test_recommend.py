@@ -64,7 +64,7 @@ def test_an_item_that_nobody_touched_can_come_first(model: Recommender) -> None:
     known = torch.randn(20, 16, generator=torch.Generator().manual_seed(1))
     wanted = preference(model, embed_catalogue(model, Features(known)), [3, 5])
     with torch.no_grad():  # untrained experts, evenly routed, are one matrix: solve for the feature that gives `wanted`
-        feature = torch.linalg.solve(model.tower.get_submodule("text").weight.mean(0).T, wanted)
+        feature = torch.linalg.solve(model.tower.get_submodule("text").weight.mean(1).T, wanted)
     embeddings = embed_catalogue(model, Features(torch.cat([known, feature[None]])))
     (first, score), *_ = recommend(model, embeddings, [3, 5], 3)
     assert first == 20 and score == pytest.approx(1.0, abs=1e-4)
