@@ -69,6 +69,7 @@ class Batch:
     predict_at: Tensor  # (P,) int64, positions in `tokens`
     targets: Tensor  # (P,) int64, position in `candidates` of each prediction's next item
     candidates: Tensor  # (C,) int64, rows in `item_ids` of the softmax's candidates, increasing
+    own: tuple[int, int]  # the candidates among the rows that this rank embeds
     counts: Tensor  # (C,) float32, how often each candidate is a next item in the global batch (0 if only sampled)
     bias: Tensor | None  # (C,) float32, added to each candidate's logit except where it is the target; None: zeros
     target_bias: Tensor | None  # (C,) float32, added to a candidate's logit where it is the target; None: zeros

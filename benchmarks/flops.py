@@ -15,19 +15,19 @@ GEMM_SIZES: Sizes = ((4096, 4096, 4096), (2048, 2048, 2048), (4385, 1024, 2048),
 
 
 def useful_flops(batch: Batch, model: ModelConfig, dims: dict[str, int], *, aligned: bool) -> float:
-    """Operations of a training step's matrix products, forward and backward, without recomputation.
+    """Operations of a rank's matrix products in a training step, forward and backward, without recomputation.
 
-    Counts each distinct item once through the experts and gates (their input needs no gradient: twice the forward pass),
+    Counts each distinct item that the rank embeds once through the experts and gates (their input needs no gradient: twice the forward pass),
     each real token through the linear maps, each pair of tokens that may see each other, each prediction against each
     candidate, and, with `aligned`, each candidate's image against each candidate's text (all three times the forward).
     """
-    d, items = model.dim, len(batch.item_ids)
+    d, items = model.dim, batch.share[1] - batch.share[0]
     tower = sum(items * width * (model.experts * d + 2 * model.experts) * 2 for width in dims.values())
     lengths = batch.offsets.diff().double()
     linear = len(batch.tokens) * model.layers * (4 * d * d + 2 * d * model.inner) * 2
     attention = float((lengths * (lengths + 1) / 2).sum()) * model.layers * d * 4
     logits = len(batch.targets) * len(batch.candidates) * d * 2
-    alignment = len(batch.candidates) ** 2 * d * 2 if aligned else 0
+    alignment = (batch.own[1] - batch.own[0]) * len(batch.candidates) * d * 2 if aligned else 0
     return 2 * tower + 3 * (linear + attention + logits + alignment)
 
 

@@ -1,4 +1,5 @@
-"""Weak scaling: predictions a second of two workers over one, a thread each, the same number of predictions a worker.
+"""Weak scaling: two workers over one, a thread each, the same number of predictions a worker: in predictions a second, and,
+since a prediction's work changes with the size of the global batch, in useful operations a second.
 
 Plain engine over gloo, worlds and feature sizes of the paper, all three modalities. With two workers the global batch is
 twice as large; each distinct item of it is embedded by one of them and gathered. Runs of one and of two workers take turns.
@@ -6,12 +7,18 @@ twice as large; each distinct item of it is embedded by one of them and gathered
 
 from __future__ import annotations
 
+import itertools
 import tempfile
+import time
 from pathlib import Path
 
+from antdist.batch import Batch
 from antdist.config.schema import LossConfig, ModelConfig, StreamConfig, TrainingConfig
 from antdist.data.domain import open_domain
+from antdist.products import exact_products
+from antdist.training.loop import train_step
 from antdist.training.world import barrier, current_world
+from benchmarks.flops import useful_flops
 from benchmarks.jobs import make_job, rate
 from benchmarks.processes import on_ranks
 from benchmarks.report import Line, Options, Report, ratio
@@ -23,8 +30,9 @@ JOBS = {
 }
 
 
-def predictions_a_second(rank: int, folder: Path, loss: LossConfig, batch: int, steps: int) -> float:
-    """Of all ranks together, by this rank's clock, after two steps that warm up."""
+def rates(rank: int, folder: Path, loss: LossConfig, batch: int, steps: int) -> tuple[float, float]:
+    """By this rank's clock, after two steps that warm up: predictions a second of all ranks together, and the useful
+    operations a second of this rank's matrix products (`benchmarks.flops.useful_flops`)."""
     domain, world = open_domain(folder), current_world()
     job, inputs = make_job(
         domain,
@@ -37,7 +45,16 @@ def predictions_a_second(rank: int, folder: Path, loss: LossConfig, batch: int, 
     )
     rate(job, inputs, 2)
     barrier(world)
-    return rate(job, inputs, steps)
+    batches: list[Batch] = []
+    predictions, start = 0, time.perf_counter()
+    with exact_products(world.device):
+        for step_input in itertools.islice(inputs, steps):
+            train_step(job, step_input)
+            predictions += step_input.whole.predictions
+            batches += [micro.batch for micro in step_input.micros]
+    seconds = time.perf_counter() - start
+    operations = sum(useful_flops(b, ModelConfig(), PAPER_DIMS, aligned=loss.alignment > 0) for b in batches)
+    return predictions / seconds, operations / seconds
 
 
 def run(options: Options) -> Report:
@@ -45,20 +62,23 @@ def run(options: Options) -> Report:
     shapes = {"pre-training": AUXILIARY, "adaptation": TARGET}
     if options.short:
         shapes = {"adaptation": Shape(500, 300, 7.0)}
-    found: dict[tuple[str, int], list[float]] = {(name, size): [] for name in shapes for size in (1, 2)}
+    found: dict[tuple[str, int], list[tuple[float, float]]] = {(name, size): [] for name in shapes for size in (1, 2)}
     with tempfile.TemporaryDirectory() as folder:
         domains = {name: write_world(Path(folder) / name, shape).folder for name, shape in shapes.items()}
         for _ in range(options.repeats):
-            for (name, size), rates in found.items():
-                ranks = on_ranks(size, predictions_a_second, domains[name], JOBS[name], batch, steps)
-                rates.append(min(ranks))
+            for (name, size), measured in found.items():
+                ranks = on_ranks(size, rates, domains[name], JOBS[name], batch, steps)
+                measured.append((min(speed for speed, _ in ranks), sum(operations for _, operations in ranks)))
     lines = []
     for name in shapes:
-        one, two = found[name, 1], found[name, 2]
+        (one, one_operations), (two, two_operations) = (
+            [list(column) for column in zip(*found[name, size], strict=True)] for size in (1, 2)
+        )
         lines += [
             Line(f"{name}, 1 worker", one, "predictions/s"),
             Line(f"{name}, 2 workers", two, "predictions/s"),
             ratio(f"{name}, 2 workers over 1", two, one),
+            ratio(f"{name}, 2 workers over 1, useful operations a second", two_operations, one_operations),
         ]
     return Report(
         "scaling",

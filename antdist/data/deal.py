@@ -102,14 +102,17 @@ def deal(
         bias, target_bias = _biases(repeats, item_ids[chosen], heaps, samples=max(1, len(draws)))
     places = np.empty(len(item_ids), dtype=np.int64)  # where a row stands in the candidates
     places[chosen] = np.arange(len(chosen))
+    begin, end = share(len(item_ids), rank, world_size)
+    own_begin, own_end = np.searchsorted(chosen, [begin, end]).tolist()
     return Batch(
         item_ids=torch.from_numpy(item_ids),
-        share=share(len(item_ids), rank, world_size),
+        share=(begin, end),
         tokens=torch.from_numpy(rows[mine.items]),
         offsets=torch.from_numpy(mine.offsets),
         predict_at=torch.from_numpy(mine.predict_at),
         targets=torch.from_numpy(places[rows[mine.targets]]),
         candidates=torch.from_numpy(chosen),
+        own=(own_begin, own_end),
         counts=torch.from_numpy(counts.astype(np.float32)),
         bias=None if bias is None else torch.from_numpy(bias.astype(np.float32)),
         target_bias=None if target_bias is None else torch.from_numpy(target_bias.astype(np.float32)),

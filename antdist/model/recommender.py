@@ -28,11 +28,6 @@ class Losses(NamedTuple):
     alignment: Tensor
 
 
-def identity(rows: Tensor) -> Tensor:
-    """The gather of a single rank, which holds all rows itself."""
-    return rows
-
-
 class Recommender(nn.Module):
     """ANT: items by their modalities, users by their items, scores by cosine.
 
@@ -84,14 +79,14 @@ class Recommender(nn.Module):
         return states
 
     def forward(
-        self, features: ItemFeatures, batch: Batch, gather: Gather = identity, loss: LossConfig = PRETRAINING_LOSS
+        self, features: ItemFeatures, batch: Batch, gather: Gather | None = None, loss: LossConfig = PRETRAINING_LOSS
     ) -> Losses:
         """This rank's contribution to the losses of a global batch.
 
         Args:
             features: of this rank's rows of `batch.item_ids`, `batch.share`; more may follow and play no part.
             batch: this rank's.
-            gather: all-gather of rows over ranks, with gradient.
+            gather: all-gather of rows over ranks, with gradient; None: this rank embeds them all.
             loss: `alignment` weighs the text-image alignment (0: not computed), `chunk` bounds memory.
         """
         with part("embed items"):
@@ -99,7 +94,7 @@ class Recommender(nn.Module):
         items, aligned = embeddings.item, None
         if loss.alignment > 0 and embeddings.text is not None and embeddings.image is not None:
             items, aligned = _gather_aligned(embeddings, embeddings.text, embeddings.image, gather)
-        else:
+        elif gather is not None:
             items = gather(items)
         with part("encode users"):
             states = self.encode_users(items, batch.tokens, batch.offsets, batch.longest)
@@ -136,7 +131,7 @@ class Recommender(nn.Module):
         texts stay as negatives. With `missing` "mask" an item without text has a zero transformed text, which would be
         everybody's neutral negative: there it is left out both as image and as text; with "reference" it stays.
 
-        Each rank takes the images of an equal stretch of the candidates: host integers alone, nothing to wait for.
+        Each rank takes the images that it embeds, so these stay where they are.
         """
         texts, text_present, image_present = (
             part.index_select(0, batch.candidates)
@@ -146,9 +141,9 @@ class Recommender(nn.Module):
         if self.config.missing == "mask":
             counts = counts * text_present
         weights = counts * image_present
-        start, stop = (len(batch.candidates) * row // len(batch.item_ids) for row in batch.share)
+        start, stop = batch.own
         loss = alignment_loss(
-            aligned.image.index_select(0, batch.candidates[start:stop]),
+            aligned.image.index_select(0, batch.candidates[start:stop] - batch.share[0]),
             texts,
             torch.arange(start, stop, device=texts.device),
             counts,
@@ -160,10 +155,10 @@ class Recommender(nn.Module):
 
 
 class _Aligned(NamedTuple):
-    """What the alignment loss needs of all items of the batch."""
+    """What the alignment loss needs: the images of this rank's items, of all items of the batch the rest."""
 
+    image: Tensor  # (n, d)
     text: Tensor  # (N, d)
-    image: Tensor  # (N, d)
     text_present: Tensor  # (N,) floating 0 or 1
     image_present: Tensor  # (N,) floating 0 or 1
 
@@ -179,15 +174,16 @@ def _first(rows: int, embeddings: ItemEmbeddings) -> ItemEmbeddings:
     )
 
 
-def _gather_aligned(embeddings: ItemEmbeddings, text: Tensor, image: Tensor, gather: Gather) -> tuple[Tensor, _Aligned]:
-    """Items and their parts from all ranks, in one call: columns [item | text | image | presence]."""
+def _gather_aligned(
+    embeddings: ItemEmbeddings, text: Tensor, image: Tensor, gather: Gather | None
+) -> tuple[Tensor, _Aligned]:
+    """Items and what is aligned from all ranks, in one call: columns [item | text | presence]."""
     dtype, dim = embeddings.item.dtype, embeddings.item.shape[1]
     present = torch.stack([embeddings.text_present, embeddings.image_present], dim=1).to(dtype)
-    if gather is identity:
-        return embeddings.item, _Aligned(text, image, present[:, 0], present[:, 1])
-    rows = gather(torch.cat([embeddings.item, text, image, present], dim=1))
-    item, text, image, present = rows.split([dim, dim, dim, 2], dim=1)
-    return item, _Aligned(text, image, present[:, 0], present[:, 1])
+    if gather is None:
+        return embeddings.item, _Aligned(image, text, present[:, 0], present[:, 1])
+    item, text, present = gather(torch.cat([embeddings.item, text, present], dim=1)).split([dim, dim, 2], dim=1)
+    return item, _Aligned(image, text, present[:, 0], present[:, 1])
 
 
 def build_recommender(

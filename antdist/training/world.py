@@ -46,33 +46,31 @@ def row_ranges(rows: int, parts: int) -> list[tuple[int, int]]:
     return [share(rows, part, parts) for part in range(parts)]
 
 
-def row_gather(world: World, rows: int) -> Gather:
+def row_gather(world: World, rows: int) -> Gather | None:
     """A function from this rank's (n_r, w) rows to all (rows, w), differentiable: the gradient of a row is summed over the
-    ranks that used it and goes back to the rank that computed it (law 2)."""
+    ranks that used it and goes back to the rank that computed it (law 2). None for one rank: it has them all."""
     if world.size == 1:
-        return lambda local: local
+        return None
     return lambda local: _GatherRows.apply(local, world, rows)
 
 
 class _GatherRows(torch.autograd.Function):
     @staticmethod
     def forward(ctx, local: Tensor, world: World, rows: int) -> Tensor:  # type: ignore[no-untyped-def]
-        ctx.world, ctx.rows = world, rows
-        ranges = row_ranges(rows, world.size)
-        longest = ranges[0][1] - ranges[0][0]
-        padded = local.new_zeros(longest, local.shape[1])
+        ctx.world, ctx.sizes = world, [stop - start for start, stop in row_ranges(rows, world.size)]
+        padded = local.new_zeros(ctx.sizes[0], local.shape[1])
         padded[: len(local)] = local
-        parts = [torch.empty_like(padded) for _ in ranges]
+        parts = [torch.empty_like(padded) for _ in ctx.sizes]
         dist.all_gather(parts, padded)
-        return torch.cat([parts[rank][: stop - start] for rank, (start, stop) in enumerate(ranges)])
+        return torch.cat([part[:size] for part, size in zip(parts, ctx.sizes, strict=True)])
 
     @staticmethod
     def backward(ctx, gradient: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[no-untyped-def]
-        start, stop = row_ranges(ctx.rows, ctx.world.size)[ctx.world.rank]
-        # gloo has no reduce-scatter; a copy, since autograd may hand the same tensor to others
-        total = gradient.contiguous().clone()
-        dist.all_reduce(total)
-        return total[start:stop], None, None
+        # each rank gets its rows' gradients from all ranks, and adds them in the ranks' order
+        own = ctx.sizes[ctx.world.rank]
+        parts = gradient.new_empty(ctx.world.size, own, gradient.shape[1])
+        dist.all_to_all_single(parts.flatten(0, 1), gradient.contiguous(), [own] * ctx.world.size, ctx.sizes)
+        return parts.sum(0), None, None
 
 
 def sum_over_ranks(world: World, value: Tensor) -> Tensor:

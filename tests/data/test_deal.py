@@ -76,6 +76,8 @@ def test_shares_add_up_to_the_batch(seed, windows, world_size, candidates):
         for name in ("item_ids", "candidates", "counts", "bias"):
             if getattr(dealt, name) is not None:
                 assert torch.equal(getattr(dealt, name), getattr(shares[0], name))
+        own = [row for row in dealt.candidates.tolist() if dealt.share[0] <= row < dealt.share[1]]
+        assert dealt.candidates[slice(*dealt.own)].tolist() == own
         assert dealt.predictions == batch.predictions
         assert dealt.longest == max((len(items) for items, _ in as_ids(dealt)), default=0)
         if windows >= world_size:

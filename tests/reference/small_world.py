@@ -77,14 +77,17 @@ def make_batch(
         targets += [chosen[candidates].index(target) for target in nexts]
         starts.append(starts[-1] + len(items))
     ranks = len(dealt)
+    share = (len(item_ids) * rank // ranks, len(item_ids) * (rank + 1) // ranks)
+    rows = [item_ids.index(item) for item in chosen[candidates]]
     return Batch(
         item_ids=torch.tensor(item_ids),
-        share=(len(item_ids) * rank // ranks, len(item_ids) * (rank + 1) // ranks),
+        share=share,
         tokens=torch.tensor(tokens, dtype=torch.int64),
         offsets=torch.tensor(starts),
         predict_at=torch.tensor(predict_at, dtype=torch.int64),
         targets=torch.tensor(targets, dtype=torch.int64),
-        candidates=torch.tensor([item_ids.index(item) for item in chosen[candidates]]),
+        candidates=torch.tensor(rows),
+        own=(sum(row < share[0] for row in rows), sum(row < share[1] for row in rows)),
         counts=torch.tensor([float(following[item]) for item in chosen[candidates]]),
         bias=bias,
         target_bias=target_bias,
