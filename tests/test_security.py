@@ -17,6 +17,7 @@ from antdist.config.load import load_config
 from antdist.config.schema import PretrainConfig
 from antdist.errors import UserError
 from antdist.orchestration.runs import claimed
+from antdist.training.remote import Remote, Unreachable
 
 PROJECT = Path(__file__).resolve().parents[1]
 SOURCES = sorted(path for room in ("antdist", "launch") for path in (PROJECT / room).rglob("*.py"))
@@ -133,13 +134,24 @@ def test_no_secret_is_told_of_a_mistake_in_a_configuration(tmp_path: Path) -> No
 
 
 def test_no_secret_is_written_to_the_runs_folder(tmp_path: Path) -> None:
-    config = load_config(PretrainConfig, None, [f"tracking.uri={SECRET}"])
+    remote = f"memory://{SECRET.partition('://')[2]}"
+    asked = [f"tracking.uri={SECRET}", f"ray.storage={tmp_path}", f"ray.remote_storage={remote}"]
+    config = load_config(PretrainConfig, None, asked)
     for _ in range(2):  # the second start compares with what the first wrote
         with claimed(tmp_path / "run", config):
             pass
     files = [path for path in (tmp_path / "run").rglob("*") if path.is_file()]
-    assert "***@host" in (tmp_path / "run" / "config.yaml").read_text()
+    assert (tmp_path / "run" / "config.yaml").read_text().count("***@host") == 2
     assert not any(b"hush" in path.read_bytes() for path in files)
+
+
+def test_no_secret_is_told_of_remote_storage(tmp_path: Path) -> None:
+    for uri in (f"nowhere://{SECRET.partition('://')[2]}", f"simplecache::{SECRET}"):
+        with pytest.raises(UserError, match=r"ray\.remote_storage") as caught:
+            Remote(uri)
+        assert "hush" not in str(caught.value)
+    told = Unreachable(SECRET, OSError(f"no answer from {SECRET}"))
+    assert "hush" not in f"{told} {told.what} {told.where}"
 
 
 LISTENING = """

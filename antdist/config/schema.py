@@ -196,6 +196,11 @@ class RayConfig(Component):
     gpus_per_worker: Annotated[float, Field(ge=0)] = 0
     address: str | None = Field(None, description="null: RAY_ADDRESS, else a local Ray started by the command")
     storage: str = Field("runs", description="folder for runs and checkpoints, shared by all nodes")
+    remote_storage: str | None = Field(
+        None,
+        description="any fsspec URI (s3://BUCKET/FOLDER) or folder: checkpoints are copied there in the background, and a run "
+        "whose folder is gone goes on from there; one run of a name at a time",
+    )
     max_failures: Annotated[int, Field(ge=-1)] = 3
 
     @model_validator(mode="after")

@@ -99,16 +99,25 @@ def check_relearn(config: RelearnConfig) -> CheckReport:
 
 
 def _check_common(config: PretrainConfig | RelearnConfig, report: CheckReport) -> None:
+    from antdist.orchestration.runs import absolute
     from antdist.orchestration.session import inside_job
     from antdist.tracking.registry import check_model_name
     from antdist.tracking.store import check_reachable, redact
     from antdist.training.deepspeed_engine import deepspeed_config
+    from antdist.training.remote import Remote
 
     if inside_job() and not Path(config.ray.storage).is_absolute():
         raise UserError(
             f"{config.ray.storage!r} would lie in the job's copy of the working folder, which Ray removes",
             where="ray.storage",
             remedy="give an absolute path, to a folder that all nodes share",
+        )
+    remote = config.ray.remote_storage
+    if remote and inside_job() and "://" not in remote and not Path(remote).is_absolute():
+        raise UserError(
+            f"{remote!r} would lie in the job's copy of the working folder, which Ray removes",
+            where="ray.remote_storage",
+            remedy="give a URI or an absolute path",
         )
     if config.tracking.registered_model is not None:
         check_model_name(config.tracking.registered_model)
@@ -126,6 +135,9 @@ def _check_common(config: PretrainConfig | RelearnConfig, report: CheckReport) -
             "loss.log_q", "the full catalogue is no sample, so there is nothing to correct", "set it to false"
         )
     report.checked.append("configuration")
+    if config.ray.remote_storage is not None:
+        Remote(absolute(config.ray.remote_storage)).check()
+        report.checked.append(f"remote storage {redact(config.ray.remote_storage)}")
     uri = _tracking(config)
     try:
         check_reachable(uri)

@@ -22,6 +22,9 @@ from antdist.orchestration.runs import (
     ending_runs,
     following,
     for_workers,
+    note_tracked,
+    remote_of,
+    take_up_tracked,
 )
 from antdist.orchestration.session import enter_worker, ray_session, run_workers, stoppable
 from antdist.orchestration.worker import alone, best_model, learn, save_best
@@ -85,7 +88,7 @@ def pretrain(config: PretrainConfig) -> Pretrained:
 def _pretrain(config: PretrainConfig, folder: Path, uri: str) -> Pretrained:
     domains = open_domains(config.data, config.data.domains, "data.domains")
     lineage = Lineage({domain.name: domain.fingerprint for domain in domains})
-    known = read_json(folder / "run.json")
+    known = take_up_tracked(folder, config, uri)
     run_id = known["run_id"] if known else resolve(config.resume, uri).run_id if config.resume else None
     tracked = start_run(
         uri,
@@ -97,7 +100,7 @@ def _pretrain(config: PretrainConfig, folder: Path, uri: str) -> Pretrained:
         run_id=run_id,
         offline_ok=config.tracking.offline_ok,
     )
-    write_json(folder / "run.json", {"run_id": tracked.run_id})
+    note_tracked(folder, config, {"run_id": tracked.run_id})
     tracked.finish(status=None)
     state = _registered_state(config, folder, uri)
     settings = {
@@ -184,6 +187,7 @@ def _train(
         evaluate=evaluate,
         tracked=tracked,
         start=load_latest(Path(state) / "checkpoints") if state is not None and world.leader else None,
+        remote=remote_of(folder, config.ray) if world.leader else None,
         profile=config.profile,
     )
     best = best_model(model, folder, progress, world)

@@ -18,7 +18,18 @@ from antdist.files import read_json, write_json
 from antdist.orchestration.checks import check_relearn
 from antdist.orchestration.inputs import Inputs, open_domains, open_inputs, rank_together
 from antdist.orchestration.pretraining import feature_sources
-from antdist.orchestration.runs import STOP, brought, claimed, deliver_left, ending_runs, following, for_workers
+from antdist.orchestration.runs import (
+    STOP,
+    brought,
+    claimed,
+    deliver_left,
+    ending_runs,
+    following,
+    for_workers,
+    note_tracked,
+    remote_of,
+    take_up_tracked,
+)
 from antdist.orchestration.session import enter_worker, ray_session, run_workers, stoppable
 from antdist.orchestration.worker import alone, best_model, learn, save_best
 from antdist.progress import say
@@ -266,14 +277,15 @@ def _open_trial(config: RelearnConfig, strategy: Strategy, seed: int, folder: Pa
     """A trial's folder and MLflow run, kept over restarts."""
     mine = trial_folder(folder, strategy, seed)
     mine.mkdir(parents=True, exist_ok=True)
-    known = read_json(mine / "run.json")
-    if known is not None:
-        if known["parent"] != lineage.parent:
-            raise UserError(
-                f"this trial started from {known['parent']}, not from {lineage.parent}",
-                where=mine,
-                remedy="choose another name=..., name that parent, or remove the folder",
-            )
+    known = take_up_tracked(mine, config, uri)
+    if known is not None and known["parent"] != lineage.parent:
+        raise UserError(
+            f"this trial started from {known['parent']}, not from {lineage.parent}",
+            where=mine,
+            remedy="choose another name=..., name that parent, or remove the folder",
+        )
+    if known is not None and known["run_id"] is not None:
+        note_tracked(mine, config, known)  # to a copy that is new
         if not (mine / "outcome.json").is_file():
             check_known(uri, known["run_id"])
         return
@@ -284,7 +296,7 @@ def _open_trial(config: RelearnConfig, strategy: Strategy, seed: int, folder: Pa
         uri, config.tracking.experiment, name, mine, config=shown, tags=tags, offline_ok=config.tracking.offline_ok
     )
     tracked.finish(status=None)
-    write_json(mine / "run.json", {"run_id": tracked.run_id, "parent": lineage.parent})
+    note_tracked(mine, config, {"run_id": tracked.run_id, "parent": lineage.parent})
 
 
 # -- the worker ------------------------------------------------------------------------------------------------------
@@ -383,6 +395,7 @@ def _train_trial(
         evaluate=evaluate,
         tracked=tracked,
         log_folder=folder.parent,
+        remote=remote_of(folder, config.ray) if world.leader else None,
         profile=config.profile,
     )
     if progress.finished is None:

@@ -13,12 +13,15 @@ STORAGE/NAME/
   checkpoints/  best/  model/  training_state/
   from-*/         what the registry gave to start from, for all nodes to read
   profile/        a trace of some steps a worker, where profile=true asks for it
+
+With `ray.remote_storage` its checkpoints, best weights, config.yaml and run.json have a copy there.
 """
 
 from __future__ import annotations
 
 import contextlib
 import fcntl
+import json
 import shutil
 import sys
 import threading
@@ -26,17 +29,19 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
 import yaml
-from pydantic import BaseModel
 
 from antdist.config.load import dump_config
-from antdist.config.schema import PretrainConfig, RelearnConfig
+from antdist.config.schema import PretrainConfig, RayConfig, RelearnConfig
 from antdist.errors import UserError, redact
 from antdist.files import read_json, write_json
 from antdist.progress import QUIET_SECONDS, say, tee
 from antdist.training.live import Live
+
+if TYPE_CHECKING:
+    from antdist.training.remote import Remote
 
 EARLIER_WORKERS_SECONDS = 120.0
 STOP = "stop"
@@ -53,8 +58,11 @@ GENTLER = frozenset({"training.learning_rate", "training.clip", "training.precis
 
 
 @contextlib.contextmanager
-def claimed(folder: Path, config: BaseModel, adjustable: frozenset[str] = frozenset()) -> Iterator[None]:
-    """Within the block the run's folder is this command's: made, or taken up again if it holds the same run.
+def claimed(
+    folder: Path, config: PretrainConfig | RelearnConfig, adjustable: frozenset[str] = frozenset()
+) -> Iterator[None]:
+    """Within the block the run's folder is this command's: made, or taken up again if it, or its copy in
+    `ray.remote_storage`, holds the same run.
 
     Raises:
         UserError: another command holds it; earlier workers do not end; it holds a run of another configuration, saying
@@ -74,21 +82,73 @@ def claimed(folder: Path, config: BaseModel, adjustable: frozenset[str] = frozen
         yield
 
 
-def _take_up(folder: Path, config: BaseModel, adjustable: frozenset[str]) -> None:
-    file = folder / "config.yaml"
-    if file.is_file():
-        changed = _changed(yaml.safe_load(file.read_text(encoding="utf-8")), yaml.safe_load(dump_config(config)))
+def _take_up(folder: Path, config: PretrainConfig | RelearnConfig, adjustable: frozenset[str]) -> None:
+    file, remote = folder / "config.yaml", remote_of(folder, config.ray)
+    begun = {str(folder): file.read_bytes()} if file.is_file() else {}
+    if remote is not None and (there := remote.read(file.name)) is not None:
+        begun[remote.uri] = there
+    for where, text in begun.items():
+        changed = _changed(yaml.safe_load(text), yaml.safe_load(dump_config(config)))
         refused = [told for key, told in changed.items() if key not in adjustable]
         if refused:
             raise UserError(
                 f"a run of this name exists with another configuration: {'; '.join(refused[:5])}",
-                where=folder,
+                where=where,
                 remedy="choose another name=..., undo the change to go on with that run, or remove its folder",
             )
-        say(f"{folder} exists: going on with that run" + "".join(f"; {told}" for told in changed.values()))
+        if where == next(iter(begun)):
+            say(f"{where} exists: going on with that run" + "".join(f"; {told}" for told in changed.values()))
+    text = redact(dump_config(config)).encode()  # for people, and to compare at the next start
     partial = file.with_suffix(".partial")
-    partial.write_text(redact(dump_config(config)), encoding="utf-8")  # for people, and to compare at the next start
+    partial.write_bytes(text)
     partial.replace(file)
+    if remote is not None:
+        remote.write(file.name, text)
+
+
+def remote_of(folder: Path, config: RayConfig) -> Remote | None:
+    """The copy of a run's folder: where `ray.remote_storage` has what the folder is in `ray.storage`. Raises UserError if
+    that cannot be used."""
+    from antdist.training.remote import Remote
+
+    if config.remote_storage is None:
+        return None
+    place = folder.resolve().relative_to(Path(config.storage).resolve())
+    return Remote(f"{absolute(config.remote_storage)}/{place}")
+
+
+def absolute(remote_storage: str) -> str:
+    """A folder's path from the root; a URI as it is."""
+    return remote_storage.rstrip("/") if "://" in remote_storage else str(Path(remote_storage).resolve())
+
+
+def take_up_tracked(folder: Path, config: PretrainConfig | RelearnConfig, uri: str) -> dict[str, Any] | None:
+    """What `run.json` says, brought from `ray.remote_storage` where the folder is gone; None if there is none. Where the
+    tracking store does not know that run (it may have lain in the same folder), `run_id` is None: another begins."""
+    from antdist.tracking.run import OFFLINE, check_known
+
+    known = read_json(folder / "run.json")
+    remote = remote_of(folder, config.ray) if known is None else None
+    text = None if remote is None else remote.read("run.json")
+    if text is None:
+        return known
+    known = dict(json.loads(text))
+    try:
+        if known["run_id"].startswith(OFFLINE):
+            raise UserError("what the run recorded offline went with its folder")
+        check_known(uri, known["run_id"])
+    except UserError as error:
+        say(f"{error} The run goes on with a new MLflow run")
+        return {**known, "run_id": None}
+    write_json(folder / "run.json", known)
+    return known
+
+
+def note_tracked(folder: Path, config: PretrainConfig | RelearnConfig, known: dict[str, Any]) -> None:
+    """Write `run.json`, to the copy of the folder too."""
+    write_json(folder / "run.json", known)
+    if (remote := remote_of(folder, config.ray)) is not None:
+        remote.write("run.json", json.dumps(known).encode())
 
 
 def _changed(there: dict[str, Any], here: dict[str, Any], prefix: str = "") -> dict[str, str]:
@@ -123,7 +183,10 @@ def _locked(file: TextIO, seconds: float = 0.0) -> bool:
 def for_workers(config: PretrainConfig | RelearnConfig) -> dict[str, Any]:
     """The configuration with absolute folders: Ray starts workers in a folder of its own."""
     data = config.data.model_copy(update={"root": str(Path(config.data.root).resolve())})
-    ray = config.ray.model_copy(update={"storage": str(Path(config.ray.storage).resolve())})
+    folders = {"storage": str(Path(config.ray.storage).resolve())}
+    if config.ray.remote_storage is not None:
+        folders["remote_storage"] = absolute(config.ray.remote_storage)
+    ray = config.ray.model_copy(update=folders)
     settings = config.model_copy(update={"data": data, "ray": ray}).model_dump(by_alias=True)
     for key in ("resume", "from"):
         if settings.get(key) and Path(settings[key]).is_dir():

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from antdist.training.checkpoint import Checkpoint
     from antdist.training.engine import Engine
     from antdist.training.loop import Asked, Metrics, Progress
+    from antdist.training.remote import Remote
     from antdist.training.world import World
 
 
@@ -46,6 +47,7 @@ def learn(
     evaluate: Callable[[Recommender], Metrics],
     tracked: TrackedRun | None,
     start: Checkpoint | None = None,
+    remote: Remote | None = None,
     log_folder: Path | None = None,
     profile: bool = False,
 ) -> Progress:
@@ -89,6 +91,7 @@ def learn(
         asked=asked,
         name=name,
         start=start,
+        remote=remote,
         profile=profile,
     )
     progress = train(job)

@@ -18,7 +18,7 @@ import contextlib
 import errno
 import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,7 @@ from antdist.files import file_sha256, flush_to_disk
 from antdist.progress import say
 from antdist.training.engine import MOMENTS, EngineState
 
+FILES = ("weights.safetensors", "moments.safetensors", "progress.json")
 MARKER = "COMPLETE.json"
 PREFIX = "step-"
 
@@ -45,10 +46,16 @@ class Checkpoint:
 
 
 def save_checkpoint(
-    parent: Path, step: int, state: EngineState, progress: dict[str, Any], keep: int, keep_every: int | None = None
+    parent: Path,
+    step: int,
+    state: EngineState,
+    progress: dict[str, Any],
+    keep: int,
+    keep_every: int | None = None,
+    held: Collection[int] = (),
 ) -> Path:
-    """Write `parent/step-N` whole or not at all, then drop all but the newest `keep` and those that `keep_every` keeps for
-    good. Called by the leader alone."""
+    """Write `parent/step-N` whole or not at all, then drop all but the newest `keep`, those that `keep_every` keeps for
+    good, and the steps `held`. Called by the leader alone."""
     assert keep >= 2, "one checkpoint is none while it is replaced"
     parent.mkdir(parents=True, exist_ok=True)
     final, folder = parent / f"{PREFIX}{step:08d}", parent / f".writing-{PREFIX}{step:08d}"
@@ -75,7 +82,7 @@ def save_checkpoint(
     flush_to_disk(parent)
     faults.at("save", rank=0, step=step, file="prune")
     steps = steps_in(parent)
-    for old in set(steps[:-keep]) - kept_for_good(steps, keep_every):
+    for old in set(steps[:-keep]) - kept_for_good(steps, keep_every) - {*held}:
         shutil.rmtree(parent / f"{PREFIX}{old:08d}", ignore_errors=True)
     return final
 
@@ -127,6 +134,15 @@ def drop_newer(parent: Path, folder: Path) -> None:
                 shutil.rmtree(parent / f"{PREFIX}{step:08d}")
 
 
+def newest_whole(parent: Path) -> int | None:
+    """The step of the checkpoint that `load_latest` would load, None if there is none."""
+    for step in reversed(steps_in(parent)):
+        with contextlib.suppress(UserError):
+            check_checkpoint(parent / f"{PREFIX}{step:08d}")
+            return step
+    return None
+
+
 def load_latest(parent: Path) -> Checkpoint | None:
     """The newest whole checkpoint below `parent`, None if it holds none. One that is damaged is named, and the one before it
     is tried. Raises UserError if all are damaged: beginning anew, as if there had been nothing, is for the user to decide."""
@@ -153,8 +169,6 @@ def load_checkpoint(folder: Path) -> Checkpoint:
 
     check_checkpoint(folder)
     document = json.loads((folder / "progress.json").read_text())
-    if best := document.get("best"):
-        _check_file(best_weights(folder.parent.parent, best["epoch"]), best["file"])
     engine = document.pop("engine")
     moments: dict[str, dict[str, Any]] = {moment: {} for moment in MOMENTS}
     for key, value in load_file(folder / "moments.safetensors").items():
@@ -165,7 +179,8 @@ def load_checkpoint(folder: Path) -> Checkpoint:
 
 
 def check_checkpoint(folder: Path) -> None:
-    """Compare every file with the marker. Raises UserError at the first that differs."""
+    """Compare every file with the marker, and the best weights with what the checkpoint says of them. Raises UserError at
+    the first that differs."""
     marker = folder / MARKER
     if not marker.is_file():
         raise UserError(f"not a checkpoint: there is no {MARKER}", where=folder, remedy="name a folder that has one")
@@ -175,8 +190,10 @@ def check_checkpoint(folder: Path) -> None:
         raise UserError(
             f"the marker cannot be read ({error})", where=marker, remedy="use an older checkpoint"
         ) from error
-    for name in ("weights.safetensors", "moments.safetensors", "progress.json"):
+    for name in FILES:
         _check_file(folder / name, files.get(name))
+    if best := json.loads((folder / "progress.json").read_text()).get("best"):
+        _check_file(best_weights(folder.parent.parent, best["epoch"]), best["file"])
 
 
 def _check_file(path: Path, described: dict[str, Any] | None) -> None:

@@ -11,6 +11,7 @@ All state that survives is in `Progress` and the engine; order, noise and learni
 
 from __future__ import annotations
 
+import contextlib
 import math
 import shutil
 import time
@@ -47,8 +48,10 @@ from antdist.training.live import Live, say_line
 from antdist.training.memory import keep_memory, release_now_and_then
 from antdist.training.noise import seed_noise
 from antdist.training.numbers import REMEMBERED, WINDOW, forget_from, in_a_row, spike, within_window, write_down
+from antdist.training.remote import Remote
 from antdist.training.saver import Saver
 from antdist.training.schedule import learning_rate
+from antdist.training.uploads import Uploads
 from antdist.training.watchdog import Watchdog
 from antdist.training.world import World, agree, barrier, row_gather, sum_over_ranks
 
@@ -87,8 +90,8 @@ class Job:
 
     `validate` is collective and returns the same metrics on every rank; `report` gets curves and `live` how it goes, on the
     leader. `asked` tells on each rank, where the curves get a point, whether to take a checkpoint and perhaps to stop: what one
-    rank hears, all do. `start` is a state to begin from where `folder` has no checkpoint of its own. `profile`: each rank writes a trace of
-    some steps to `folder/profile`.
+    rank hears, all do. `start` is a state to begin from where neither `folder` nor `remote`, its copy, of which the
+    leader alone takes note, has a checkpoint. `profile`: each rank writes a trace of some steps to `folder/profile`.
     """
 
     engine: Engine
@@ -103,6 +106,7 @@ class Job:
     asked: Callable[[], Asked] = lambda: None
     name: str = "training"
     start: Checkpoint | None = None
+    remote: Remote | None = None
     profile: bool = False
 
 
@@ -126,7 +130,12 @@ def _train(job: Job, watchdog: Watchdog) -> Progress:
     on_gpu = job.world.device.type == "cuda"
     if not on_gpu:
         keep_memory()
-    with exact_products(job.world.device), Saver(job.folder) as saver, profiled(trace, on_gpu=on_gpu) as step_done:
+    with (
+        exact_products(job.world.device),
+        _uploading(job) as uploads,
+        Saver(job.folder, uploads) as saver,
+        profiled(trace, on_gpu=on_gpu) as step_done,
+    ):
         meter = Meter(job, progress.step, step_done)
         while progress.finished is None and (stop_at is None or progress.step < stop_at):
             if _train_epoch(job, progress, meter, saver, stop_at, watchdog):
@@ -139,8 +148,18 @@ def _train(job: Job, watchdog: Watchdog) -> Progress:
     return progress
 
 
+def _uploading(job: Job) -> contextlib.AbstractContextManager[Uploads | None]:
+    """On the leader of a run with a copy elsewhere: what keeps that up to date."""
+    if job.remote is None or not job.world.leader:
+        return contextlib.nullcontext()
+    hang = job.config.hang
+    # waiting for the last one, the leader must not look as if it hung
+    patience = 60 * min(hang.start_minutes, hang.step_minutes, hang.checkpoint_minutes) / 2
+    return Uploads(job.remote, job.folder, job.config.keep_checkpoints, job.config.keep_every, patience)
+
+
 def _resume(job: Job) -> Progress:
-    """Take up the newest whole checkpoint of the folder, else `job.start`, else begin. The leader decides for all: what it
+    """Take up the newest whole checkpoint of the folder or its copy elsewhere, else `job.start`, else begin. The leader decides for all: what it
     cannot take up, all ranks raise."""
     found, failure = _find(job) if job.world.leader else (None, None)
     document, failure = agree(job.world, (found.progress if found else None, failure))
@@ -168,6 +187,8 @@ def _resume(job: Job) -> Progress:
 def _find(job: Job) -> tuple[Checkpoint | None, UserError | None]:
     """On the leader: the checkpoint to go on from, its best weights in this run's folder; or why there is none that fits."""
     try:
+        if job.remote is not None:
+            job.remote.bring(job.folder)
         found = load_latest(job.folder / "checkpoints") or job.start
         if found is not None:
             drop_newer(job.folder / "checkpoints", found.folder)
@@ -337,7 +358,7 @@ def _checkpoint(job: Job, progress: Progress, saver: Saver) -> None:
         if job.world.leader:
             position = job.feed.stream.state(progress.epoch, progress.batch)
             document = {"progress": asdict(progress), "stream": asdict(position)}
-            saver.begin(lambda: _write(job.folder, state, document, job.config))
+            saver.begin(lambda: _write(job.folder, state, document, job.config, saver.uploads))
 
 
 def _await_save(job: Job, saver: Saver) -> None:
@@ -347,7 +368,9 @@ def _await_save(job: Job, saver: Saver) -> None:
         raise failure
 
 
-def _write(folder: Path, state: EngineState, document: dict[str, Any], config: TrainingConfig) -> None:
+def _write(
+    folder: Path, state: EngineState, document: dict[str, Any], config: TrainingConfig, uploads: Uploads | None
+) -> None:
     """In the saver's thread: a checkpoint, after the best weights if these are they, before the old ones go."""
     progress, checkpoints = Progress(**document["progress"]), folder / "checkpoints"
     if progress.best_epoch is not None:
@@ -360,7 +383,10 @@ def _write(folder: Path, state: EngineState, document: dict[str, Any], config: T
             flush_to_disk(path.parent)
         known = None if fresh else _known_best(checkpoints, progress)
         document["best"] = known or {"epoch": progress.best_epoch, "file": describe(path)}
-    save_checkpoint(checkpoints, progress.step, state, document, config.keep_checkpoints, config.keep_every)
+    held = {uploads.copying} if uploads is not None and uploads.copying is not None else set[int]()
+    save_checkpoint(checkpoints, progress.step, state, document, config.keep_checkpoints, config.keep_every, held)
+    if uploads is not None:
+        uploads.offer(progress.step)
     # each kept checkpoint may be the one that a restart falls back on, so its best weights stay too
     epochs = [kept["progress"]["best_epoch"] for kept in progress_of_all(checkpoints)]
     needed = {best_weights(folder, epoch) for epoch in epochs if epoch is not None}

@@ -10,13 +10,15 @@ from types import TracebackType
 from antdist.errors import UserError
 from antdist.progress import say
 from antdist.training.engine import EngineState
+from antdist.training.uploads import Uploads
 
 
 class Saver:
-    """The leader's writer. Leaving its block waits until what was begun is on disk, whatever ends the block."""
+    """The leader's writer. Leaving its block waits until what was begun is on disk, whatever ends the block. `uploads`:
+    where what is on disk goes on to."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path, uploads: Uploads | None = None) -> None:
+        self.folder, self.uploads = folder, uploads
         self.snapshot: EngineState | None = None  # memory of the state that is or was written, for the next one
         # not a daemon: an interpreter that ends waits for its last save
         self._thread = ThreadPoolExecutor(1, "saver")

@@ -100,6 +100,11 @@ def test_an_inherited_tower_has_only_the_modalities_that_are_named(world: Path) 
             {"training": {"deepspeed": {"zero_optimization": 3}}},
             "training.deepspeed.zero_optimization: is a section of keys, not 3",
         ),
+        (
+            {"ray": {"remote_storage": "file:///proc/no/such"}},
+            "ray.remote_storage file:///proc/no/such: it cannot be written: does not answer, or refuses",
+        ),
+        ({"ray": {"remote_storage": "nowhere://x"}}, "ray.remote_storage nowhere://x: it cannot be used"),
     ],
 )
 def test_what_would_stop_a_pretraining_is_told_by_its_key(world: Path, change: dict[str, Any], message: str) -> None:
@@ -112,6 +117,13 @@ def test_what_would_stop_a_pretraining_is_told_by_its_key(world: Path, change: d
     with pytest.raises(UserError) as caught:
         check_pretrain(check_config(PretrainConfig, tree))
     assert message in str(caught.value)
+
+
+def test_the_remote_storage_is_tried_before_a_run(world: Path, tmp_path: Path) -> None:
+    ray = {"storage": str(world / "runs"), "remote_storage": f"file://{tmp_path}/there"}
+    report = check_relearn(adapting(world, strategy="scratch", ray=ray))
+    assert f"remote storage file://{tmp_path}/there" in report.checked
+    assert list((tmp_path / "there").iterdir()) == []
 
 
 def damaged(folder: Path, name: str, place: int) -> Path:

@@ -277,6 +277,32 @@ def terminate_once(ready: Path) -> None:
     os.kill(os.getpid(), signal.SIGTERM)
 
 
+def test_runs_whose_folders_are_gone_go_on_from_remote_storage(
+    world: Path, pretrained: Pretrained, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A pre-training that was stopped, in the same MLflow run; and a finished trial, which is not trained again."""
+
+    def copied(config: Any) -> Any:
+        ray = config.ray.model_copy(update={"remote_storage": f"file://{tmp_path}"})
+        return config.model_copy(update={"ray": ray})
+
+    first = pretrain(copied(pretrain_config(world, "copied", training={"stop_after": 4})))
+    shutil.rmtree(first.folder)
+    done = pretrain(copied(pretrain_config(world, "copied")))
+    assert "the checkpoint of step 4 was brought from" in capsys.readouterr().err
+    assert done.run_id == first.run_id and curve(done) == curve(pretrained)
+    for name, weight in weights(pretrained.folder / "model").items():
+        np.testing.assert_array_equal(weights(done.folder / "model")[name], weight, err_msg=name)
+    config = copied(relearn_config(world, name="copied", strategy="scratch", seeds=[0]))
+    trial = relearn(config).folder / "scratch-seed0"
+    before = weights(trial / "model")
+    shutil.rmtree(trial.parent)
+    relearn(config)
+    assert "target scratch seed 0: is finished (all epochs done" in capsys.readouterr().err
+    for name, weight in before.items():
+        np.testing.assert_array_equal(weights(trial / "model")[name], weight, err_msg=name)
+
+
 def test_a_relearning_that_is_terminated_goes_on_with_its_trial(world: Path) -> None:
     config = relearn_config(world, name="parted", strategy="scratch")
     terminator = threading.Thread(target=terminate_once, args=(world / "runs" / "parted" / "target" / "lock",))

@@ -15,7 +15,16 @@ from antdist.config.load import check_config
 from antdist.config.schema import PretrainConfig
 from antdist.errors import UserError
 from antdist.orchestration import runs
-from antdist.orchestration.runs import GENTLER, LONGER, brought, claimed, leading
+from antdist.orchestration.runs import (
+    GENTLER,
+    LONGER,
+    brought,
+    claimed,
+    for_workers,
+    leading,
+    note_tracked,
+    take_up_tracked,
+)
 from antdist.progress import say
 
 
@@ -115,6 +124,51 @@ def test_only_who_may_adjust_goes_on_longer_or_slower_and_it_is_said(
     assert "going on with that run; training.epochs was 300, is 400; training.learning_rate" in capsys.readouterr().err
     with claimed(tmp_path, changed):
         pass
+
+
+def test_the_copy_of_a_run_is_of_that_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By its configuration, also where the folder is gone, or another's."""
+
+    def begun(there: str = "there", **training: Any) -> PretrainConfig:
+        ray = {"storage": str(tmp_path / "runs"), "remote_storage": there}
+        return check_config(PretrainConfig, {"training": training, "ray": ray})
+
+    monkeypatch.chdir(tmp_path)
+    run = tmp_path / "runs" / "one"
+    with claimed(run, begun()):
+        pass
+    assert (tmp_path / "there" / "one" / "config.yaml").read_bytes() == (run / "config.yaml").read_bytes()
+    assert for_workers(begun())["ray"]["remote_storage"] == str(tmp_path / "there")
+    (run / "config.yaml").unlink()
+    refused = r"there/one: a run of this name exists .*weight_decay was 0.0, is 0.5"
+    with pytest.raises(UserError, match=refused), claimed(run, begun(weight_decay=0.5)):
+        pass
+    with claimed(run, begun("elsewhere", weight_decay=0.5)):
+        pass
+    with pytest.raises(UserError, match=refused), claimed(run, begun(weight_decay=0.5)):
+        pass
+
+
+def test_a_run_whose_folder_is_gone_keeps_its_mlflow_run_if_the_store_knows_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ray = {"storage": str(tmp_path / "runs"), "remote_storage": f"file://{tmp_path}/there"}
+    asked, store = check_config(PretrainConfig, {"ray": ray}), set[str]()
+
+    def check_known(uri: str, run_id: str) -> None:
+        if run_id not in store:
+            raise UserError(f"the tracking store knows no run {run_id!r}")
+
+    monkeypatch.setattr("antdist.tracking.run.check_known", check_known)
+    trial = tmp_path / "runs" / "name" / "target" / "scratch-seed0"
+    trial.mkdir(parents=True)
+    assert take_up_tracked(trial, asked, "x") is None
+    note_tracked(trial, asked, {"run_id": "abc", "parent": "p"})
+    (trial / "run.json").unlink()
+    assert take_up_tracked(trial, asked, "x") == {"run_id": None, "parent": "p"} and not (trial / "run.json").exists()
+    assert "knows no run 'abc'. The run goes on with a new MLflow run" in capsys.readouterr().err
+    store.add("abc")
+    assert take_up_tracked(trial, asked, "x") == {"run_id": "abc", "parent": "p"} and (trial / "run.json").is_file()
 
 
 def test_a_leader_waits_until_the_one_before_it_has_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -24,6 +24,7 @@ from antdist.training.deepspeed_engine import DeepSpeedEngine
 from antdist.training.engine import PlainEngine
 from antdist.training.feed import Feed, StepInput
 from antdist.training.loop import Job, train
+from antdist.training.remote import Remote
 from antdist.training.world import current_world
 from tests.ranks import on_ranks
 from tests.worlds import make_domains
@@ -40,6 +41,7 @@ def run(
     negatives: str = "in_batch",
     mode: str = "sequence",
     start: Path | None = None,
+    remote: str | None = None,
     loss: dict[str, Any] | None = None,
     recalls: list[float] | None = None,
     profile: bool = False,
@@ -88,6 +90,7 @@ def run(
         report=report,
         asked=asked,
         start=load_checkpoint(start) if start else None,
+        remote=Remote(remote) if remote else None,
         profile=profile,
     )
     progress = train(job)
