@@ -196,7 +196,7 @@ class RayConfig(Component):
     gpus_per_worker: Annotated[float, Field(ge=0)] = 0
     address: str | None = Field(None, description="null: RAY_ADDRESS, else a local Ray started by the command")
     storage: str = Field("runs", description="folder for runs and checkpoints, shared by all nodes")
-    remote_storage: str | None = Field(
+    remote_storage: Annotated[str, Field(min_length=1)] | None = Field(
         None,
         description="any fsspec URI (s3://BUCKET/FOLDER) or folder: checkpoints are copied there in the background, and a run "
         "whose folder is gone goes on from there; one run of a name at a time",

@@ -216,7 +216,12 @@ class Remote:
         return [step for step in steps if MARKER in self._names(f"checkpoints/{PREFIX}{step:08d}")]
 
     def check(self) -> None:
-        """Write something small and remove it. Raises UserError where that fails, or takes longer than a minute."""
+        """Write something small and remove it. Raises UserError where that fails, or takes longer than a minute; and of
+        storage that ends with the process."""
+        if self.uri.startswith("memory:"):
+            raise UserError(
+                "it is seen by one process alone, and ends with it", where=f"{KEY} {self.uri}", remedy="give another"
+            )
         name = f".probe-{uuid.uuid4().hex}"
 
         def probe() -> None:

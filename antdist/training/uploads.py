@@ -30,7 +30,7 @@ class Uploads:
         self.copying: int | None = None  # the step whose files must not go
         self._offered: int | None = None  # the newest step that is whole on disk and waits to be copied
         self._changed = threading.Condition()
-        self._ending = threading.Event()
+        self._ending, self._given_up = threading.Event(), False
         self._pause = 0.0  # before the next trial; 0 unless the last one failed
         self._mistake: BaseException | None = None
         # a daemon: the end gives up on storage that is away
@@ -58,6 +58,7 @@ class Uploads:
             say(f"the last checkpoint is on its way to {self.remote.uri}: waiting up to {self.seconds / 60:g} minutes")
             self._thread.join(max(0.0, self.seconds - QUIET_SECONDS))
         if self._thread.is_alive():
+            self._given_up = True
             say(
                 f"the last checkpoint did not reach {self.remote.uri} in {self.seconds / 60:g} minutes; it is whole in "
                 f"{self.folder / 'checkpoints'}, and the same command copies it"
@@ -100,5 +101,5 @@ class Uploads:
                 return
             if self._ending.wait(self._pause):
                 time.sleep(FIRST_PAUSE)
-            if self._offered is not None:
+            if self._offered is not None or self._given_up:
                 return

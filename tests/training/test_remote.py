@@ -285,6 +285,7 @@ def test_storage_that_cannot_be_used_is_told_before_anything_starts(
             r"ray.remote_storage s3://bucket/runs: the package for s3:// \(s3fs\) is missing\. `pip install s3fs`",
         ),
         ("nowhere://x", r"ray.remote_storage nowhere://x: it cannot be used \(Protocol not known: nowhere\)"),
+        ("memory://runs", "it is seen by one process alone, and ends with it"),
         ("simplecache::file:///x", r"it names several storages\. Give one"),
         (f"file://{tmp_path}/file/below", r"/file/below: it cannot be written: .*Not a directory.*leave the key out"),
     ):

@@ -119,9 +119,21 @@ def test_the_end_waits_for_the_last_copy_no_longer_than_it_may_and_the_same_comm
     assert (
         f"the last checkpoint did not reach {flaky} in 0.025 minutes; it is whole in {tmp_path}/a/checkpoints" in told
     )
+    for thread in threading.enumerate():
+        if thread.name == "uploads":  # it gives up too
+            thread.join(60)
     Flaky.failures = 0
+    assert Remote(flaky).steps() == []
     run(data, tmp_path / "a", epochs=1, remote=flaky)
     assert Remote(flaky).steps() == [progress.step]
+
+
+def test_the_end_waits_for_the_last_copy(tmp_path: Path, flaky: str) -> None:
+    save(tmp_path, 2)
+    Flaky.gate.clear()
+    with Uploads(Remote(flaky), tmp_path, 2, None, 60.0):
+        threading.Timer(0.2, Flaky.gate.set).start()
+    assert Remote(flaky).steps() == [2]
 
 
 def test_a_drill_may_fail_a_copy(
