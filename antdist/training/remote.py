@@ -141,7 +141,7 @@ class Remote:
                 except Unreachable:
                     raise
                 except UserError as damage:
-                    say(f"checkpoint passed over: {damage}")
+                    say(f"the checkpoint of step {step} is passed over: {damage}")
                     damaged[step], oldest = damage, damage
                     continue
                 here = step
@@ -187,10 +187,7 @@ class Remote:
             if not path.is_file() or describe(path) != best["file"]:
                 path.parent.mkdir(exist_ok=True)
                 fetched = path.with_suffix(".partial")
-                try:
-                    self._get(f"best/{path.name}", fetched, best["file"])
-                except UserError as damage:  # named as what makes this checkpoint useless
-                    raise _damage(f"{self.uri}/{there}/progress.json", f"its {path.name}: {damage}") from damage
+                self._get(f"best/{path.name}", fetched, best["file"])
                 fetched.rename(path)
                 flush_to_disk(path.parent)
         flush_to_disk(partial)

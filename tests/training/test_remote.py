@@ -140,7 +140,7 @@ def test_a_damaged_copy_is_named_and_the_one_before_is_used(
     if (file, how) == ("COMPLETE.json", "gone"):
         assert "passed over" not in told  # it does not count
     else:
-        assert f"checkpoint passed over: {newest.as_uri()}" in told
+        assert f"the checkpoint of step 4 is passed over: {there.as_uri()}/" in told
         assert file in told or (file, how) == ("COMPLETE.json", "flip")  # then a file is not as it says
         assert copy.steps() == [2], "the damaged one stays, and would push out whole ones"
 
@@ -312,6 +312,32 @@ def test_storage_that_never_answers_is_told(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(module, "PROBE_SECONDS", 0.05)
     with pytest.raises(UserError, match=r"silent://x: it cannot be written: no answer in 0\.05 seconds"):
         Remote("silent://x").check()
+
+
+@pytest.mark.parametrize("file", ["moments.safetensors", "epoch-00002.safetensors"])
+def test_a_connection_that_breaks_while_a_copy_is_brought_is_no_damage(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, file: str
+) -> None:
+    copy, here = Remote(str(tmp_path / "there")), tmp_path / "here"
+    for step, best in ((2, 1), (4, 2)):
+        save(here, step, best)
+        copy.upload(here, step, 2, None)
+    there, get = contents(tmp_path / "there"), copy._files.get_file
+
+    def breaking(path: str, place: str, **options: Any) -> None:
+        if file in path:
+            Path(place).write_bytes(b"half")
+            raise OSError("connection reset")
+        get(path, place, **options)
+
+    monkeypatch.setattr(copy._files, "get_file", breaking)
+    with pytest.raises(UserError, match="does not answer, or refuses .connection reset"):
+        copy.bring(tmp_path / "new")
+    assert contents(tmp_path / "there") == there and load_latest(tmp_path / "new" / "checkpoints") is None
+    monkeypatch.setattr(copy._files, "get_file", get)
+    copy.bring(tmp_path / "new")
+    assert steps_in(tmp_path / "new" / "checkpoints") == [4]
+    assert not [name for name in contents(tmp_path / "new") if ".bringing" in name or ".partial" in name]
 
 
 def test_storage_that_is_away_at_a_resume_is_waited_for_and_then_told(
