@@ -277,6 +277,7 @@ def terminate_once(ready: Path) -> None:
     os.kill(os.getpid(), signal.SIGTERM)
 
 
+@pytest.mark.slow
 def test_runs_whose_folders_are_gone_go_on_from_remote_storage(
     world: Path, pretrained: Pretrained, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
