@@ -224,7 +224,8 @@ class TrackingConfig(Component):
     offline_ok: bool = Field(
         False,
         description="true: a run starts though the store is away; its records wait on disk until the store is back, at the "
-        "latest until the same command is run again",
+        "latest until the same command is run again. What `from` or `resume` names in the registry must have been looked up "
+        "by this run once",
     )
 
 

@@ -12,6 +12,7 @@ from antdist.progress import say
 
 if TYPE_CHECKING:
     from antdist.orchestration.inputs import Inputs
+    from antdist.tracking.registry import ResolvedModel
 
 MIB = 1024 * 1024
 
@@ -23,6 +24,7 @@ class CheckReport:
     checked: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     figures: dict[str, Any] = field(default_factory=dict)
+    start: ResolvedModel | None = None  # what `from` or `resume` names, looked up
 
     def lines(self) -> list[str]:
         told = [f"ok    {line}" for line in self.checked] + [f"note  {line}" for line in self.notes]
@@ -38,7 +40,7 @@ class CheckReport:
 
 def check_pretrain(config: PretrainConfig) -> CheckReport:
     """Raises UserError at the first thing that would stop the run."""
-    from antdist.orchestration.pretraining import pretrain_inputs
+    from antdist.orchestration.pretraining import find_state, pretrain_inputs
 
     report = CheckReport()
     if config.model.item_embeddings:
@@ -48,10 +50,8 @@ def check_pretrain(config: PretrainConfig) -> CheckReport:
     _check_common(config, report)
     inputs = pretrain_inputs(config)
     _tell_inputs(inputs, config, report)
-    if config.resume is not None:
-        from antdist.tracking.registry import resolve_training_state
-
-        resolve_training_state(config.resume, _tracking(config))
+    report.start = find_state(config, _tracking(config), report.notes.append)
+    if report.start is not None:
         report.checked.append(f"training state of {config.resume}")
     return report
 
@@ -74,7 +74,8 @@ def check_relearn(config: RelearnConfig) -> CheckReport:
             "no target is named", where="target", remedy="give target=NAME, a prepared domain below data.root"
         )
     _check_common(config, report)
-    parent = open_parent(find_parent(config, _tracking(config)))
+    report.start = find_parent(config, _tracking(config), report.notes.append)
+    parent = open_parent(report.start)
     for strategy in strategies_of(config):
         inputs = relearn_inputs(config, strategy, parent)
         catalogue_size = inputs.catalogue.size if config.model.item_embeddings else None

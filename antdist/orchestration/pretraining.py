@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,11 +13,11 @@ from antdist.errors import Preempted, UserError
 from antdist.files import read_json, write_json
 from antdist.orchestration.checks import check_pretrain
 from antdist.orchestration.inputs import Inputs, open_domains, open_inputs, rank_together
+from antdist.orchestration.origins import bring, look_up
 from antdist.orchestration.runs import (
     GENTLER,
     LONGER,
     STOP,
-    brought,
     claimed,
     collect_training_state,
     ending_runs,
@@ -29,7 +30,7 @@ from antdist.orchestration.runs import (
 from antdist.orchestration.session import enter_worker, ray_session, run_workers, stoppable
 from antdist.orchestration.worker import alone, best_model, learn, save_best
 from antdist.progress import say
-from antdist.tracking.registry import Lineage, register, resolve, resolve_training_state
+from antdist.tracking.registry import Lineage, ResolvedModel, register, resolve_training_state
 from antdist.tracking.run import TrackedRun, start_run, stored_run
 from antdist.tracking.store import redact, tracking_uri
 
@@ -77,19 +78,23 @@ def pretrain(config: PretrainConfig) -> Pretrained:
         UserError: whatever `check_pretrain` finds; a run of this name with another configuration, or at work; a loss that
             diverged.
     """
-    check_pretrain(config).say_notes()
-    storage = Path(config.ray.storage).resolve()
-    folder = storage / config.name
+    checked = check_pretrain(config)
+    checked.say_notes()
+    folder = run_folder(config)
     diverged = "error" in (read_json(folder / "outcome.json") or {})
     with claimed(folder, config, LONGER | GENTLER if diverged else LONGER):
-        return _pretrain(config, folder, tracking_uri(config.tracking, storage))
+        return _pretrain(config, folder, tracking_uri(config.tracking, folder.parent), checked.start)
 
 
-def _pretrain(config: PretrainConfig, folder: Path, uri: str) -> Pretrained:
+def run_folder(config: PretrainConfig) -> Path:
+    return Path(config.ray.storage).resolve() / config.name
+
+
+def _pretrain(config: PretrainConfig, folder: Path, uri: str, start: ResolvedModel | None) -> Pretrained:
     domains = open_domains(config.data, config.data.domains, "data.domains")
     lineage = Lineage({domain.name: domain.fingerprint for domain in domains})
     known = take_up_tracked(folder, config, uri)
-    run_id = known["run_id"] if known else resolve(config.resume, uri).run_id if config.resume else None
+    run_id = known["run_id"] if known else start.run_id if start else None
     tracked = start_run(
         uri,
         config.tracking.experiment,
@@ -102,7 +107,7 @@ def _pretrain(config: PretrainConfig, folder: Path, uri: str) -> Pretrained:
     )
     note_tracked(folder, config, {"run_id": tracked.run_id})
     tracked.finish(status=None)
-    state = _registered_state(config, folder, uri)
+    state = bring(config.resume, start, folder) if config.resume and start else None
     settings = {
         "config": for_workers(config),
         "uri": uri,
@@ -213,22 +218,29 @@ def pretrain_inputs(config: PretrainConfig) -> Inputs:
     )
 
 
-def _registered_state(config: PretrainConfig, folder: Path, uri: str) -> Path | None:
-    """The state that `resume` names, in the run's folder; not looked for where the run has checkpoints of its own, as after
-    a restart."""
+def find_state(config: PretrainConfig, uri: str, tell: Callable[[str], None]) -> ResolvedModel | None:
+    """The training state that `resume` names; None without one, and where the run has checkpoints of its own, as after a
+    restart.
+
+    Raises:
+        UserError: as `look_up`; a state without a whole checkpoint.
+    """
     from antdist.training.checkpoint import load_latest, steps_in
 
+    folder = run_folder(config)
     if config.resume is None:
         return None
     if steps_in(folder / "checkpoints"):
-        say(f"{config.name}: has checkpoints of its own in {folder}, so {config.resume} is not read")
+        tell(f"{config.name} has checkpoints of its own in {folder}, so {config.resume} is not read")
         return None
-    state = resolve_training_state(config.resume, uri)
-    if load_latest(state / "checkpoints") is None:
+    state = look_up(
+        config.resume, uri, folder, resolve_training_state, offline_ok=config.tracking.offline_ok, tell=tell
+    )
+    if load_latest(state.folder / "checkpoints") is None:
         raise UserError(
             "its training state holds no whole checkpoint", where=config.resume, remedy="resume another version"
         )
-    return brought(state, folder)
+    return state
 
 
 def _evaluator(config: PretrainConfig, inputs: Inputs, world: World) -> Any:

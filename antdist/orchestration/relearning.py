@@ -5,6 +5,7 @@ A *trial* is one (strategy, seed): a folder and an MLflow run of its own. All tr
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,10 +18,10 @@ from antdist.errors import Preempted, UserError
 from antdist.files import read_json, write_json
 from antdist.orchestration.checks import check_relearn
 from antdist.orchestration.inputs import Inputs, open_domains, open_inputs, rank_together
+from antdist.orchestration.origins import bring, look_up
 from antdist.orchestration.pretraining import feature_sources
 from antdist.orchestration.runs import (
     STOP,
-    brought,
     claimed,
     deliver_left,
     ending_runs,
@@ -110,18 +111,21 @@ def relearn(config: RelearnConfig) -> Relearned:
         UserError: whatever `check_relearn` finds; a run of this name with another configuration, or at work; a loss that
             diverged; trials that `training.stop_after` ended early.
     """
-    check_relearn(config).say_notes()
+    checked = check_relearn(config)
+    checked.say_notes()
     assert config.target is not None
-    storage = Path(config.ray.storage).resolve()
-    folder = storage / config.name / config.target
+    folder = run_folder(config)
     # strategies, seeds and parents are the trials' own
     shared = config.model_copy(update={"strategy": "auto", "seeds": [0], "parent": None})
     with claimed(folder, shared):
-        return _relearn(config, config.target, folder, tracking_uri(config.tracking, storage))
+        return _relearn(config, config.target, folder, tracking_uri(config.tracking, folder.parents[1]), checked.start)
 
 
-def _relearn(config: RelearnConfig, target: str, folder: Path, uri: str) -> Relearned:
-    parent = find_parent(config, uri)
+def run_folder(config: RelearnConfig) -> Path:
+    return Path(config.ray.storage).resolve() / config.name / str(config.target)
+
+
+def _relearn(config: RelearnConfig, target: str, folder: Path, uri: str, parent: ResolvedModel | None) -> Relearned:
     parent_uri = None if parent is None else parent.uri
     trials = [(strategy, seed) for strategy in strategies_of(config) for seed in config.seeds]
     domain = open_domains(config.data, [target], "target")[0]
@@ -132,11 +136,12 @@ def _relearn(config: RelearnConfig, target: str, folder: Path, uri: str) -> Rele
     if all(outcome.is_file() for outcome in outcomes):
         say("all trials are finished: nothing is trained")
     else:
+        place = bring(config.parent, parent, folder) if config.parent and parent else None
         settings = {
             "config": for_workers(config),
             "uri": uri,
             "folder": str(folder),
-            "parent": None if parent is None else {"folder": str(brought(parent.folder, folder)), "uri": parent.uri},
+            "parent": {"folder": str(place), "uri": parent_uri} if place else None,
         }
         preempted.unlink(missing_ok=True)
         trial_folders = [outcome.parent for outcome in outcomes]
@@ -180,8 +185,12 @@ def trial_folder(folder: Path, strategy: Strategy, seed: int) -> Path:
     return folder / f"{strategy}-seed{seed}"
 
 
-def find_parent(config: RelearnConfig, uri: str) -> ResolvedModel | None:
-    """Where the model lies that `from` names, or None. Raises UserError if a strategy needs one and none is named."""
+def find_parent(config: RelearnConfig, uri: str, tell: Callable[[str], None]) -> ResolvedModel | None:
+    """Where the model lies that `from` names, or None.
+
+    Raises:
+        UserError: as `look_up`; a strategy needs one and none is named.
+    """
     from antdist.training.adaptation import needs_parent
 
     if config.parent is None:
@@ -192,7 +201,7 @@ def find_parent(config: RelearnConfig, uri: str) -> ResolvedModel | None:
                 remedy="give one, e.g. from=models:/NAME/latest",
             )
         return None
-    return resolve(config.parent, uri)
+    return look_up(config.parent, uri, run_folder(config), resolve, offline_ok=config.tracking.offline_ok, tell=tell)
 
 
 def open_parent(found: ResolvedModel | None) -> Parent | None:

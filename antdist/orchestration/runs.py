@@ -11,7 +11,7 @@ STORAGE/NAME/
   skipped.jsonl   steps without numbers, and their data
   lock, leader.lock   held by the command, by the leading worker
   checkpoints/  best/  model/  training_state/
-  from-*/         what the registry gave to start from, for all nodes to read
+  from.json  from-*/  what the run started from
   profile/        a trace of some steps a worker, where profile=true asks for it
 
 With `ray.remote_storage` its checkpoints, best weights, config.yaml and run.json have a copy there.
@@ -313,20 +313,6 @@ def _bar() -> Iterator[Callable[[Live], None]]:
             progress.update(task, description=live.name, completed=live.step, total=live.steps, figures=figures)
 
         yield show
-
-
-def brought(source: Path, folder: Path) -> Path:
-    """A copy of a model's or a state's files in the run's folder, which all nodes see; workers ask no registry, which may be
-    away when they are started again."""
-    from antdist.tracking.registry import folder_digest
-
-    place = folder / f"from-{folder_digest(source)[:12]}"
-    if not place.is_dir():
-        partial = folder / "from.partial"
-        shutil.rmtree(partial, ignore_errors=True)
-        shutil.copytree(source, partial)
-        partial.rename(place)
-    return place
 
 
 def collect_training_state(folder: Path) -> Path:

@@ -20,7 +20,7 @@ from urllib.request import url2pathname
 from antdist.errors import UserError
 from antdist.files import file_sha256
 from antdist.tracking.run import clean_key
-from antdist.tracking.store import connect, patiently, redact, told_clearly
+from antdist.tracking.store import StoreAway, connect, patiently, redact, refused, told_clearly
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -206,8 +206,8 @@ def resolve(model: str, uri: str, cache: Path | None = None) -> ResolvedModel:
     return ResolvedModel(folder, found.uri, found.run_id, found.version, found.tags)
 
 
-def resolve_training_state(model: str, uri: str, cache: Path | None = None) -> Path:
-    """The folder with the training state of MODEL (of a folder: its subfolder `training_state`), checked like the model.
+def resolve_training_state(model: str, uri: str, cache: Path | None = None) -> ResolvedModel:
+    """MODEL with the folder of its training state (of a folder: its subfolder `training_state`), checked like the model.
 
     Raises:
         UserError: as `resolve`, or a model without training state.
@@ -216,7 +216,7 @@ def resolve_training_state(model: str, uri: str, cache: Path | None = None) -> P
     remedy = "resume a version that a training run registered, or start a new run from this model"
     if isinstance(found, Path):
         if (found / TRAINING_STATE).is_dir():
-            return found / TRAINING_STATE
+            return ResolvedModel(found / TRAINING_STATE, str(found))
         raise UserError(f"no folder {TRAINING_STATE} here, so no run can go on from it", where=found, remedy=remedy)
     path = found.tags.get(TRAINING_STATE)
     if path is None:
@@ -227,7 +227,13 @@ def resolve_training_state(model: str, uri: str, cache: Path | None = None) -> P
         )
     with told_clearly(uri):
         source = f"{connect(uri).get_run(found.run_id).info.artifact_uri}/{path}"
-    return _fetch(uri, source, _registered_digest(found, "training_state_digest"), found.uri, cache)
+    folder = _fetch(uri, source, _registered_digest(found, "training_state_digest"), found.uri, cache)
+    return ResolvedModel(folder, found.uri, found.run_id, found.version, found.tags)
+
+
+def is_registered(model: str) -> bool:
+    """Whether MODEL names something in the tracking store, not a folder."""
+    return model.startswith(("models:", "runs:"))
 
 
 def folder_digest(folder: Path) -> str:
@@ -376,7 +382,7 @@ def _download(uri: str, source: str, folder: Path, name: str) -> Path:
     try:
         return Path(mlflow.artifacts.download_artifacts(source, dst_path=str(folder), tracking_uri=uri))
     except (MlflowException, OSError) as error:
-        raise UserError(
+        raise (UserError if refused(error) else StoreAway)(
             f"the files cannot be fetched ({redact(str(error)).strip().splitlines()[0]})",
             where=name,
             remedy="check that the tracking server and its artifact store are up, then run the command again",

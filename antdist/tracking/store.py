@@ -34,6 +34,10 @@ _log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 
+class StoreAway(UserError):
+    """The tracking store takes no requests at the moment, or fails at them."""
+
+
 def tracking_uri(config: TrackingConfig, storage: Path) -> str:
     """The store's URI: `tracking.uri`, else MLFLOW_TRACKING_URI, else SQLite in `storage`.
 
@@ -80,7 +84,7 @@ def check_reachable(uri: str, timeout: float = 5.0) -> None:
     """Return if the store takes records now; look no longer than about `timeout` seconds.
 
     Raises:
-        UserError: no answer, an answer that is not MLflow's, or a SQLite file that cannot be written.
+        StoreAway: no answer, an answer that is not MLflow's, or a SQLite file that cannot be written.
     """
     file = sqlite_file(uri)
     if file is not None:
@@ -93,13 +97,13 @@ def _check_sqlite(file: Path, timeout: float) -> None:
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(
+        raise StoreAway(
             f"the folder of the tracking store cannot be made ({error.strerror})",
             where=file.parent,
             remedy="choose another folder with ray.storage, or another tracking.uri",
         ) from None
     if not os.access(file.parent, os.W_OK | os.X_OK):
-        raise UserError(
+        raise StoreAway(
             "the folder of the tracking store cannot be written",
             where=file.parent,
             remedy="change its permissions, or choose another ray.storage or tracking.uri",
@@ -112,7 +116,7 @@ def _check_sqlite(file: Path, timeout: float) -> None:
             database.execute("SELECT count(*) FROM sqlite_master")
             database.rollback()
     except sqlite3.Error as error:
-        raise UserError(
+        raise StoreAway(
             f"the tracking store cannot be written ({error})",
             where=file,
             remedy="check that it is a SQLite file that you may write and that no process holds it, or give another tracking.uri",
@@ -130,14 +134,14 @@ def _check_server(uri: str, timeout: float) -> None:
         if error.code in (401, 403):  # a guard stands before the server; whether it lets us in, the first record tells
             return
         problem = "answers, but not as MLflow does" if error.code < 500 else "is in trouble"
-        raise UserError(
+        raise StoreAway(
             f"the tracking server {problem} (status {error.code} for /health)",
             where=where,
             remedy="check the address in tracking.uri or MLFLOW_TRACKING_URI, and the server's log",
         ) from None
     except (OSError, ValueError) as error:
         reason = getattr(error, "reason", error)
-        raise UserError(
+        raise StoreAway(
             f"the tracking server does not answer within {timeout:g} s ({reason})",
             where=where,
             remedy="start it, or correct tracking.uri or MLFLOW_TRACKING_URI",
@@ -224,7 +228,8 @@ def patiently(work: Callable[[], T], uri: str) -> T:
 
 @contextlib.contextmanager
 def told_clearly(uri: str) -> Iterator[None]:
-    """Turn MLflow's errors into a UserError without credentials; the chain is cut, since its messages may hold them."""
+    """Turn MLflow's errors into a UserError without credentials, StoreAway where trying again may change the answer; the
+    chain is cut, since its messages may hold them."""
     from mlflow.exceptions import MlflowException
     from requests import RequestException
 
@@ -232,7 +237,7 @@ def told_clearly(uri: str) -> Iterator[None]:
         yield
     except (MlflowException, RequestException) as error:  # artifacts go without MLflow's wrapping
         first = redact(str(error)).strip().splitlines()[0]
-        raise UserError(
+        raise (UserError if refused(error) else StoreAway)(
             f"the tracking store refused or failed: {first}",
             where=redact(uri),
             remedy="check that it is up and takes this request, then run the command again",

@@ -18,7 +18,6 @@ from antdist.orchestration import runs
 from antdist.orchestration.runs import (
     GENTLER,
     LONGER,
-    brought,
     claimed,
     for_workers,
     leading,
@@ -82,18 +81,6 @@ def test_a_command_waits_for_the_workers_of_one_that_was_killed(
             pass
     with claimed(tmp_path, config()):
         pass
-
-
-def test_what_the_registry_gave_is_copied_once_and_by_content(tmp_path: Path) -> None:
-    given = tmp_path / "cache"
-    given.mkdir()
-    (given / "weights").write_text("1")
-    (tmp_path / "from.partial").mkdir()  # of a copy that was cut off
-    (tmp_path / "from.partial" / "half").touch()
-    first = brought(given, tmp_path)
-    assert [path.name for path in first.iterdir()] == ["weights"] and brought(given, tmp_path) == first
-    (given / "weights").write_text("2")
-    assert brought(given, tmp_path) != first and (first / "weights").read_text() == "1"
 
 
 def test_what_a_run_is_may_not_change_and_how_it_runs_may(tmp_path: Path) -> None:

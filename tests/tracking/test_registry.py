@@ -174,7 +174,7 @@ def test_a_folder_is_a_model(uri: str, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no folder training_state"):
         resolve_training_state(str(folder), uri)
     state = model_folder(folder / "training_state", "s")
-    assert resolve_training_state(str(folder), uri) == state
+    assert resolve_training_state(str(folder), uri).folder == state
 
 
 def test_artifacts_of_a_run_are_a_model(uri: str, known: Any, tmp_path: Path) -> None:
@@ -190,7 +190,7 @@ def test_artifacts_of_a_run_are_a_model(uri: str, known: Any, tmp_path: Path) ->
 
 
 def test_training_state_comes_back_checked(uri: str, known: Any, tmp_path: Path) -> None:
-    state = resolve_training_state("models:/known-model/1", uri)
+    state = resolve_training_state("models:/known-model/1", uri).folder
     assert (state / "weights.safetensors").read_text() == "state"
     run_id = new_run(uri, tmp_path / "run")
     register(uri, run_id, model_folder(tmp_path / "m", "x"), "imported", PRETRAIN)

@@ -81,7 +81,9 @@ def test_a_server_goes_away_and_comes_back(tmp_path: Path, monkeypatch: pytest.M
         found = resolve("models:/served/latest", uri, cache)
         assert found.uri == version.uri and found.folder == cache / version.digest
         assert (found.folder / "file").read_bytes() == b"model" * 1000
-        assert (resolve_training_state("models:/served@newest", uri, cache) / "file").read_bytes() == b"state" * 1000
+        assert (
+            resolve_training_state("models:/served@newest", uri, cache).folder / "file"
+        ).read_bytes() == b"state" * 1000
         (found.folder / "file").write_bytes(b"damaged in the cache")
         assert (resolve(version.uri, uri, cache).folder / "file").read_bytes() == b"model" * 1000
         stored = next((tmp_path / "files").rglob("model/*/file"))
