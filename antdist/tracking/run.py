@@ -3,6 +3,9 @@
 `log` appends to the outbox and returns; a thread of its own delivers, in order. Delivering twice does no harm: a metric's
 point is known by key, step, value and the time when it was logged, which the outbox keeps.
 
+In a long outage the outbox grows ever more slowly: with each `SPARSER_EACH` bytes that wait, a metric of many points gets half
+as many from then on. All other records are kept.
+
 A run that begins while the server is away gets a name of its own, `offline-...`. Its MLflow run is made by whoever first
 reaches the server, and bears that name as a tag, so that it is made once.
 """
@@ -44,7 +47,8 @@ from antdist.tracking.store import (
 LIBRARIES = ("torch", "deepspeed", "ray", "transformers", "webdataset", "mlflow", "numpy")
 INTERVAL = 2.0  # seconds between deliveries
 LONGEST_WAIT = 60.0  # seconds between trials while the server is away
-TOLD_FROM = 64 * 2**20  # bytes of an outbox from which on each doubling is told
+SPARSER_EACH = 64 * 2**20  # undelivered bytes
+FEW_POINTS = 1000  # so many of a metric wait in any case
 OFFLINE = "offline-"
 OFFLINE_TAG = "antdist.offline"
 
@@ -191,7 +195,8 @@ class TrackedRun:
         self._client: Any = None
         self._stored = ""  # the run's id at the server
         self._given_up = False  # finish() has returned: the outbox may be another's
-        self._told = TOLD_FROM
+        self._level = 0  # times `SPARSER_EACH` bytes wait
+        self._left_out = 0  # points, since the last delivery
         self._unwritten: list[bytes] = []  # empty, but while the disk refuses
         self._sent = 0  # bytes of the outbox that the server has
         self._writing, self._sending = threading.Lock(), threading.Lock()
@@ -201,7 +206,9 @@ class TrackedRun:
         self._server_steps: dict[str, int] = {}  # last step of each metric, when this resumed run caught up
         self._not_finite: set[str] = set()
         folder.mkdir(parents=True, exist_ok=True)
-        self._outbox_steps = self._mend()  # the same, of what an earlier process left undelivered
+        self._outbox_points: dict[str, int] = {}  # of each metric that were to wait in the outbox
+        self._outbox_steps: dict[str, int] = {}  # last step of each metric that an earlier process left undelivered
+        self._mend()
         self._closing, self._deadline = threading.Event(), math.inf
         self._thread = threading.Thread(target=self._deliver_until_closed, name="tracking", daemon=True)
         self._thread.start()
@@ -211,7 +218,8 @@ class TrackedRun:
 
         "@" in a name becomes "_at_" (MLflow refuses it). NaN is kept as NaN; infinity becomes NaN, since MLflow would store the
         largest float and ruin the plot; either is warned of once a metric. Points that the run already has from before it was
-        resumed are not taken twice.
+        resumed are not taken twice. While `SPARSER_EACH` bytes wait, metrics of many points get every second one, while twice
+        as many do, every fourth, and so on.
         """
         now = int(time.time() * 1000)
         records = []
@@ -222,9 +230,16 @@ class TrackedRun:
                     _log.warning("metric %s is %s at step %d: recorded as NaN", key, number, step)
                 self._not_finite.add(key)
                 number = math.nan
-            if step > self._outbox_steps.get(key, -1):
+            if step > self._outbox_steps.get(key, -1) and self._is_kept(key):
                 records.append({"kind": "metric", "key": key, "value": number, "timestamp": now, "step": step})
         self._append(records)
+
+    def _is_kept(self, key: str) -> bool:
+        """Whether the next point of a metric is not left out for want of space."""
+        points = self._outbox_points[key] = self._outbox_points.get(key, 0) + 1
+        kept = points <= FEW_POINTS or points % 2**self._level == 0
+        self._left_out += not kept
+        return kept
 
     def log_params(self, config: Mapping[str, Any]) -> None:
         """Note nested configuration as params with dotted keys, cut at MLflow's limit."""
@@ -260,6 +275,7 @@ class TrackedRun:
             return False
         if self._away:
             _log.info("tracking is back, all records are delivered")
+        self._tell_left_out()
         self._away = False
         return True
 
@@ -282,6 +298,7 @@ class TrackedRun:
         _log.warning(
             "%d tracking records of run %s are not delivered; they wait in %s", waiting, self.run_id, self.outbox
         )
+        self._tell_left_out()
         return Undelivered(waiting, self.outbox)
 
     def _deliver_until_closed(self) -> None:
@@ -291,26 +308,23 @@ class TrackedRun:
         while not self.flush() and time.monotonic() < self._deadline:
             time.sleep(0.5)
 
-    def _mend(self) -> dict[str, int]:
-        """Drop what a killed process left half written. Returns the last step of each metric in the outbox."""
-        if not self.outbox.exists():
-            self.outbox.touch()
-            return {}
-        steps: dict[str, int] = {}
-        whole = []
-        for line in self.outbox.read_bytes().splitlines(keepends=True):
-            try:
-                record = json.loads(line)
-            except ValueError:
-                _log.warning("%s: a record is cut short and dropped", self.outbox)
-                continue
-            whole.append(line.rstrip() + b"\n")
-            if record["kind"] == "metric":
-                steps[record["key"]] = max(steps.get(record["key"], -1), record["step"])
+    def _mend(self) -> None:
+        """Drop what a killed process left half written; learn the points that are in the outbox."""
+        self.outbox.touch()
         mended = self.outbox.with_suffix(".mended")
-        mended.write_bytes(b"".join(whole))
+        with self.outbox.open("rb") as file, mended.open("wb") as whole:
+            for line in file:
+                try:
+                    record = json.loads(line)
+                except ValueError:
+                    _log.warning("%s: a record is cut short and dropped", self.outbox)
+                    continue
+                whole.write(line.rstrip() + b"\n")
+                if record["kind"] == "metric":
+                    key = record["key"]
+                    self._outbox_steps[key] = max(self._outbox_steps.get(key, -1), record["step"])
+                    self._outbox_points[key] = self._outbox_points.get(key, 0) + 1
         mended.replace(self.outbox)
-        return steps
 
     def _append(self, records: list[Record]) -> None:
         """Write to the outbox, all or nothing; keep in memory while the disk refuses."""
@@ -321,16 +335,30 @@ class TrackedRun:
             try:
                 with self.outbox.open("ab", buffering=0) as file:
                     before = file.seek(0, os.SEEK_END)
+                    self._tell_level(before + len(data) - self._sent)
                     if file.write(data) < len(data):
                         file.truncate(before)
                         raise OSError("the disk is full")
                 self._unwritten.clear()
-                if before + len(data) - self._sent >= self._told:
-                    _log.warning("%d MiB of tracking records wait in %s", self._told // 2**20, self.outbox)
-                    self._told *= 2
             except OSError as error:
                 if not refused_before:
                     _log.warning("cannot write %s, tracking records wait in memory: %s", self.outbox, error)
+
+    def _tell_level(self, waiting: int) -> None:
+        level = waiting // SPARSER_EACH
+        if level > self._level:
+            _log.warning(
+                "%d MiB of tracking records wait in %s; of metrics of many points one in %d is kept from here on",
+                waiting // 2**20,
+                self.outbox,
+                2**level,
+            )
+        self._level = level
+
+    def _tell_left_out(self) -> None:
+        if self._left_out:
+            _log.warning("%d points of long curves were left out, as the outbox was large", self._left_out)
+        self._left_out = 0
 
     def _deliver(self) -> None:
         with self._sending:
@@ -350,7 +378,8 @@ class TrackedRun:
             with self._writing:
                 if not self._given_up and self.outbox.stat().st_size == self._sent:
                     os.truncate(self.outbox, 0)
-                    self._sent = 0
+                    self._sent, self._level = 0, 0
+                    self._outbox_points.clear()
 
     def _next_batch(self) -> tuple[list[Record], int]:
         """The next undelivered records that go in one call, and where they end in the outbox."""

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import logging
+import re
 import threading
 from pathlib import Path
 from typing import Any
@@ -143,15 +145,48 @@ def test_a_run_begun_offline_is_made_once_and_delivered_by_a_later_start(tmp_pat
 
 
 @pytest.mark.usefixtures("by_hand")
-def test_a_large_outbox_is_told_at_each_doubling(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: Any) -> None:
-    monkeypatch.setattr(run_module, "TOLD_FROM", 2**20)
+def test_a_large_outbox_is_told_as_it_grows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: Any) -> None:
+    monkeypatch.setattr(run_module, "SPARSER_EACH", 2**20)
     run = TrackedRun("http://127.0.0.1:9", "0" * 32, tmp_path, resumed=True)
-    for _ in range(9):
+    for _ in range(7):
         run.log_text("t", "x" * 2**19)
     assert [record.getMessage()[:5] for record in caplog.records if "wait in" in record.getMessage()] == [
-        "1 MiB", "2 MiB", "4 MiB",
+        "1 MiB", "2 MiB", "3 MiB",
     ]  # fmt: skip
     run.finish(timeout=0)
+
+
+@pytest.mark.usefixtures("by_hand")
+def test_a_long_outage_makes_long_curves_sparser_and_loses_nothing_else(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: Any
+) -> None:
+    each, few, steps = 20_000, 50, 40_000
+    monkeypatch.setattr(run_module, "SPARSER_EACH", each)
+    monkeypatch.setattr(run_module, "FEW_POINTS", few)
+    server = FakeServer(tmp_path / "artifacts", port=free_port())
+    run = start_run(server.uri, "e", "n", tmp_path / "run", config={"a": 1}, offline_ok=True)
+    for step in range(steps):
+        run.log({"loss": step / 7}, step)
+        if step % 1000 == 999:
+            run.log({"recall": step / 9}, step)
+        if step == steps // 2:  # a restart from a checkpoint some steps before
+            assert run.finish(None, timeout=0) is not None
+            run = TrackedRun(server.uri, run.run_id, tmp_path / "run", resumed=True)
+            log(run, range(step - 500, step + 1))
+    assert run.outbox.stat().st_size < 8 * each  # of 4 MB
+    with listening(server):
+        assert run.flush()
+        log(run, range(steps, steps + 100))
+        assert run.finish() is None
+    assert server.history("recall") == [(step, step / 9) for step in range(999, steps, 1000)]
+    assert next(iter(server.runs.values()))["data"]["params"] == [{"key": "a", "value": "1"}]
+    points = server.history("loss")
+    assert points == [(step, step / 7) for step, _ in points] and points[:few] == line(range(few))
+    gaps = [after - before for (before, _), (after, _) in itertools.pairwise(points)]
+    assert min(gaps) == 1 and 8 <= max(gaps) <= steps / 50  # as long as it is, the curve is seen over all of its length
+    assert points[-100:] == line(range(steps, steps + 100))  # and as fine as ever once the server is back
+    told = re.findall(r"(\d+) points of long curves were left out, as the outbox was large", caplog.text)
+    assert len(told) == 2 and 0 <= len(points) + sum(map(int, told)) - (steps + 100) <= 500  # those that came again
 
 
 @pytest.mark.parametrize("failing", [1, len(store.WAITS)])
