@@ -1,11 +1,12 @@
-"""Run a function on N gloo ranks on this machine and return what each gave."""
+"""Run a function on N gloo ranks on this machine, for what each gives or how each ends."""
 
 from __future__ import annotations
 
 import os
 import socket
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch.multiprocessing as mp
@@ -25,6 +26,7 @@ def _entry(
     size: int,
     port: int,
     environment: dict[str, str],
+    errors: Path | None,
     function: Callable[..., Any],
     arguments: tuple[Any, ...],
     results: Any,
@@ -33,6 +35,8 @@ def _entry(
     import torch.distributed as dist
 
     torch.set_num_threads(1)
+    if errors is not None:
+        os.dup2(os.open(errors, os.O_WRONLY | os.O_CREAT | os.O_APPEND), 2)
     os.environ.clear()  # the server's is that of its start
     os.environ.update(
         environment,
@@ -51,20 +55,33 @@ def _entry(
         dist.destroy_process_group()
 
 
-def on_ranks(size: int, function: Callable[..., Any], *arguments: Any) -> list[Any]:
-    """`function(*arguments)` on `size` processes of one gloo group; their results (picklable) in rank order."""
+def start_ranks(
+    size: int,
+    function: Callable[..., Any],
+    *arguments: Any,
+    environment: Mapping[str, str] | None = None,
+    errors: Path | None = None,
+) -> tuple[list[Any], Any]:
+    """`function(*arguments)` on `size` processes of one gloo group, with what `environment` adds to this process' and the
+    standard error in the file `errors`: the processes, and the queue of (rank, result, traceback)."""
     context = mp.get_context("forkserver")
     context.set_forkserver_preload(PRELOADED)
     results = context.Queue()
-    port = free_port()
+    port, variables = free_port(), {**os.environ, **(environment or {})}
     processes = [
         context.Process(
-            target=_entry, args=(rank, size, port, dict(os.environ), function, arguments, results), daemon=True
+            target=_entry, args=(rank, size, port, variables, errors, function, arguments, results), daemon=True
         )
         for rank in range(size)
     ]
     for process in processes:
         process.start()
+    return processes, results
+
+
+def on_ranks(size: int, function: Callable[..., Any], *arguments: Any) -> list[Any]:
+    """`function(*arguments)` on `size` processes of one gloo group; their results (picklable) in rank order."""
+    processes, results = start_ranks(size, function, *arguments)
     collected: dict[int, Any] = {}
     try:
         for _ in range(size):

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -15,7 +13,7 @@ import pytest
 
 from antdist.config.schema import HangConfig
 from antdist.training.watchdog import HUNG
-from tests.ranks import free_port, on_ranks
+from tests.ranks import on_ranks, start_ranks
 from tests.training.test_loop import NAMES, run
 from tests.worlds import make_domains
 
@@ -34,22 +32,17 @@ def limits(**minutes: float) -> HangConfig:
     return HangConfig(**{f"{phase}_minutes": minutes.get(phase, PATIENT) for phase in ("start", "step", "checkpoint")})
 
 
-def _rank(rank: int, size: int, port: int, data: Path, folder: Path, options: dict[str, Any]) -> None:
-    import torch
-    import torch.distributed as dist
-
-    torch.set_num_threads(1)
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    dist.init_process_group("gloo", rank=rank, world_size=size)
-    run(data, folder, **options)
+def start(
+    size: int, data: Path, folder: Path, options: dict[str, Any], fault: dict[str, Any], errors: Path | None = None
+) -> tuple[list[Any], Any]:
+    """Ranks that train together, one of which stalls."""
+    faults = {"ANTDIST_FAULTS": json.dumps([{"fault": "stall", **fault}])}
+    return start_ranks(size, _run, data, folder, options, environment=faults, errors=errors)
 
 
-def statuses(size: int, data: Path, folder: Path, options: dict[str, Any]) -> list[int | None]:
-    """The exit statuses of ranks that train together."""
-    context, port = multiprocessing.get_context("spawn"), free_port()
-    ranks = [context.Process(target=_rank, args=(rank, size, port, data, folder, options)) for rank in range(size)]
-    for process in ranks:
-        process.start()
+def statuses(started: tuple[list[Any], Any]) -> list[int | None]:
+    """How they ended."""
+    ranks, _ = started
     for process in ranks:
         process.join(120)
     hung = [process for process in ranks if process.is_alive()]
@@ -59,20 +52,17 @@ def statuses(size: int, data: Path, folder: Path, options: dict[str, Any]) -> li
     return [process.exitcode for process in ranks]
 
 
-def test_a_rank_that_stalls_ends_all_with_their_stacks_and_the_run_goes_on(
-    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_a_rank_that_stalls_ends_all_with_their_stacks_and_the_run_goes_on(data: Path, tmp_path: Path) -> None:
     options: dict[str, Any] = {"noise": True, "epochs": 1, "checkpoint_every": 2}
-    straight = on_ranks(2, _run, data, tmp_path / "straight", options)[0]
-    monkeypatch.setenv("ANTDIST_FAULTS", json.dumps([{"fault": "stall", "rank": 1, "step": 5}]))
-    folder = tmp_path / "stalled"
-    assert statuses(2, data, folder, {**options, "hang": limits(step=0.05)}) == [HUNG, HUNG]
-    told = capfd.readouterr().err
-    assert "training: rank 1 made no progress for 0.05 minutes (training.hang.step_minutes): it ends" in told
+    folder, errors = tmp_path / "stalled", tmp_path / "errors"
+    stalling = start(2, data, folder, {**options, "hang": limits(step=0.03)}, {"rank": 1, "step": 5}, errors)
+    straight = on_ranks(2, _run, data, tmp_path / "straight", options)[0]  # meanwhile
+    assert statuses(stalling) == [HUNG, HUNG]
+    told = errors.read_text()
+    assert "training: rank 1 made no progress for 0.03 minutes (training.hang.step_minutes): it ends" in told
     stalled, waiting = ((folder / "hang" / f"rank-{rank}.txt").read_text() for rank in (1, 0))
     assert "rank 1, phase step" in stalled and "in _happen" in stalled  # where the injector sleeps
     assert "in train_step" in waiting and "in _happen" not in waiting
-    monkeypatch.delenv("ANTDIST_FAULTS")
     resumed = on_ranks(2, _run, data, folder, options)[0]
     assert [step for step, _ in resumed["curve"]] == [step for step, _ in straight["curve"]][4:]
     for name, weight in straight["weights"].items():
@@ -83,20 +73,19 @@ def _run(data: Path, folder: Path, options: dict[str, Any]) -> dict[str, Any]:
     return run(data, folder, **options)
 
 
-@pytest.mark.parametrize(
-    ("phase", "fault"),
-    [
+def test_each_phase_has_its_own_limit(data: Path, tmp_path: Path) -> None:
+    stalls: list[tuple[str, dict[str, Any]]] = [
         ("start", {"at": "step", "step": 0}),
         ("checkpoint", {"at": "validate"}),
         ("checkpoint", {"at": "save", "file": "moments.safetensors"}),  # in the background: the next one waits for it
-    ],
-)
-def test_each_phase_has_its_own_limit(
-    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, phase: str, fault: dict[str, Any]
-) -> None:
-    monkeypatch.setenv("ANTDIST_FAULTS", json.dumps([{"fault": "stall", **fault}]))
-    assert statuses(1, data, tmp_path, {"epochs": 1, "hang": limits(**{phase: 0.04})}) == [HUNG]
-    assert f"rank 0, phase {phase}" in (tmp_path / "hang" / "rank-0.txt").read_text()
+    ]
+    runs = [  # side by side
+        start(1, data, tmp_path / str(number), {"epochs": 1, "hang": limits(**{phase: 0.03})}, fault)
+        for number, (phase, fault) in enumerate(stalls)
+    ]
+    for number, (phase, _) in enumerate(stalls):
+        assert statuses(runs[number]) == [HUNG], phase
+        assert f"rank 0, phase {phase}" in (tmp_path / str(number) / "hang" / "rank-0.txt").read_text()
 
 
 STUCK = """
