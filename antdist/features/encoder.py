@@ -86,18 +86,9 @@ def find_pretrained(name: str, option: str) -> Path:
         raise UserError(f"no folder {name}", where=option, remedy="give a folder with config.json and *.safetensors")
     from huggingface_hub import snapshot_download
 
-    wanted = list(DIGESTED)
     try:
-        cached = Path(snapshot_download(name, allow_patterns=wanted, local_files_only=True))
-        if any(cached.glob(WEIGHTS)):
-            return _checked(cached, name, option)
-    except Exception:  # noqa: S110 - whatever keeps the cache from answering, the hub is asked next
-        pass
-    try:
-        return _checked(Path(snapshot_download(name, allow_patterns=wanted)), name, option)
-    except UserError:
-        raise
-    except Exception as error:
+        found = _cached(name) or Path(snapshot_download(name, allow_patterns=list(DIGESTED)))
+    except Exception as error:  # of the hub's client, of its transport, of the disk
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(
             f"the encoder {name} is neither a folder here, nor in the cache, nor can it be fetched ({reason})",
@@ -105,16 +96,34 @@ def find_pretrained(name: str, option: str) -> Path:
             remedy="copy the model's folder to this machine and give its path, or use an offline encoder "
             "(--text hashed, --image histogram)",
         ) from None
+    return _checked(found, name, option)
+
+
+def _cached(name: str) -> Path | None:
+    """The model of that name in the hub's cache, None if it is not there in full. Raises what a cache raises that cannot be
+    read: the hub could not mend it."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    try:
+        folder = Path(snapshot_download(name, allow_patterns=list(DIGESTED), local_files_only=True))
+    except LocalEntryNotFoundError:
+        return None
+    return folder if _is_model(folder) else None
 
 
 def _checked(folder: Path, name: str, option: str) -> Path:
-    if not (folder / "config.json").is_file() or not any(folder.glob(WEIGHTS)):
+    if not _is_model(folder):
         raise UserError(
             f"{name} does not hold a model: config.json and *.safetensors are needed (pickled weights are not loaded)",
             where=option,
             remedy="save it with save_pretrained(FOLDER), or give another",
         )
     return folder.resolve()
+
+
+def _is_model(folder: Path) -> bool:
+    return (folder / "config.json").is_file() and any(folder.glob(WEIGHTS))
 
 
 def folder_digest(folder: Path) -> str:

@@ -8,6 +8,7 @@ import json
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -116,6 +117,31 @@ def test_hub_names_are_found_in_the_cache(tiny_bert: Path, tmp_path: Path, monke
     found = find_text_encoder("some/bert")
     assert found.folder == (repository / "snapshots" / "c0ffee").resolve()
     assert found.digest == folder_digest(tiny_bert) and found.name == "some/bert"
+
+
+def test_a_cache_that_has_no_such_model_is_passed_over_and_one_that_cannot_be_read_is_told(
+    tiny_bert: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    asked: list[str] = []
+
+    def hub(failure: Exception) -> Any:
+        def snapshot_download(name: str, *, local_files_only: bool = False, **_: Any) -> str:
+            asked.append("cache" if local_files_only else "hub")
+            if local_files_only:
+                raise failure
+            return str(tiny_bert)
+
+        return snapshot_download
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", hub(LocalEntryNotFoundError("no snapshot, or a part")))
+    assert find_pretrained("some/bert", "--text") == tiny_bert.resolve()
+    assert asked == ["cache", "hub"]
+    monkeypatch.setattr("huggingface_hub.snapshot_download", hub(PermissionError(13, "Permission denied", "refs/main")))
+    with pytest.raises(UserError, match=r"nor can it be fetched \(\[Errno 13\] Permission denied: 'refs/main'\)"):
+        find_pretrained("some/bert", "--text")
+    assert asked[2:] == ["cache"]
 
 
 def test_folder_without_tokenizer_is_told(tiny_bert: Path, tmp_path: Path) -> None:
