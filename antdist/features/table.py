@@ -197,16 +197,20 @@ class FeatureTable:
     def verify(self) -> None:
         """Read every byte: sizes, digests, and that features are numbers. Raises UserError naming the part at fault."""
         for part in self.meta.parts:
+            self.verify_part(part)
             file = self.folder / f"{part.name}.npy"
-            if not part_is_whole(self.folder, part):
-                what = "this part of the feature table is damaged: its size or digest is not what was recorded"
-                raise UserError(what, where=file, remedy=self._again)
             values = _map(file, self._again)
             for first in range(0, part.items, VERIFIED_ROWS):
                 bad = np.flatnonzero(~np.isfinite(values[first : first + VERIFIED_ROWS]).all(axis=1))
                 if len(bad):
                     what = f"the features of item {part.first + first + bad[0]} are not finite (NaN or infinity)"
                     raise UserError(what, where=file, remedy=self._again)
+
+    def verify_part(self, part: Part) -> None:
+        """Read a part: size and digest. Raises UserError."""
+        if not part_is_whole(self.folder, part):
+            what = "this part of the feature table is damaged: its size or digest is not what was recorded"
+            raise UserError(what, where=self.folder / f"{part.name}.npy", remedy=self._again)
 
 
 def _take(table: NDArray[Any], indices: IntArray, into: NDArray[Any]) -> None:
@@ -427,10 +431,18 @@ class Catalogue:
 
     def verify(self) -> int:
         """Read every table in full (`FeatureTable.verify`); returns how many bytes that were."""
-        tables = [table for tables in self._tables.values() for table in tables if table is not None]
-        for table in tables:
+        for table in self._all_tables():
             table.verify()
-        return sum(part.bytes + part.present_bytes for table in tables for part in table.meta.parts)
+        return sum(part.bytes + part.present_bytes for table in self._all_tables() for part in table.meta.parts)
+
+    def verify_share(self, share: int, shares: int) -> None:
+        """Read every `shares`-th part, from number `share` on, for its digest. Raises UserError naming the part at fault."""
+        parts = [(table, part) for table in self._all_tables() for part in table.meta.parts]
+        for table, part in parts[share % shares :: shares]:
+            table.verify_part(part)
+
+    def _all_tables(self) -> list[FeatureTable]:
+        return [table for tables in self._tables.values() for table in tables if table is not None]
 
     def means(self, chunk: int = 65536) -> dict[str, torch.Tensor]:
         """The mean feature (d_m,) of each modality over the items that have it."""

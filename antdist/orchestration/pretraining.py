@@ -28,7 +28,7 @@ from antdist.orchestration.runs import (
     take_up_tracked,
 )
 from antdist.orchestration.session import enter_worker, ray_session, run_workers, stoppable
-from antdist.orchestration.worker import alone, best_model, learn, save_best
+from antdist.orchestration.worker import alone, best_model, check_features, learn, save_best
 from antdist.progress import say
 from antdist.tracking.registry import Lineage, ResolvedModel, register, resolve_training_state
 from antdist.tracking.run import TrackedRun, start_run, stored_run
@@ -176,6 +176,7 @@ def _train(
     from antdist.training.checkpoint import load_latest
 
     inputs = pretrain_inputs(config)
+    check_features(inputs.catalogue)
     model = build_recommender(config.model, inputs.catalogue.dims, seed=config.seed)
     if config.model.initial_shift == "mean":
         centre(model, inputs.catalogue.means())

@@ -32,7 +32,7 @@ from antdist.orchestration.runs import (
     take_up_tracked,
 )
 from antdist.orchestration.session import enter_worker, ray_session, run_workers, stoppable
-from antdist.orchestration.worker import alone, best_model, learn, save_best
+from antdist.orchestration.worker import alone, best_model, check_features, learn, save_best
 from antdist.progress import say
 from antdist.tracking.registry import Lineage, ResolvedModel, register, resolve
 from antdist.tracking.run import TrackedRun, check_known, start_run, stored_run
@@ -375,6 +375,7 @@ def _train_trial(
 
     # the order of examples, the noise and the fresh weights are all of the trial's seed
     inputs = relearn_inputs(config.model_copy(update={"seeds": [seed]}), strategy, parent)
+    check_features(inputs.catalogue)
     model = adapt(
         strategy,
         config.model,

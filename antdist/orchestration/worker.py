@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,6 +14,7 @@ from antdist.orchestration.runs import STOP, leading, show_live
 from antdist.orchestration.session import node_is_going
 
 if TYPE_CHECKING:
+    from antdist.features.table import Catalogue
     from antdist.model.io import ModelCard
     from antdist.model.recommender import Recommender
     from antdist.tracking.run import TrackedRun
@@ -98,6 +100,16 @@ def learn(
     if tracked is not None and profile and (folder / "profile").is_dir():
         tracked.log_artifacts(folder / "profile", "profile")
     return progress
+
+
+def check_features(catalogue: Catalogue) -> None:
+    """That the feature tables on this node are those that were made: each of the node's workers reads a share of them. The
+    driver has read those on its own node, some time before. Shards are checked whenever they are read.
+
+    Raises:
+        UserError: on the worker that met the damage; the others end with it.
+    """
+    catalogue.verify_share(int(os.environ.get("LOCAL_RANK", "0")), int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
 
 
 def best_model(model: Recommender, folder: Path, progress: Progress, world: World) -> Recommender:
