@@ -134,7 +134,9 @@ class TrainingConfig(Component):
     )
     engine: Literal["deepspeed", "plain"] = Field("deepspeed", description="plain: torch alone, the tested twin")
     zero_stage: Annotated[int, Field(ge=0, le=3)] = 1
-    deepspeed: dict[str, Any] = Field(default_factory=dict, description="passed through to the DeepSpeed engine")
+    deepspeed: dict[str, Any] = Field(
+        default_factory=dict, description="passed through to the DeepSpeed engine, checked by it first"
+    )
     validate_every: Positive = Field(1, description="epochs")
     validation_users: Positive | None = Field(
         None, description="at most this many validation users a domain; null: all"

@@ -104,7 +104,7 @@ def _check_common(config: PretrainConfig | RelearnConfig, report: CheckReport) -
     from antdist.orchestration.session import inside_job
     from antdist.tracking.registry import check_model_name
     from antdist.tracking.store import check_reachable, redact
-    from antdist.training.deepspeed_engine import deepspeed_config
+    from antdist.training.deepspeed_engine import check_with_deepspeed, deepspeed_config
     from antdist.training.remote import Remote
 
     if inside_job() and not Path(config.ray.storage).is_absolute():
@@ -131,6 +131,7 @@ def _check_common(config: PretrainConfig | RelearnConfig, report: CheckReport) -
         )
     if config.training.schedule.kind == "cosine" and config.training.schedule.milestones:
         _contradiction("training.schedule.milestones", "the cosine schedule does not read them", "remove them")
+    check_with_deepspeed(config.training)
     if config.loss.log_q and config.loss.negatives == "catalogue":
         _contradiction(
             "loss.log_q", "the full catalogue is no sample, so there is nothing to correct", "set it to false"

@@ -6,7 +6,11 @@ moments are gathered by parameter name here.
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import difflib
+import logging
+from collections.abc import Iterator, KeysView
 from typing import Any
 
 import torch
@@ -74,6 +78,73 @@ def deepspeed_config(config: TrainingConfig) -> dict[str, Any]:
     return ours
 
 
+def check_with_deepspeed(config: TrainingConfig) -> None:
+    """Let DeepSpeed read its section, if there is one. Of keys at the top of it that it does not know it says nothing: those
+    that it did not look for are refused here.
+
+    Raises:
+        UserError: naming the key, or with DeepSpeed's words.
+    """
+    if not config.deepspeed:
+        return
+    logging.disable(logging.WARNING)  # it misses a GPU, which the driver's node may lack
+    try:
+        from deepspeed.runtime.config import DeepSpeedConfig
+    finally:
+        logging.disable(logging.NOTSET)
+    noting = _Noting(deepspeed_config(config))
+    with _refusals_told():
+        DeepSpeedConfig(noting)
+    for key in sorted(config.deepspeed.keys() - noting.looked_for):
+        near = difflib.get_close_matches(key, noting.looked_for - OURS.keys(), n=1)
+        raise UserError(
+            "DeepSpeed knows no such key" + (f"; did you mean {near[0]}?" if near else ""),
+            where=f"training.deepspeed.{key}",
+            remedy="correct it after DeepSpeed's documentation, or leave it out",
+        )
+
+
+class _Noting(dict[str, Any]):
+    """A mapping that notes which keys it was asked for."""
+
+    def __init__(self, content: dict[str, Any]) -> None:
+        super().__init__(content)
+        self.looked_for: set[str] = set()
+
+    def __copy__(self) -> _Noting:
+        return self
+
+    def __contains__(self, key: object) -> bool:
+        self.looked_for.add(str(key))
+        return super().__contains__(key)
+
+    def __getitem__(self, key: str) -> Any:
+        self.looked_for.add(key)
+        return super().__getitem__(key)
+
+    def get(self, key: str, default: Any = None) -> Any:
+        self.looked_for.add(key)
+        return super().get(key, default)
+
+    def keys(self) -> KeysView[str]:  # type: ignore[override]  # whose `in` asks us
+        return KeysView(self)
+
+
+@contextlib.contextmanager
+def _refusals_told() -> Iterator[None]:
+    """What DeepSpeed raises of its configuration, as a UserError."""
+    from deepspeed.runtime.config import DeepSpeedConfigError
+
+    try:
+        yield
+    except (ValueError, TypeError, AssertionError, AttributeError, KeyError, DeepSpeedConfigError) as error:
+        raise UserError(
+            f"DeepSpeed refuses it: {' '.join(str(error).split())[:300]}",
+            where="training.deepspeed",
+            remedy="correct it after DeepSpeed's documentation, or leave it out",
+        ) from error
+
+
 def _norm_is_unused(config: TrainingConfig) -> bool:
     """Whether DeepSpeed may leave the gradient's norm alone, which it looks at on the host in each step: clipping needs it,
     and so does fp16, to find gradients that overflow. Other stages, and offloading, do not let it."""
@@ -97,21 +168,13 @@ class DeepSpeedEngine:
         # under stage 3 evaluation runs on a copy: its ranks do not take the same number of forward passes
         self._copy = copy.deepcopy(model) if config.zero_stage == 3 else None
         model.to(world.device)
-        try:
+        with _refusals_told() if config.deepspeed else contextlib.nullcontext():
             self.engine, self.optimizer, _, _ = deepspeed.initialize(
                 model=model,
                 optimizer=optimizer_for(model, config, world.device),
                 config=deepspeed_config(config),
                 dist_init_required=False,
             )
-        except (ValueError, TypeError, AssertionError, KeyError) as error:
-            if not config.deepspeed:
-                raise
-            raise UserError(
-                f"DeepSpeed refuses it: {' '.join(str(error).split())[:300]}",
-                where="training.deepspeed",
-                remedy="correct it after DeepSpeed's documentation, or leave it out",
-            ) from error
         self.model: nn.Module = self.engine.module
         # within DeepSpeed's step: the gradients are then averaged, this rank's part of them
         self._adam.register_step_pre_hook(self._before_step)

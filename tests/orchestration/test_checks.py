@@ -105,6 +105,10 @@ def test_an_inherited_tower_has_only_the_modalities_that_are_named(world: Path) 
             "ray.remote_storage file:///proc/no/such: it cannot be written: does not answer, or refuses",
         ),
         ({"ray": {"remote_storage": "nowhere://x"}}, "ray.remote_storage nowhere://x: it cannot be used"),
+        (
+            {"training": {"deepspeed": {"wall_clock_brekdown": True}}},
+            "training.deepspeed.wall_clock_brekdown: DeepSpeed knows no such key; did you mean wall_clock_breakdown?",
+        ),
     ],
 )
 def test_what_would_stop_a_pretraining_is_told_by_its_key(world: Path, change: dict[str, Any], message: str) -> None:

@@ -10,7 +10,7 @@ import torch
 
 from antdist.config.schema import TrainingConfig
 from antdist.errors import UserError
-from antdist.training.deepspeed_engine import DeepSpeedEngine, check_passthrough, deepspeed_config
+from antdist.training.deepspeed_engine import DeepSpeedEngine, check_passthrough, check_with_deepspeed, deepspeed_config
 from antdist.training.engine import EngineState, PlainEngine
 from antdist.training.world import current_world, row_gather, row_ranges
 from tests.ranks import on_ranks
@@ -134,6 +134,46 @@ def test_the_deepspeed_section_is_merged() -> None:
     merged = deepspeed_config(config)
     assert merged["zero_optimization"] == {"stage": 2, "overlap_comm": False, "compute_grad_norm": False}
     assert merged["wall_clock_breakdown"] is True
+
+
+@pytest.mark.parametrize(
+    ("section", "told"),
+    [
+        (
+            {"wall_clock_brekdown": True},
+            "wall_clock_brekdown: DeepSpeed knows no such key; did you mean wall_clock_breakdown?",
+        ),
+        ({"zzz": 1, "compile": {}}, "training.deepspeed.zzz: DeepSpeed knows no such key. Correct it"),
+        ({"zero_optimization": {"overlap_com": True}}, "training.deepspeed: DeepSpeed refuses it: "),
+        ({"zero_optimization": {"reduce_bucket_size": "many"}}, "training.deepspeed: DeepSpeed refuses it: "),
+        ({"checkpoint": 3}, "training.deepspeed: DeepSpeed refuses it: "),
+    ],
+)
+def test_what_deepspeed_does_not_know_is_told_before_a_run(section: dict[str, Any], told: str) -> None:
+    """Of an unknown key at the top it would say nothing."""
+    with pytest.raises(UserError) as error:
+        check_with_deepspeed(TrainingConfig(deepspeed=section))
+    assert told in str(error.value)
+
+
+def test_what_deepspeed_knows_passes() -> None:
+    sections = {
+        "activation_checkpointing": {"partition_activations": False},
+        "aio": {"queue_depth": 8},
+        "comms_logger": {"enabled": False},
+        "communication_data_type": "fp32",
+        "compile": {"deepcompile": False},
+        "data_types": {"grad_accum_dtype": "fp32"},
+        "flops_profiler": {"enabled": True, "profile_step": 5},
+        "prescale_gradients": False,
+        "steps_per_print": 10,
+        "tensorboard": {"enabled": False},
+        "wall_clock_breakdown": True,
+        "zero_allow_untested_optimizer": True,
+        "zero_optimization": {"overlap_comm": False, "offload_optimizer": {"device": "cpu"}},
+    }
+    for precision in ("fp32", "bf16"):
+        check_with_deepspeed(TrainingConfig(deepspeed=sections, precision=precision))
 
 
 @pytest.mark.parametrize(
