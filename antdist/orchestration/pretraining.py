@@ -11,6 +11,7 @@ from antdist.config.load import check_config
 from antdist.config.schema import PretrainConfig
 from antdist.errors import Preempted, UserError
 from antdist.files import read_json, write_json
+from antdist.orchestration.cards import model_card
 from antdist.orchestration.checks import check_pretrain
 from antdist.orchestration.inputs import Inputs, open_domains, open_inputs, rank_together
 from antdist.orchestration.origins import bring, look_up
@@ -35,7 +36,6 @@ from antdist.tracking.run import TrackedRun, start_run, stored_run
 from antdist.tracking.store import redact, tracking_uri
 
 if TYPE_CHECKING:
-    from antdist.model.io import ModelCard
     from antdist.model.recommender import Recommender
     from antdist.training.loop import Metrics
     from antdist.training.world import World
@@ -197,7 +197,19 @@ def _train(
         profile=config.profile,
     )
     best = best_model(model, folder, progress, world)
-    card = _card(config, inputs, {"epoch": progress.best_epoch, "validation Recall@10": progress.best})
+    card = model_card(
+        "pretrained",
+        config.model,
+        inputs,
+        seed=config.seed,
+        domains=[domain.name for domain in inputs.domains],
+        made={
+            "name": config.name,
+            "fingerprints": {domain.name: domain.fingerprint for domain in inputs.domains},
+            "epoch": progress.best_epoch,
+            "validation Recall@10": progress.best,
+        },
+    )
     save_best(best, folder / "model", card, world)
     return {"finished": progress.finished, "best": progress.best, "history": progress.history}
 
@@ -265,30 +277,3 @@ def _evaluator(config: PretrainConfig, inputs: Inputs, world: World) -> Any:
         return means | {f"{name}/Recall@10": metrics["Recall@10"] for name, metrics in found.items()}
 
     return evaluate
-
-
-def _card(config: PretrainConfig, inputs: Inputs, made: dict[str, Any]) -> ModelCard:
-    from antdist.model.io import ModelCard
-
-    return ModelCard(
-        kind="pretrained",
-        config=config.model,
-        dims=inputs.catalogue.dims,
-        features=feature_sources(inputs),
-        domains=[domain.name for domain in inputs.domains],
-        seed=config.seed,
-        made={"name": config.name, "fingerprints": {d.name: d.fingerprint for d in inputs.domains}, **made},
-    )
-
-
-def feature_sources(inputs: Inputs) -> dict[Any, Any]:
-    """Which encoder made each modality that the run reads, for the model's card."""
-    from antdist.features.table import has_table, open_table
-    from antdist.model.io import FeatureSource
-
-    sources = {}
-    for modality, identity in inputs.catalogue.identities.items():
-        tables = [open_table(d, modality).meta for d in inputs.domains if has_table(d, modality)]
-        encoder = next((meta.encoder for meta in tables if meta.identity == identity), {})
-        sources[modality] = FeatureSource(identity=identity, encoder=dict(encoder))
-    return sources

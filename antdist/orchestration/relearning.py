@@ -16,10 +16,10 @@ from antdist.config.load import check_config
 from antdist.config.schema import RelearnConfig, Strategy
 from antdist.errors import Preempted, UserError
 from antdist.files import read_json, write_json
+from antdist.orchestration.cards import model_card
 from antdist.orchestration.checks import check_relearn
 from antdist.orchestration.inputs import Inputs, open_domains, open_inputs, rank_together
 from antdist.orchestration.origins import bring, look_up
-from antdist.orchestration.pretraining import feature_sources
 from antdist.orchestration.runs import (
     STOP,
     claimed,
@@ -423,27 +423,19 @@ def _train_trial(
             save_ranks(folder / f"{split}.npz", Run(_key(config, inputs, seed, split), [ranks]))
     if tracked is not None:
         tracked.log({f"best/{s}/{name}": value for s in SPLITS for name, value in outcome[s].items()}, progress.step)
-    save_best(best, folder / "model", _card(config, strategy, seed, inputs, parent, outcome), world)
-    return outcome
-
-
-def _card(
-    config: RelearnConfig, strategy: Strategy, seed: int, inputs: Inputs, parent: Parent | None, made: dict[str, Any]
-) -> ModelCard:
-    from antdist.model.io import ModelCard
-
-    return ModelCard(
-        kind="adapted",
-        config=config.model,
-        dims=inputs.catalogue.dims,
-        catalogue_size=inputs.catalogue.size if config.model.item_embeddings else None,
-        features=feature_sources(inputs),
-        target=config.target,
-        strategy=strategy,
+    origin = {"parent": parent.uri if parent else None, "fingerprint": inputs.domains[0].fingerprint}
+    card = model_card(
+        "adapted",
+        config.model,
+        inputs,
         seed=seed,
         domains=parent.card.domains if parent else [],
-        made={**made, "parent": parent.uri if parent else None, "fingerprint": inputs.domains[0].fingerprint},
+        made={**outcome, **origin},
+        target=config.target,
+        strategy=strategy,
     )
+    save_best(best, folder / "model", card, world)
+    return outcome
 
 
 # -- the conclusion --------------------------------------------------------------------------------------------------
