@@ -261,7 +261,8 @@ class RelearnConfig(Component):
     name: str = Field("relearn", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
     target: str | None = Field(None, description="domain below data.root to adapt to")
     strategy: Strategy | Literal["auto"] = Field(
-        "relearn", description="auto: run scratch, finetune and relearn, take the best on validation"
+        "relearn",
+        description="auto: run scratch, finetune and relearn; take scratch, or the best on validation whose transfer is positive",
     )
     parent: str | None = Field(None, alias="from", description="MODEL to adapt; not needed for scratch")
     seeds: list[Annotated[int, Field(ge=0)]] = Field(default_factory=lambda: [0], min_length=1)

@@ -1,11 +1,11 @@
-"""`antdist relearn`: one target, one strategy or all, several seeds; the choice on validation, the test once, the verdict.
+"""`antdist relearn`: one target, one strategy or all, several seeds; the verdict and the choice on validation, the test once.
 
 A *trial* is one (strategy, seed): a folder and an MLflow run of its own. All trials of a call share one group of workers.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -42,7 +42,7 @@ if TYPE_CHECKING:
     from antdist.data.domain import Domain
     from antdist.evaluation.report import Row
     from antdist.evaluation.results import Run, RunKey
-    from antdist.evaluation.significance import Verdict
+    from antdist.evaluation.significance import Transfer, Verdict
     from antdist.model.io import ModelCard
     from antdist.model.recommender import Recommender
     from antdist.training.loop import Metrics
@@ -70,7 +70,7 @@ class Relearned:
     model: str  # models:/NAME/VERSION of the chosen strategy's best seed
     champion: str
     rows: list[Row]
-    verdicts: dict[str, Verdict]
+    verdicts: Mapping[Strategy, Verdict]
     folder: Path
     tracking_uri: str
     notes: list[str]
@@ -473,7 +473,7 @@ def _conclude(config: RelearnConfig, folder: Path, uri: str, fingerprint: str, p
     scratch = {split: runs.get(("scratch", split)) or _known_scratch(folder, config, split) for split in SPLITS}
     if scratch["test"] is None:
         say(f"no scratch trials with the same seeds in {folder}: the transfer is unknown (strategy=scratch makes them)")
-    verdicts: dict[str, Verdict] = {
+    verdicts: dict[Strategy, Verdict] = {
         s: judge(runs[s, "validation"], scratch["validation"]) for s in strategies if s != "scratch"
     }
     rows = [
@@ -481,15 +481,18 @@ def _conclude(config: RelearnConfig, folder: Path, uri: str, fingerprint: str, p
         for s in strategies
     ]
     validation = {s: float(metric_of(runs[s, "validation"], "Recall@10").mean()) for s in strategies}
-    # the first of the best: scratch stands first in AUTO and so wins a tie
-    chosen = max(strategies, key=lambda s: validation[s])
+    chosen, promote = choose(validation, {strategy: verdict.transfer for strategy, verdict in verdicts.items()})
     per_seed = metric_of(runs[chosen, "validation"], "Recall@10").mean(1)
     seed = runs[chosen, "validation"].key.seeds[int(np.argmax(per_seed))]  # pooled runs are in the order of their seeds
     mine = trial_folder(folder, chosen, seed)
-    verdict = verdicts.get(chosen)
-    promote = verdict is None or verdict.transfer in ("positive", "none")
-    transfer = "ground truth" if verdict is None else verdict.transfer
-    notes = [] if promote else [f"not promoted: on validation the transfer of {chosen} is {transfer}"]
+    transfer = verdicts[chosen].transfer if chosen in verdicts else "ground truth"
+    notes = [
+        f"{s} reached {validation[s]:.4f} on validation, {chosen} {validation[chosen]:.4f}; its transfer is {verdicts[s].transfer}"
+        for s in strategies
+        if validation[s] > validation[chosen]
+    ]
+    if not promote:
+        notes.append(f"not promoted: on validation the transfer of {chosen} is {transfer}")
     seen = int(runs[chosen, "test"].ranks[0].seen.sum())
     notes.append(f"{seen} of {len(runs[chosen, 'test'].ranks[0].users)} test targets stood in the history: misses")
     version = register(
@@ -504,6 +507,20 @@ def _conclude(config: RelearnConfig, folder: Path, uri: str, fingerprint: str, p
     )
     assert config.target is not None
     return Relearned(config.target, chosen, version.uri, version.champion, rows, verdicts, folder, uri, notes)
+
+
+def choose(validation: Mapping[Strategy, float], transfers: Mapping[Strategy, Transfer]) -> tuple[Strategy, bool]:
+    """The strategy whose model is registered, and whether it may become champion.
+
+    Transfer must show that it helps: the best on validation is taken from `scratch` and those whose transfer is positive.
+    Where neither is at hand it is the best of all, and not promoted. The first wins a tie.
+
+    Args:
+        validation: Recall@10 on validation of each strategy that ran.
+        transfers: the verdicts on all of them but `scratch`.
+    """
+    sound = [s for s in validation if s == "scratch" or transfers[s] == "positive"]
+    return max(sound or validation, key=lambda s: validation[s]), bool(sound)
 
 
 def _known_scratch(folder: Path, config: RelearnConfig, split: str) -> Run | None:
