@@ -23,6 +23,7 @@ _OPERATION = {
     "zero_stage",
     "checkpoint_every",
     "keep_checkpoints",
+    "keep_every",
     "stop_after",
     "log_every",
     "max_skipped",

@@ -73,7 +73,7 @@ def test_budget_is_what_was_learned_with_not_how_it_ran() -> None:
     plain = digest()
     assert digest(strategy="scratch", seeds=[1, 2], target="x", variants=["keep_price_bias"]) == plain
     training = RelearnConfig().training.model_dump()
-    assert digest(training=training | {"engine": "plain", "log_every": 3}) == plain
+    assert digest(training=training | {"engine": "plain", "log_every": 3, "keep_every": 7}) == plain
     assert digest(training=training | {"learning_rate": 0.5}) != plain
     assert digest(model={"dropout": 0.1}) != plain
     assert digest(stream={"mode": "prefix"}) != plain

@@ -2,11 +2,22 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
-from antdist.orchestration.relearning import choose
+from antdist.config.load import check_config
+from antdist.config.schema import RelearnConfig, TrackingConfig
+from antdist.errors import UserError
+from antdist.evaluation.ranking import Ranks
+from antdist.evaluation.results import Run, RunKey, save_ranks
+from antdist.files import write_json
+from antdist.orchestration.relearning import Relearned, _conclude, choose, trial_folder
+from antdist.tracking.registry import resolve
+from antdist.tracking.run import start_run
+from antdist.tracking.store import tracking_uri
 
 
 @pytest.mark.parametrize(
@@ -40,3 +51,67 @@ def test_transfer_must_show_that_it_helps(
     validation: dict[Any, float], transfers: dict[Any, Any], chosen: str, promoted: bool
 ) -> None:
     assert choose(validation, transfers) == (chosen, promoted)
+
+
+USERS = 200
+PARENT = "models:/parent/1"
+
+
+def trial(uri: str, folder: Path, strategy: Any, hits: int) -> None:
+    """A finished trial whose model puts the targets of the first `hits` users among the ten best."""
+    mine = trial_folder(folder, strategy, 0)
+    run = start_run(uri, "e", strategy, mine)
+    assert run.finish() is None
+    write_json(mine / "run.json", {"run_id": run.run_id, "parent": None if strategy == "scratch" else PARENT})
+    (mine / "model").mkdir()
+    (mine / "model" / "weights").write_text(f"{strategy} {hits}")
+    ranks = Ranks(np.arange(USERS), np.where(np.arange(USERS) < hits, 1, 99), np.zeros(USERS, bool))
+    for split in ("validation", "test"):
+        key = RunKey(target="t", manifest="f", features={}, seeds=(0,), epochs=1, budget="b", split=split)
+        save_ranks(mine / f"{split}.npz", Run(key, [ranks]))
+
+
+def conclude(uri: str, folder: Path, strategy: str) -> Relearned:
+    config = check_config(RelearnConfig, {"name": folder.name, "target": "t", "strategy": strategy})
+    return _conclude(config, folder, uri, "f", PARENT)
+
+
+@pytest.fixture(scope="module")
+def uri(tmp_path_factory: pytest.TempPathFactory) -> str:
+    folder = tmp_path_factory.mktemp("store")
+    return tracking_uri(TrackingConfig(uri=f"sqlite:///{folder}/mlflow.db"), folder)
+
+
+def test_a_gain_that_may_be_chance_leaves_scratch_the_champion(uri: str, tmp_path: Path) -> None:
+    folder = tmp_path / "chance"
+    for strategy, hits in (("scratch", 60), ("finetune", 40), ("relearn", 62)):
+        trial(uri, folder, strategy, hits)
+    done = conclude(uri, folder, "auto")
+    assert done.verdicts["relearn"].transfer == "none" and done.chosen == "scratch"
+    assert "relearn reached 0.3100 on validation, scratch 0.3000; its transfer is none" in done.notes
+    assert resolve("models:/chance-t@champion", uri).tags["strategy"] == "scratch"
+    alone = conclude(uri, folder, "relearn")  # with the same scratch trials at hand, and a better metric
+    assert alone.chosen == "relearn" and "not promoted: on validation the transfer of relearn is none" in alone.notes
+    assert resolve(alone.model, uri).tags["transfer"] == "none"
+    assert resolve("models:/chance-t@champion", uri).tags["strategy"] == "scratch"
+
+
+def test_a_gain_that_is_no_chance_makes_the_champion(uri: str, tmp_path: Path) -> None:
+    folder = tmp_path / "gain"
+    for strategy, hits in (("scratch", 60), ("finetune", 40), ("relearn", 80)):
+        trial(uri, folder, strategy, hits)
+    done = conclude(uri, folder, "auto")
+    assert (done.chosen, done.verdicts["relearn"].transfer) == ("relearn", "positive")
+    champion = resolve("models:/gain-t@champion", uri)
+    assert (champion.uri, champion.tags["parent"]) == (done.model, PARENT)
+    harmed = conclude(uri, folder, "finetune")
+    assert harmed.verdicts["finetune"].transfer == "negative" and "kept from being champion" in harmed.champion
+    assert resolve("models:/gain-t@champion", uri).uri == done.model
+
+
+def test_without_scratch_nothing_becomes_champion(uri: str, tmp_path: Path) -> None:
+    folder = tmp_path / "alone"
+    trial(uri, folder, "relearn", 80)
+    assert conclude(uri, folder, "relearn").verdicts["relearn"].transfer == "unknown"
+    with pytest.raises(UserError, match="has no alias 'champion'"):
+        resolve("models:/alone-t@champion", uri)
