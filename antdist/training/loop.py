@@ -143,6 +143,8 @@ def _train(job: Job, watchdog: Watchdog) -> Progress:
                 _end_epoch(job, progress)
             watchdog.at("checkpoint")
             _checkpoint(job, progress, saver)
+            watchdog.at("step")
+        watchdog.at("checkpoint")
         _await_save(job, saver)
     barrier(job.world)
     return progress
@@ -166,6 +168,8 @@ def _resume(job: Job) -> Progress:
     if failure is not None:
         raise failure
     if document is None:
+        if job.world.leader:
+            forget_from(job.folder / SKIPPED, 0)
         return Progress()
     job.feed.stream.check(StreamState(**document["stream"]))
     job.engine.load(found.state if found else EngineState())
@@ -196,6 +200,12 @@ def _find(job: Job) -> tuple[Checkpoint | None, UserError | None]:
             _bring_best(job, found.folder, found.progress["progress"]["best_epoch"])
     except UserError as error:
         return None, error
+    except OSError as error:
+        return None, UserError(
+            f"the state to go on from cannot be read or brought here ({error.strerror or error})",
+            where=error.filename or job.folder,
+            remedy="make room or mend the storage; the same command tries again",
+        )
     return found, None
 
 

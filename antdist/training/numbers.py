@@ -7,7 +7,7 @@ line a step:
     {"step": 17, "epoch": 1, "batch": 16, "loss": "nan", "domains": {"office": {"sequences-000003.tar block-000012": [12301, ...]}}}
 
 `step` counts from 1, as the curves do; users are the domain's own numbers. Where such steps come too often, it is the
-model that is broken, and the run stops (`too_many`).
+model that is broken, and the run stops (`training.max_skipped`).
 """
 
 from __future__ import annotations

@@ -141,8 +141,7 @@ def test_any_number_of_ranks_gives_the_same_losses_and_weights(data: Path, tmp_p
     for size in (2, 3):
         together = on_ranks(size, _run, data, tmp_path / str(size), options)
         assert_same(alone, together[0], 1e-5)
-        for peer in together[1:]:
-            np.testing.assert_array_equal(peer["progress"].best, alone["progress"].best)
+        assert all(peer["history"] == together[0]["history"] for peer in together[1:])
 
 
 def _run(data: Path, folder: Path, options: dict[str, Any]) -> dict[str, Any]:
@@ -196,6 +195,23 @@ def test_a_run_goes_on_elsewhere_from_another_runs_checkpoint(data: Path, tmp_pa
     assert found is not None
     elsewhere = run(data, tmp_path / "second", noise=True, epochs=2, start=found.folder)
     assert_same({**straight, "curve": straight["curve"][5:]}, elsewhere)
+
+
+def test_a_state_that_cannot_be_brought_is_told_on_all_ranks(data: Path, tmp_path: Path) -> None:
+    """The best weights lie beside another run's checkpoints, and there is no room for a copy of them."""
+    run(data, tmp_path / "first", epochs=1)
+    found = load_latest(tmp_path / "first" / "checkpoints")
+    assert found is not None and found.progress["progress"]["best_epoch"] == 1
+    (tmp_path / "second").mkdir()
+    (tmp_path / "second" / "best").touch()  # where the folder would be: as on a full disk
+    told = on_ranks(2, _refused, data, tmp_path / "second", {"epochs": 2, "start": found.folder})
+    assert told[0] == told[1] and "second/best: the state to go on from cannot be read or brought here" in told[0]
+
+
+def _refused(data: Path, folder: Path, options: dict[str, Any]) -> str:
+    with pytest.raises(UserError) as caught:
+        run(data, folder, **options)
+    return str(caught.value)
 
 
 def test_resuming_with_another_stream_is_refused(data: Path, tmp_path: Path) -> None:

@@ -165,6 +165,22 @@ def test_the_steps_of_a_killed_run_are_written_down_once(
     assert written[0] == written[1] and written[0].count("\n") == 2
 
 
+def test_so_are_those_of_a_run_that_was_killed_before_its_first_checkpoint(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    poison(monkeypatch, 1)
+    run(data, tmp_path / "straight", epochs=1)
+    faults = [{"fault": "nan", "at": "loss", "step": 1}, {"fault": "raise", "step": 3}]
+    monkeypatch.setenv("ANTDIST_FAULTS", json.dumps(faults))
+    with pytest.raises(RuntimeError, match="ANTDIST_FAULTS"):
+        run(data, tmp_path / "killed", epochs=1)
+    assert not steps_in(tmp_path / "killed" / "checkpoints")
+    poison(monkeypatch, 1)
+    run(data, tmp_path / "killed", epochs=1)
+    written = [(tmp_path / folder / "skipped.jsonl").read_text() for folder in ("straight", "killed")]
+    assert written[0] == written[1] and written[0].count("\n") == 1
+
+
 def test_two_ranks_skip_what_one_of_them_finds(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The leader's own numbers are sound; both engines, and the same as one rank that skips."""
     poison(monkeypatch, 2)
