@@ -69,13 +69,15 @@ class Watchdog:
                 self._end(seen[0])
 
     def _end(self, phase: Phase) -> None:
-        self.file.parent.mkdir(parents=True, exist_ok=True)
-        with self.file.open("a", encoding="utf-8") as file:
-            file.write(f"{datetime.now(UTC):%Y-%m-%d %H:%M:%S} UTC, rank {self.rank}, phase {phase}\n")
-            file.flush()
-            faulthandler.dump_traceback(file)
-        say(
-            f"{self.name}: rank {self.rank} made no progress for {self.limits[phase] / 60:g} minutes "
-            f"(training.hang.{phase}_minutes): it ends; the stacks of each rank are in {self.file.parent}"
-        )
-        os._exit(HUNG)
+        try:
+            say(
+                f"{self.name}: rank {self.rank} made no progress for {self.limits[phase] / 60:g} minutes "
+                f"(training.hang.{phase}_minutes): it ends; the stacks of each rank are in {self.file.parent}"
+            )
+            self.file.parent.mkdir(parents=True, exist_ok=True)
+            with self.file.open("a", encoding="utf-8") as file:
+                file.write(f"{datetime.now(UTC):%Y-%m-%d %H:%M:%S} UTC, rank {self.rank}, phase {phase}\n")
+                file.flush()
+                faulthandler.dump_traceback(file)
+        finally:  # whatever a full disk or a closed terminal makes of these
+            os._exit(HUNG)

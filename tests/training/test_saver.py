@@ -134,8 +134,7 @@ def test_a_full_disk_is_told_on_all_ranks_and_costs_no_earlier_checkpoint(
         assert "checkpoints/.writing-step-00000003/weights.safetensors: a checkpoint cannot be written" in told
         assert "File too large" in told and "goes on from the last whole checkpoint" in told
         assert steps == [2]
-    assert_same(run(data, tmp_path / "b", epochs=2, stop_after=2), run(data, tmp_path / "c", epochs=2, stop_after=2))
-    resumed, straight = run(data, tmp_path / "a", epochs=2), run(data, tmp_path / "d", epochs=2)
+    resumed, straight = run(data, tmp_path / "a", epochs=2), run(data, tmp_path / "b", epochs=2)
     assert_same({**straight, "curve": straight["curve"][2:]}, resumed, 1e-5)
     assert not list((tmp_path / "a" / "checkpoints").glob(".writing-*")), "left behind"
 

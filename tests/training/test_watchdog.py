@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from antdist.config.schema import HangConfig
+from antdist.training.checkpoint import steps_in
 from antdist.training.watchdog import HUNG
 from tests.ranks import on_ranks, start_ranks
 from tests.training.test_loop import NAMES, run
@@ -88,10 +89,40 @@ def test_each_phase_has_its_own_limit(data: Path, tmp_path: Path) -> None:
         assert f"rank 0, phase {phase}" in (tmp_path / str(number) / "hang" / "rank-0.txt").read_text()
 
 
+def test_the_first_step_of_a_later_epoch_has_a_steps_limit(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It begins with the checkpoint of the epoch before, whose limit is not its own."""
+    first = len(run(data, tmp_path / "one", epochs=1)["curve"])
+    monkeypatch.setenv("ANTDIST_FAULTS", json.dumps([{"fault": "stall", "at": "step", "step": first}]))
+    assert statuses(1, data, tmp_path / "two", {"epochs": 2, "hang": limits(step=0.04)}) == [HUNG]
+    assert "rank 0, phase step" in (tmp_path / "two" / "hang" / "rank-0.txt").read_text()
+
+
+FULL = """
+import sys, time
+from pathlib import Path
+from antdist.config.schema import HangConfig
+from antdist.training.watchdog import Watchdog
+
+with Watchdog(Path(sys.argv[1]), 0, "full", HangConfig(start_minutes=0.01, step_minutes=0.01, checkpoint_minutes=0.01)):
+    time.sleep(60)
+"""
+
+
+def test_a_rank_that_can_write_no_stacks_ends_all_the_same(tmp_path: Path) -> None:
+    (tmp_path / "hang").touch()  # where the folder would be: as on a full disk
+    done = subprocess.run(
+        [sys.executable, "-c", FULL, str(tmp_path)], cwd=PROJECT, capture_output=True, text=True, timeout=50
+    )
+    assert done.returncode == HUNG and "full: rank 0 made no progress" in done.stderr
+
+
 STUCK = """
 import ctypes, sys
 from pathlib import Path
 from antdist.config.schema import HangConfig
+from antdist.training.checkpoint import steps_in
 from antdist.training.watchdog import Watchdog
 
 with Watchdog(Path(sys.argv[1]), 0, "stuck", HangConfig(start_minutes=0.01, step_minutes=0.01, checkpoint_minutes=0.01)):
@@ -106,7 +137,10 @@ def test_an_interpreter_that_is_stuck_ends_too(tmp_path: Path) -> None:
     assert done.returncode == 1 and "Timeout" in done.stderr and 'File "<string>", line 8' in done.stderr
 
 
-def test_a_run_that_gets_on_is_left_alone(data: Path, tmp_path: Path) -> None:
-    """Many times longer than a limit in all, each step below it."""
-    done = run(data, tmp_path, epochs=9, hang=limits(step=0.02))
-    assert done["progress"].finished == "all epochs done" and not (tmp_path / "hang").exists()
+def test_a_run_that_gets_on_is_left_alone(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An epoch twice as long as a step's limit, each step far below it."""
+    monkeypatch.setenv("ANTDIST_FAULTS", json.dumps([{"fault": "stall", "at": "step", "seconds": 0.4}]))
+    limit = limits(step=0.0175)
+    assert statuses(1, data, tmp_path, {"epochs": 1, "hang": limit}) == [0]
+    (steps,) = steps_in(tmp_path / "checkpoints")
+    assert 0.4 * (steps - 1) > 1.9 * 60 * limit.step_minutes and not (tmp_path / "hang").exists()
