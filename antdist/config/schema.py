@@ -86,7 +86,7 @@ class StreamConfig(Component):
     )
     batches: Literal["mixed", "single_domain"] = Field("mixed", description="whether a batch may hold several domains")
     streams: Positive = Field(
-        4, description="canonical streams a domain; at most this many workers can read disjoint shards"
+        4, description="canonical streams a domain: runs of shards that are read, and merged, side by side"
     )
     window_shards: Positive = Field(4, description="shards whose blocks are shuffled together")
     window_blocks: Positive = Field(16, description="blocks whose examples are shuffled together")

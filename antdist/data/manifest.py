@@ -75,7 +75,7 @@ class Manifest(_Record):
 
     @property
     def fingerprint(self) -> str:
-        """SHA-256 of the canonical JSON (sorted keys, no spaces): equal when, and only when, the data is."""
+        """SHA-256 of the canonical JSON (sorted keys, no spaces): equal only where the data is, and how it was made."""
         canonical = json.dumps(self.model_dump(mode="json"), sort_keys=True, separators=(",", ":"), ensure_ascii=True)
         return hashlib.sha256(canonical.encode()).hexdigest()
 

@@ -17,10 +17,12 @@ from antdist.config.schema import RelearnConfig
 from antdist.errors import UserError
 from antdist.evaluation.ranking import Ranks
 
-# What of the training section does not change what is learned.
+# What of the training section does not change what is learned; the keys that a restart may change are among them, or
+# trials of one run could not be compared.
 _OPERATION = {
     "engine",
     "zero_stage",
+    "deepspeed",
     "checkpoint_every",
     "keep_checkpoints",
     "keep_every",

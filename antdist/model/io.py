@@ -3,7 +3,6 @@ came. Loads with torch and safetensors alone, without the training stack."""
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -11,6 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from antdist.config.schema import ModelConfig, Strategy
 from antdist.errors import UserError
+from antdist.files import flush_to_disk
 
 if TYPE_CHECKING:
     from antdist.model.recommender import Recommender
@@ -121,8 +121,8 @@ def read_card(folder: str | Path) -> ModelCard:
 
 
 def _publish(path: Path) -> None:
-    """Rename PATH.tmp to PATH once its bytes are on disk."""
+    """Rename PATH.tmp to PATH once its bytes are on disk; then the name is, before anything after it."""
     temporary = path.with_name(f"{path.name}.tmp")
-    with temporary.open("rb+") as file:
-        os.fsync(file.fileno())
+    flush_to_disk(temporary)
     temporary.replace(path)
+    flush_to_disk(path.parent)

@@ -242,12 +242,12 @@ def centre(model: Recommender, means: dict[str, Tensor]) -> None:
                 transform.bias.copy_(-torch.einsum("m,mkd->kd", mean, transform.weight))
 
 
-def redraw_experts(model: Recommender, seed: int, how: Literal["normal", "xavier"]) -> None:
-    """Draw the weights W_k of all modalities afresh, in place: N(0, 0.02), or Xavier-normal as the reference's
-    re-learning does. Shifts, biases and routing stay."""
+def redraw_experts(model: Recommender, seed: int) -> None:
+    """Draw the weights W_k of all modalities afresh, in place, Xavier-normal as the reference's re-learning does. Shifts,
+    biases and routing stay."""
     for name, parameter in model.named_parameters():
         if name.startswith("tower.") and name.endswith(".weight"):
-            _draw(parameter, _expert_deviation(parameter, how), seed, name)
+            _draw(parameter, _expert_deviation(parameter, "xavier"), seed, name)
 
 
 def _group_of(name: str) -> str:

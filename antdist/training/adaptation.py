@@ -105,7 +105,7 @@ def adapt(
         _check_same_build(config, parent.config, table)
     model = build_recommender(config, dims, catalogue_size, seed)
     if strategy == "relearn" and config.initialisation == "reference":
-        redraw_experts(model, seed, "xavier")
+        redraw_experts(model, seed)
     if means is not None:
         centre(model, means)
     groups = parameter_groups(model)

@@ -283,6 +283,14 @@ def test_unknown_item_is_refused_with_its_line_or_dropped(tmp_path: Path) -> Non
     assert report.notes["interactions dropped: item unknown"] == 2 and report.interactions == 6
 
 
+def test_unknown_item_is_told_with_its_line_though_lines_before_it_were_set_aside(tmp_path: Path) -> None:
+    folder = large(tmp_path / "bad", [b"user5,a", *(b"user5,zebra,1" for _ in range(7))], [5, *range(50, 57)])
+    with pytest.raises(UserError) as caught:
+        prepare(folder, domain="d", out=tmp_path / "out")
+    assert caught.value.where == f"{folder / 'interactions.csv'}:52"
+    assert "item zebra is not in the items file (so it is with 7 interactions in all)" in str(caught.value)
+
+
 def test_domain_emptied_by_k_core(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"d: the 5-core is empty: .* Use a smaller k-core or none"):
         prepared(tmp_path, k_core=5)

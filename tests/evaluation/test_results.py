@@ -11,6 +11,7 @@ from antdist.config.schema import RelearnConfig
 from antdist.errors import UserError
 from antdist.evaluation.ranking import Ranks
 from antdist.evaluation.results import Run, RunKey, budget_digest, load_ranks, pool, save_ranks
+from antdist.orchestration.runs import OPERATIONAL
 
 
 def make_run(seeds: tuple[int, ...], users: int = 5, **key: object) -> Run:
@@ -66,6 +67,23 @@ def test_pool_joins_seeds_in_order() -> None:
         pool([one, make_run((5,))])
 
 
+CHANGEABLE = sorted(key for key in OPERATIONAL if key.startswith("training."))
+
+
+@pytest.mark.parametrize("key", CHANGEABLE)
+def test_what_a_restart_may_change_keeps_a_run_s_trials_comparable(key: str) -> None:
+    """A seed that was trained before a restart is pooled with one that was trained after it."""
+    section, name = RelearnConfig().training.model_dump(), key.removeprefix("training.")
+    other: dict[str, object] = {
+        "engine": "plain",
+        "deepspeed": {"wall_clock_breakdown": True},
+        "hang": {"step_minutes": 7.0},
+    }
+    changed = RelearnConfig.model_validate({"training": section | {name: other.get(name, 3)}})
+    assert changed != RelearnConfig()
+    assert budget_digest(changed) == budget_digest(RelearnConfig())
+
+
 def test_budget_is_what_was_learned_with_not_how_it_ran() -> None:
     def digest(**changes: object) -> str:
         return budget_digest(RelearnConfig.model_validate(changes))
@@ -75,5 +93,6 @@ def test_budget_is_what_was_learned_with_not_how_it_ran() -> None:
     training = RelearnConfig().training.model_dump()
     assert digest(training=training | {"engine": "plain", "log_every": 3, "keep_every": 7}) == plain
     assert digest(training=training | {"learning_rate": 0.5}) != plain
+    assert digest(training=training | {"patience": 3}) != plain
     assert digest(model={"dropout": 0.1}) != plain
     assert digest(stream={"mode": "prefix"}) != plain

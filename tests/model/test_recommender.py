@@ -83,7 +83,7 @@ def test_weights_are_a_function_of_seed_and_name() -> None:
 def test_redraw_experts_touches_the_experts_alone(mixture: bool) -> None:
     model = build_recommender(ModelConfig(mixture=mixture), WIDE)
     kept = {name: value.clone() for name, value in model.named_parameters()}
-    redraw_experts(model, 5, "xavier")
+    redraw_experts(model, 5)
     changed = {name for name, value in model.named_parameters() if not torch.equal(value, kept[name])}
     assert changed == {"tower.text.weight", "tower.image.weight", "tower.price.weight"}
     for modality, width in WIDE.items():
