@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
 import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from antdist.config.schema import Modality, ModelConfig
 from antdist.errors import UserError
+from antdist.files import file_sha256
 from antdist.model.io import ModelCard, save_model
 
 if TYPE_CHECKING:
@@ -70,7 +70,7 @@ def import_reference(checkpoint: str | Path, out: str | Path, heads: int, beta: 
         made={
             "from": "a checkpoint of the reference implementation (ninglab/ANT)",
             "file": path.name,
-            "sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
+            "sha256": file_sha256(path),
             "feature_tables_left_in_the_checkpoint": tables,
         },
     )
@@ -117,6 +117,9 @@ def _configuration(rest: dict[str, Tensor], heads: int, beta: float) -> tuple[Mo
             f"its transformer holds experts ({experts_inside[0]}), a variant outside the published method; ours has one "
             "feed-forward network a layer, so its scores could not be the same"
         )
+    for name, value in rest.items():
+        if value.dim() not in (1, 2) or not value.numel() or (name == "position_embedding.weight" and value.dim() == 1):
+            raise _Misfit(f"{name} is of shape {tuple(value.shape)}")
     dims: dict[str, int] = {}
     counts = set()
     for modality, prefix in PREFIXES.items():

@@ -143,6 +143,12 @@ def bad(name: str) -> dict[str, Tensor]:
         del state["text2rec.proj.2.lin.weight"]
     elif name == "shape":
         state["LayerNorm.weight"] = torch.zeros(3)
+    elif name == "flat":
+        state["position_embedding.weight"] = torch.zeros(48)
+    elif name == "scalar":
+        state["text2rec.proj.0.lin.weight"] = torch.tensor(1.0)
+    elif name == "empty":
+        state["trm_encoder.layer.0.feed_forward.dense_1.weight"] = torch.zeros(0, WIDTH)
     elif name == "other":
         state = {"bert.weight": torch.zeros(3)}
     return state
@@ -155,6 +161,9 @@ def bad(name: str) -> dict[str, Tensor]:
         ("more", r"it holds decoder\.weight, which the reference model does not have"),
         ("uneven", r"different numbers of experts: \[2, 3\]"),
         ("shape", r"tensors of wrong shape: .*encoder\.input_norm\.weight"),
+        ("flat", r"position_embedding\.weight is of shape \(48,\)"),
+        ("scalar", r"text2rec\.proj\.0\.lin\.weight is of shape \(\)"),
+        ("empty", r"dense_1\.weight is of shape \(0, 8\)"),
         ("other", r"item tower, position_embedding or trm_encoder is missing"),
     ],
 )
