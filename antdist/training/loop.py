@@ -419,12 +419,20 @@ def _refuse_broken(job: Job, progress: Progress) -> None:
     Collective."""
     if in_a_row(progress.skipped, progress.step) > 1:
         raise _too_many_skipped(job, progress)
-    # under DeepSpeed's stage 3 each rank holds a part of a parameter
-    held = [getattr(parameter, "ds_tensor", parameter).detach() for parameter in job.engine.model.parameters()]
+    held = [_held(parameter, job.world.rank) for parameter in job.engine.model.parameters()]
     # a sum is a number only if all its terms are: ten times as fast as asking each
     broken = ~torch.stack([weight.float().sum() for weight in held]).isfinite().all()
     if sum_over_ranks(job.world, broken.int()):
         raise _diverged(job, f"weights are no numbers after step {progress.step} (epoch {progress.epoch + 1})")
+
+
+def _held(parameter: torch.nn.Parameter, rank: int) -> Tensor:
+    """What a rank holds of a parameter: under DeepSpeed's stage 3 a part, without what fills up the last ones."""
+    part = getattr(parameter, "ds_tensor", None)
+    if part is None:
+        return parameter.detach()
+    first = rank * part.numel()
+    return part.detach()[: max(_size(parameter) - first, 0)]
 
 
 def _too_many_skipped(job: Job, progress: Progress) -> Diverged:

@@ -17,6 +17,7 @@ from antdist.errors import UserError
 from antdist.training.checkpoint import load_latest, steps_in
 from antdist.training.deepspeed_engine import DeepSpeedEngine
 from antdist.training.engine import PlainEngine
+from antdist.training.loop import Diverged, Job, Progress, _refuse_broken
 from antdist.training.numbers import in_a_row, spike, within_window
 from antdist.training.world import current_world
 from tests.ranks import on_ranks
@@ -95,6 +96,29 @@ def test_a_broken_gradient_of_one_rank_leaves_weights_moments_and_counter_as_the
 
 def _with(kind: str, options: dict[str, Any]) -> Any:
     return _poisoned(kind, **options)
+
+
+def test_what_fills_up_a_part_of_stage_three_is_no_weight() -> None:
+    """DeepSpeed leaves it as the memory was; a number that is none among the weights is found, on whichever rank."""
+    assert on_ranks(2, _refused_parts) == [[False, True]] * 2
+
+
+def _refused_parts() -> list[bool]:
+    world, config = current_world(), TrainingConfig(zero_stage=3)
+    engine: Any = DeepSpeedEngine(small_model(), config, world)
+    nowhere: Any = None
+    job = Job(engine, nowhere, config, world, Path(), 0, nowhere, nowhere)
+    bias: Any = dict(engine.model.named_parameters())["3.bias"]  # one number, so the part of rank 1 is all filling
+    refused = []
+    for rank in (1, 0):
+        if world.rank == rank:
+            bias.ds_tensor.fill_(float("nan"))
+        try:
+            _refuse_broken(job, Progress())
+            refused.append(False)
+        except Diverged:
+            refused.append(True)
+    return refused
 
 
 # -- the loop --------------------------------------------------------------------------------------------------------
