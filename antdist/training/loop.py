@@ -463,7 +463,7 @@ class Meter:
 
     def __init__(self, job: Job, step: int, step_done: Callable[[], None]) -> None:
         self.job, self.step_done, self.pending = job, step_done, list[tuple[Tensor, GlobalBatch]]()
-        self.waited, self.since = 0.0, time.perf_counter()
+        self.waited, self.since = 0.0, 0.0
         self.asked: Asked = None  # by any rank, since the last point
         self.first, self.begun = step, time.perf_counter()
         self.told = self.begun
@@ -471,6 +471,7 @@ class Meter:
     def timed(self, inputs: Any) -> Any:
         """The same inputs; counts the time that the step waits for them."""
         inputs = iter(inputs)
+        self.waited, self.since = 0.0, time.perf_counter()  # what came between two epochs is no training
         while True:
             asked = time.perf_counter()
             with part("wait for data"):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, Literal
 
 import numpy as np
@@ -19,6 +20,7 @@ from antdist.errors import UserError
 from antdist.faults import corrupt
 from antdist.features.table import Catalogue
 from antdist.model.recommender import build_recommender
+from antdist.training import loop
 from antdist.training.checkpoint import best_weights, load_checkpoint, load_latest, steps_in
 from antdist.training.deepspeed_engine import DeepSpeedEngine
 from antdist.training.engine import PlainEngine
@@ -340,6 +342,27 @@ def test_damaged_checkpoints_do_not_push_out_the_whole_ones(data: Path, tmp_path
     assert steps_in(checkpoints) == [2, 3]
     found = load_latest(checkpoints)
     assert found is not None and found.folder.name == "step-00000003"
+
+
+def test_the_curve_of_predictions_a_second_leaves_validations_out(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seconds, rates = [0.0], list[float]()
+
+    def clock() -> float:
+        seconds[0] += 0.001
+        return seconds[0]
+
+    class Slow(list[float]):
+        def __iter__(self) -> Any:
+            while True:
+                seconds[0] += 1000.0
+                yield 0.1
+
+    monkeypatch.setattr(loop, "time", SimpleNamespace(perf_counter=clock))
+    monkeypatch.setattr(loop.Meter, "_tell", lambda meter, progress, loss, rate, wait: rates.append(rate))
+    run(data, tmp_path / "a", recalls=Slow())
+    assert seconds[0] > 3000 and len(rates) > 9 and min(rates) > 100
 
 
 def test_all_candidates_sampled_with_correction_train(data: Path, tmp_path: Path) -> None:
