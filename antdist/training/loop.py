@@ -15,7 +15,7 @@ import contextlib
 import math
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -468,9 +468,8 @@ class Meter:
         self.first, self.begun = step, time.perf_counter()
         self.told = self.begun
 
-    def timed(self, inputs: Any) -> Any:
+    def timed(self, inputs: Iterator[StepInput]) -> Iterator[StepInput]:
         """The same inputs; counts the time that the step waits for them."""
-        inputs = iter(inputs)
         self.waited, self.since = 0.0, time.perf_counter()  # what came between two epochs is no training
         while True:
             asked = time.perf_counter()
