@@ -200,12 +200,6 @@ def _find(job: Job) -> tuple[Checkpoint | None, UserError | None]:
             _bring_best(job, found.folder, found.progress["progress"]["best_epoch"])
     except UserError as error:
         return None, error
-    except OSError as error:
-        return None, UserError(
-            f"the state to go on from cannot be read or brought here ({error.strerror or error})",
-            where=error.filename or job.folder,
-            remedy="make room or mend the storage; the same command tries again",
-        )
     return found, None
 
 
@@ -351,11 +345,18 @@ def _bring_best(job: Job, checkpoint: Path, epoch: int | None) -> None:
         return
     if not there.is_file():
         raise UserError(f"the best weights (epoch {epoch}) are missing", where=there)
-    here.parent.mkdir(parents=True, exist_ok=True)
     partial = here.with_suffix(".partial")
-    shutil.copyfile(there, partial)
-    flush_to_disk(partial)
-    partial.rename(here)
+    try:
+        here.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(there, partial)
+        flush_to_disk(partial)
+        partial.rename(here)
+    except OSError as error:
+        raise UserError(
+            f"the best weights (epoch {epoch}) cannot be brought here ({error.strerror or error})",
+            where=error.filename or here,
+            remedy="make room or mend the storage; the same command tries again",
+        ) from error
 
 
 def _checkpoint(job: Job, progress: Progress, saver: Saver) -> None:

@@ -199,15 +199,15 @@ def test_a_run_goes_on_elsewhere_from_another_runs_checkpoint(data: Path, tmp_pa
     assert_same({**straight, "curve": straight["curve"][5:]}, elsewhere)
 
 
-def test_a_state_that_cannot_be_brought_is_told_on_all_ranks(data: Path, tmp_path: Path) -> None:
-    """The best weights lie beside another run's checkpoints, and there is no room for a copy of them."""
+def test_best_weights_that_cannot_be_brought_are_told_on_all_ranks(data: Path, tmp_path: Path) -> None:
+    """They lie beside another run's checkpoints, and there is no room for a copy of them."""
     run(data, tmp_path / "first", epochs=1)
     found = load_latest(tmp_path / "first" / "checkpoints")
     assert found is not None and found.progress["progress"]["best_epoch"] == 1
     (tmp_path / "second").mkdir()
     (tmp_path / "second" / "best").touch()  # where the folder would be: as on a full disk
     told = on_ranks(2, _refused, data, tmp_path / "second", {"epochs": 2, "start": found.folder})
-    assert told[0] == told[1] and "second/best: the state to go on from cannot be read or brought here" in told[0]
+    assert told[0] == told[1] and "second/best: the best weights (epoch 1) cannot be brought here" in told[0]
 
 
 def _refused(data: Path, folder: Path, options: dict[str, Any]) -> str:
