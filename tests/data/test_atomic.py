@@ -97,7 +97,7 @@ def test_published_split_is_not_filtered(source: Path) -> None:
 
 def test_missing_files(source: Path) -> None:
     (source / "Tiny.text").unlink()
-    with pytest.raises(UserError, match=r"Tiny\.text\.gz: no such file"):
+    with pytest.raises(UserError, match=r"Tiny\.text: no such file"):
         prepare(source, format="atomic", domain="tiny", out=source / "out")
     (source / "Tiny.train.inter").unlink()
     with pytest.raises(UserError, match=r"holds 0 files NAME\.train\.inter, one was due"):

@@ -120,8 +120,9 @@ def _domain_name(folder: Path) -> str:
 
 
 def _path(folder: Path, name: str) -> Path:
-    """The file, or its `.gz`."""
-    return folder / name if (folder / name).is_file() else folder / f"{name}.gz"
+    """The file, or its `.gz` where that is what there is."""
+    packed = folder / f"{name}.gz"
+    return packed if packed.is_file() and not (folder / name).is_file() else folder / name
 
 
 def _single(path: Path) -> Iterator[_Row]:
