@@ -43,10 +43,6 @@ class GlobalBatch:
     users: IntArray  # (W,) global user of each window, for the ledger
 
     @property
-    def windows(self) -> int:
-        return len(self.offsets) - 1
-
-    @property
     def predictions(self) -> int:
         return len(self.targets)
 

@@ -12,8 +12,6 @@ their times. A domain that is open whole, all its windows being first ones, is r
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -88,11 +86,6 @@ class Stream:
             "model.max_length": self.max_length,
             **{f"stream.{key}": value for key, value in self.config.model_dump(mode="json").items()},
         }
-
-    @property
-    def fingerprint(self) -> str:
-        """SHA-256 of `order`."""
-        return hashlib.sha256(json.dumps(self.order, sort_keys=True).encode()).hexdigest()
 
     def state(self, epoch: int, batch: int) -> StreamState:
         """What a checkpoint keeps; `batch` is the next one to give."""

@@ -55,7 +55,7 @@ def ledger(stream, lengths, epochs=1):
     made = [Counter() for _ in lengths]
     first_user = np.concatenate([[0], np.cumsum([len(of) for of in lengths])])
     for batch in itertools.chain.from_iterable(stream.batches(epoch) for epoch in range(epochs)):
-        assert len(batch.users) == batch.windows and batch.predictions > 0
+        assert len(batch.users) == len(batch.offsets) - 1 and batch.predictions > 0
         assert np.array_equal(batch.targets, batch.items[batch.predict_at] + 1)
         inner = np.setdiff1d(np.arange(1, len(batch.items)), batch.offsets)
         assert np.array_equal(batch.items[inner], batch.items[inner - 1] + 1)
@@ -325,7 +325,7 @@ def test_state_of_another_order_is_refused_saying_what_differs(world, tmp_path):
     state = make(domains).state(0, 0)
 
     def told(stream):
-        assert stream.fingerprint != make(domains).fingerprint
+        assert stream.order != make(domains).order
         with pytest.raises(UserError) as error:
             stream.check(state)
         return str(error.value)
