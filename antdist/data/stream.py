@@ -22,13 +22,10 @@ from numpy.typing import NDArray
 
 from antdist.batch import GlobalBatch, IntArray
 from antdist.config.schema import StreamConfig
-from antdist.data.deal import split
 from antdist.data.domain import Domain, read_blocks
 from antdist.data.order import CanonicalStream, canonical_streams, quotas, shuffled, taken
 from antdist.data.windows import Windows, concatenate, prefix_windows, starts_of, user_windows
 from antdist.errors import UserError
-
-__all__ = ["Stream", "StreamState", "split"]
 
 ORDER_VERSION = 1  # raise it when the same configuration comes to give another order
 CHUNK = 4096  # units made into windows at once

@@ -26,8 +26,8 @@ from torch import Tensor
 
 from antdist.batch import ROWS, Batch, GlobalBatch, IntArray, ItemFeatures
 from antdist.config.schema import LossConfig
-from antdist.data.deal import deal, share
-from antdist.data.stream import Stream, split
+from antdist.data.deal import deal, share, split
+from antdist.data.stream import Stream
 from antdist.data.windows import starts_of
 from antdist.training.world import World
 
