@@ -214,8 +214,8 @@ def _finished(config: TrainingConfig, progress: Progress) -> str | None:
 
 def _check_fits(job: Job, found: Checkpoint) -> None:
     """The leader's word before anything is loaded: the state must be of this very model."""
-    here = {name: _size(parameter) for name, parameter in job.engine.model.named_parameters()}
-    there = {name: weight.numel() for name, weight in found.state.weights.items()}
+    here = {name: _shape(parameter) for name, parameter in job.engine.model.named_parameters()}
+    there = {name: weight.shape for name, weight in found.state.weights.items()}
     learned = {name for name, parameter in job.engine.model.named_parameters() if parameter.requires_grad}
     differing = sorted(name for name in here.keys() | there.keys() if here.get(name) != there.get(name))
     differing += sorted(learned ^ found.state.moments["exp_avg"].keys())
@@ -227,9 +227,10 @@ def _check_fits(job: Job, found: Checkpoint) -> None:
         )
 
 
-def _size(parameter: torch.nn.Parameter) -> int:
+def _shape(parameter: torch.nn.Parameter) -> torch.Size:
     """Of the whole parameter, also where DeepSpeed's stage 3 keeps a part of it on each rank."""
-    return int(getattr(parameter, "ds_numel", parameter.numel()))
+    shape: torch.Size = getattr(parameter, "ds_shape", parameter.shape)
+    return shape
 
 
 def _train_epoch(
@@ -433,7 +434,7 @@ def _held(parameter: torch.nn.Parameter, rank: int) -> Tensor:
     if part is None:
         return parameter.detach()
     first = rank * part.numel()
-    return part.detach()[: max(_size(parameter) - first, 0)]
+    return part.detach()[: max(_shape(parameter).numel() - first, 0)]
 
 
 def _too_many_skipped(job: Job, progress: Progress) -> Diverged:

@@ -21,7 +21,7 @@ from antdist.faults import corrupt
 from antdist.features.table import Catalogue
 from antdist.model.recommender import build_recommender
 from antdist.training import loop
-from antdist.training.checkpoint import best_weights, load_checkpoint, load_latest, steps_in
+from antdist.training.checkpoint import best_weights, load_checkpoint, load_latest, save_checkpoint, steps_in
 from antdist.training.deepspeed_engine import DeepSpeedEngine
 from antdist.training.engine import PlainEngine
 from antdist.training.feed import Feed, StepInput
@@ -214,6 +214,19 @@ def _refused(data: Path, folder: Path, options: dict[str, Any]) -> str:
     with pytest.raises(UserError) as caught:
         run(data, folder, **options)
     return str(caught.value)
+
+
+def test_a_state_of_another_model_is_refused_though_it_has_as_many_numbers(data: Path, tmp_path: Path) -> None:
+    run(data, tmp_path / "a", epochs=1)
+    found = load_latest(tmp_path / "a" / "checkpoints")
+    assert found is not None
+    weights = found.state.weights
+    weights["tower.text.weight"] = weights["tower.text.weight"].transpose(0, 1)
+    document = {key: found.progress[key] for key in ("progress", "stream")}
+    save_checkpoint(tmp_path / "b" / "checkpoints", 9, found.state, document, keep=2)
+    shutil.copytree(tmp_path / "a" / "best", tmp_path / "b" / "best")
+    with pytest.raises(UserError, match=r"the training state is of another model: tower\.text\.weight differs"):
+        run(data, tmp_path / "b", epochs=2)
 
 
 def test_resuming_with_another_stream_is_refused(data: Path, tmp_path: Path) -> None:
