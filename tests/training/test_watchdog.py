@@ -122,7 +122,6 @@ STUCK = """
 import ctypes, sys
 from pathlib import Path
 from antdist.config.schema import HangConfig
-from antdist.training.checkpoint import steps_in
 from antdist.training.watchdog import Watchdog
 
 with Watchdog(Path(sys.argv[1]), 0, "stuck", HangConfig(start_minutes=0.01, step_minutes=0.01, checkpoint_minutes=0.01)):
