@@ -26,7 +26,7 @@ VALUES: list[Any] = [
 
 
 def some_value(random: Random) -> Any:
-    return random.choice(VALUES)
+    return copy.deepcopy(random.choice(VALUES))  # the next change may be made in it
 
 
 def mutate_bytes(data: bytes, random: Random) -> bytes:

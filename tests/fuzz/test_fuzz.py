@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
+from random import Random
 
 import pytest
 
 from antdist.data import prepare as prepare_module
+from tests.fuzz import mutations
 from tests.fuzz.fuzz import fuzz, lines_there
 
 
@@ -35,3 +37,11 @@ def test_lines_that_can_run_are_those_within_functions() -> None:
     text = (Path(__file__).resolve().parents[2] / "antdist" / "data" / "quarantine.py").read_text().splitlines()
     there = lines_there("antdist/data/quarantine.py")
     assert all(text[line - 1].startswith((" ", ")")) for line in there) and 10 < len(there) < len(text) / 2
+
+
+def test_an_input_leaves_the_next_ones_as_they_are() -> None:
+    """Values that are put into one document are not those of the table: changed there, they would come back changed."""
+    before = repr(mutations.VALUES)
+    for seed in range(300):
+        mutations.mutate_tree({"a": [1, {"b": 2}], "c": {}}, Random(seed), changes=12)
+    assert repr(mutations.VALUES) == before
