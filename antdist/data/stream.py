@@ -104,14 +104,7 @@ class Stream:
             )
 
     def check_ranks(self, world_size: int, accumulation: int = 1) -> None:
-        """Raise UserError if the data or the batch are too small to give every rank something in each micro-batch."""
-        blocks = sum(domain.manifest.blocks for domain in self.domains)
-        if blocks < world_size:
-            raise UserError(
-                f"{world_size} workers, but the domains hold only {blocks} block(s) of users",
-                where="ray.workers",
-                remedy="use fewer workers, or prepare the domains again with a smaller --block-users",
-            )
+        """Raise UserError if the batch is too small to give every rank something in each micro-batch."""
         windows = sum(self._quotas) / self.steps_per_epoch / accumulation
         if windows < world_size:
             raise UserError(

@@ -32,7 +32,7 @@ class ModelCard(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    schema_version: Literal[1] = 1
+    schema_version: Literal[2] = 2  # 1 had the experts' weights in another order
     kind: Literal["pretrained", "adapted", "imported"]
     config: ModelConfig
     dims: dict[str, int]

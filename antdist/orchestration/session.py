@@ -164,7 +164,8 @@ def run_workers(
         try:
             work(settings)
         except UserError as error:
-            write_json(mistake, {"what": error.what, "where": error.where, "remedy": error.remedy})
+            with contextlib.suppress(OSError):  # a full disk may be the mistake; Ray tells the error then
+                write_json(mistake, {"what": error.what, "where": error.where, "remedy": error.remedy})
             raise
 
     on_gpu = config.gpus_per_worker > 0

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from antdist.config.schema import LossConfig, TrainingConfig
+from antdist.errors import UserError
 from antdist.orchestration.inputs import Inputs
 from antdist.orchestration.runs import STOP, leading, show_live
 from antdist.orchestration.session import node_is_going
@@ -114,21 +115,26 @@ def check_features(catalogue: Catalogue) -> None:
 
 def best_model(model: Recommender, folder: Path, progress: Progress, world: World) -> Recommender:
     """A model of the same build with the weights of the best validation (before the first one: the last weights), on
-    every rank. Collective."""
-    from safetensors.torch import load_file
-
+    every rank. Collective. Raises UserError on all ranks if the weights are not as they were saved."""
     from antdist.model.recommender import Recommender
-    from antdist.training.checkpoint import best_weights, load_latest
+    from antdist.training.checkpoint import load_best, load_latest
     from antdist.training.world import agree
 
     weights: dict[str, Any] = {}
-    if world.leader and progress.best_epoch is not None:
-        weights = load_file(best_weights(folder, progress.best_epoch))
-    elif world.leader and (last := load_latest(folder / "checkpoints")) is not None:
-        weights = last.state.weights
+    failure: UserError | None = None
+    try:
+        if world.leader and progress.best_epoch is not None:
+            weights = load_best(folder, progress.best_epoch)
+        elif world.leader and (last := load_latest(folder / "checkpoints")) is not None:
+            weights = last.state.weights
+    except UserError as error:
+        failure = error
+    weights, failure = agree(world, (weights, failure))
+    if failure is not None:
+        raise failure
     dims = {str(modality): width for modality, width in model.dims.items()}
     best = Recommender(model.config, dims, model.catalogue_size)
-    best.load_state_dict(agree(world, weights))
+    best.load_state_dict(weights)
     return best.to(world.device).eval()
 
 

@@ -120,9 +120,31 @@ def progress_of_all(parent: Path) -> list[dict[str, Any]]:
     either, is left out."""
     found = []
     for step in steps_in(parent):
-        with contextlib.suppress(OSError, ValueError):
-            found.append(json.loads((parent / f"{PREFIX}{step:08d}" / "progress.json").read_text()))
+        folder = parent / f"{PREFIX}{step:08d}"
+        with contextlib.suppress(OSError, ValueError, UserError):
+            _check_file(folder / "progress.json", json.loads((folder / MARKER).read_text()).get("progress.json"))
+            found.append(json.loads((folder / "progress.json").read_text()))
     return found
+
+
+def known_best(parent: Path, epoch: int, before: int | None = None) -> dict[str, Any] | None:
+    """The best weights of `epoch` as the newest checkpoint that names them describes them (of those before step `before`):
+    what damages the file later must not pass for it. None if there is none."""
+    for kept in reversed(progress_of_all(parent)):
+        best = kept.get("best")
+        if best and best["epoch"] == epoch and (before is None or kept["progress"]["step"] < before):
+            return dict(best)
+    return None
+
+
+def load_best(folder: Path, epoch: int) -> dict[str, Tensor]:
+    """A run's best weights, those of `epoch`, by parameter name. Raises UserError if they are not as they were saved."""
+    from safetensors.torch import load_file
+
+    known = known_best(folder / "checkpoints", epoch)
+    path = best_weights(folder, epoch)
+    _check_file(path, known["file"] if known else None)
+    return load_file(path)
 
 
 def drop_newer(parent: Path, folder: Path) -> None:
@@ -130,7 +152,7 @@ def drop_newer(parent: Path, folder: Path) -> None:
     whole ones. Nothing is done if `folder` lies elsewhere."""
     if folder.parent == parent:
         for step in steps_in(parent):
-            if f"{PREFIX}{step:08d}" > folder.name:
+            if step > int(folder.name.removeprefix(PREFIX)):
                 shutil.rmtree(parent / f"{PREFIX}{step:08d}")
 
 

@@ -37,6 +37,7 @@ from antdist.training.checkpoint import (
     best_weights,
     describe,
     drop_newer,
+    known_best,
     load_latest,
     progress_of_all,
     save_checkpoint,
@@ -393,7 +394,7 @@ def _write(
             path.parent.mkdir(parents=True, exist_ok=True)
             write_tensors(path, state.weights)
             flush_to_disk(path.parent)
-        known = None if fresh else _known_best(checkpoints, progress)
+        known = None if fresh else known_best(checkpoints, progress.best_epoch, before=progress.step)
         document["best"] = known or {"epoch": progress.best_epoch, "file": describe(path)}
     held = {uploads.copying} if uploads is not None and uploads.copying is not None else set[int]()
     save_checkpoint(checkpoints, progress.step, state, document, config.keep_checkpoints, config.keep_every, held)
@@ -405,15 +406,6 @@ def _write(
     for path in (folder / "best").glob("*.safetensors"):
         if path not in needed:
             path.unlink()
-
-
-def _known_best(checkpoints: Path, progress: Progress) -> dict[str, Any] | None:
-    """The best weights as an earlier checkpoint describes them: what damages the file later must not pass for it."""
-    for earlier in reversed(progress_of_all(checkpoints)):
-        known = earlier.get("best")
-        if known and known["epoch"] == progress.best_epoch and earlier["progress"]["step"] < progress.step:
-            return dict(known)
-    return None
 
 
 def _refuse_broken(job: Job, progress: Progress) -> None:

@@ -367,13 +367,6 @@ def test_domain_with_nothing_to_predict(tmp_path):
     assert str(tmp_path / "d") in str(error.value)
 
 
-def test_fewer_blocks_than_ranks(tmp_path):
-    stream = make([numbered_domain(tmp_path / "d", [9] * 8)], batch_size=1000)  # two blocks of four users
-    stream.check_ranks(2)
-    with pytest.raises(UserError, match=r"ray\.workers: 3 workers.* only 2 block.*--block-users"):
-        stream.check_ranks(3)
-
-
 def test_batches_too_small_for_the_ranks(world):
     make(world[0], batch_size=64).check_ranks(3)
     for ranks, accumulation in ((20, 1), (5, 4)):

@@ -96,7 +96,7 @@ def test_another_models_weights(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "told"),
     [
-        ({"schema_version": 2}, "schema_version"),
+        ({"schema_version": 1}, "schema_version"),
         ({"kind": "stolen"}, "kind"),
         ({"surprise": 1}, "surprise"),
         ({"config": {"dim": "wide"}}, r"config\.dim"),

@@ -10,7 +10,17 @@ import torch
 
 from antdist.errors import UserError
 from antdist.faults import corrupt
-from antdist.training.checkpoint import load_checkpoint, load_latest, save_checkpoint, steps_in
+from antdist.training.checkpoint import (
+    best_weights,
+    describe,
+    known_best,
+    load_best,
+    load_checkpoint,
+    load_latest,
+    save_checkpoint,
+    steps_in,
+    write_tensors,
+)
 from antdist.training.engine import EngineState
 
 
@@ -87,3 +97,32 @@ def test_where_all_are_damaged_it_does_not_begin_anew(tmp_path: Path) -> None:
 
 def test_nothing_there_is_none(tmp_path: Path) -> None:
     assert load_latest(tmp_path / "absent") is None
+
+
+def save_with_best(folder: Path, step: int, best: dict[str, object]) -> Path:
+    return save_checkpoint(
+        folder / "checkpoints", step, state(float(step)), {"progress": {"step": step}, "best": best}, keep=3
+    )
+
+
+def test_a_damaged_note_of_the_best_weights_is_not_handed_on(tmp_path: Path) -> None:
+    """A checkpoint whose progress.json is not what its marker says: the one before it tells what the best weights are."""
+    path = best_weights(tmp_path, 3)
+    path.parent.mkdir()
+    write_tensors(path, state(1.0).weights)
+    best = {"epoch": 3, "file": describe(path)}
+    save_with_best(tmp_path, 1, best)
+    later = save_with_best(tmp_path, 2, best) / "progress.json"
+    later.write_text(later.read_text().replace(best["file"]["sha256"], "0" * 64))
+    assert known_best(tmp_path / "checkpoints", 3) == best
+
+
+def test_best_weights_that_are_damaged_are_no_model(tmp_path: Path) -> None:
+    path = best_weights(tmp_path, 3)
+    path.parent.mkdir()
+    write_tensors(path, state(1.0).weights)
+    save_with_best(tmp_path, 1, {"epoch": 3, "file": describe(path)})
+    assert torch.equal(load_best(tmp_path, 3)["a"], state(1.0).weights["a"])
+    corrupt(path, "flip")
+    with pytest.raises(UserError, match=r"epoch-00003\.safetensors: missing, cut short or altered"):
+        load_best(tmp_path, 3)
