@@ -20,7 +20,8 @@ def machine(threads: int) -> dict[str, Any]:
     facts: dict[str, Any] = {
         "processor": _processor(),
         "cores": cores(),
-        "threads": f"{threads}, OMP_WAIT_POLICY={os.environ.get('OMP_WAIT_POLICY', 'not set')}",
+        "threads": threads,
+        "OMP_WAIT_POLICY": os.environ.get("OMP_WAIT_POLICY", "not set"),
         "memory": f"{os.sysconf('SC_PHYS_PAGES') * os.sysconf('SC_PAGE_SIZE') / 2**30:.0f} GiB",
         "busy": f"{os.getloadavg()[0]:.1f} processes on average in the last minute",
         "gpu": _gpu(),
