@@ -5,6 +5,7 @@ VENV ?= .venv
 # torch first and pinned, so that nothing drags another build in. On a machine without a GPU the CPU build is enough:
 #   make demo TORCH="torch==2.13.0 --index-url <the PyTorch index of CPU wheels>"
 TORCH ?= torch==2.13.0
+EXTRAS ?= dev
 BIN := $(VENV)/bin
 
 export DS_BUILD_OPS := 0
@@ -27,7 +28,7 @@ $(VENV)/.ready: setup.cfg constraints.txt
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt setuptools wheel packaging ninja py-cpuinfo psutil pydantic numpy
 	# DeepSpeed's source package looks for torch while it is built; nothing is compiled
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt --no-build-isolation deepspeed
-	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt --no-build-isolation -e '.[dev]'
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt --no-build-isolation -e '.[$(EXTRAS)]'
 	touch $@
 
 demo: setup

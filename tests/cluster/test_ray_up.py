@@ -1,0 +1,69 @@
+"""The autoscaler's file against Ray's own validation, and against antdist's configuration."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import yaml
+from jsonschema import ValidationError
+
+from antdist.config.load import load_config
+from antdist.config.schema import PretrainConfig
+from tests.cluster.linters import CLUSTER, PROJECT
+
+
+def prepared(config: dict[str, Any]) -> dict[str, Any]:
+    """As `ray up` does before it asks the cloud. Raises what Ray raises."""
+    from ray.autoscaler._private.util import prepare_config, validate_config
+
+    whole = prepare_config(copy.deepcopy(config))
+    validate_config(whole)
+    return whole
+
+
+@pytest.fixture
+def config() -> dict[str, Any]:
+    return yaml.safe_load((CLUSTER / "ray-up" / "aws.yaml").read_text())
+
+
+def test_ray_takes_it(config: dict[str, Any]) -> None:
+    whole = prepared(config)
+    assert whole["available_node_types"]["head"]["max_workers"] == 0
+    # nothing of Ray's defaults, which install another Ray and open the dashboard to all addresses
+    commands = [c for key, value in whole.items() if key.endswith("commands") for c in value]
+    assert commands and not any("pip install -U" in c or "0.0.0.0" in c for c in commands)
+
+
+BREAKS: dict[str, Callable[[dict[str, Any]], Any]] = {
+    "an unknown key": lambda c: c.update(idle_timeout=5),
+    "a kind without resources": lambda c: c["available_node_types"]["gpu"].pop("resources"),
+    "a number as text": lambda c: c["available_node_types"]["gpu"].update(min_workers="4"),
+    "a misspelt key of a kind": lambda c: c["available_node_types"]["gpu"].update(minimum=4),
+    "a head that is no kind": lambda c: c.update(head_node_type="master"),
+    "fewer nodes in all than the least of each": lambda c: c.update(max_workers=3),
+    "a command that is no text": lambda c: c["setup_commands"].append({"run": "make"}),
+}
+
+
+@pytest.mark.parametrize("name", BREAKS)
+def test_a_broken_file_is_refused(config: dict[str, Any], name: str) -> None:
+    BREAKS[name](config)
+    with pytest.raises((ValidationError, ValueError)):
+        prepared(config)
+
+
+def test_the_nodes_match_the_elastic_range(config: dict[str, Any]) -> None:
+    asked = load_config(PretrainConfig, PROJECT / "configs" / "scale.yaml").ray
+    gpu = config["available_node_types"]["gpu"]
+    assert (gpu["min_workers"], gpu["max_workers"]) == (asked.fewest, asked.workers)
+    assert gpu["resources"] == {"CPU": asked.cpus_per_worker, "GPU": asked.gpus_per_worker}
+    assert config["max_workers"] == sum(kind.get("max_workers", 0) for kind in config["available_node_types"].values())
+
+
+def test_every_ray_asks_for_the_token(config: dict[str, Any]) -> None:
+    for key in ("head_start_ray_commands", "worker_start_ray_commands"):
+        assert all("RAY_AUTH_MODE=token" in command for command in config[key] if "ray start" in command)
+    assert config["file_mounts"]["/home/ubuntu/.ray/auth_token"] == "~/.ray/auth_token"
