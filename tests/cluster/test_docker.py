@@ -8,7 +8,11 @@ import pytest
 
 from tests.cluster.linters import CLUSTER, PROJECT, lint
 
-FILES = [CLUSTER / "docker" / "Dockerfile.gpu", CLUSTER / "docker" / "Dockerfile.cpu", CLUSTER / "mlflow" / "Dockerfile"]
+FILES = [
+    CLUSTER / "docker" / "Dockerfile.gpu",
+    CLUSTER / "docker" / "Dockerfile.cpu",
+    CLUSTER / "mlflow" / "Dockerfile",
+]
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: str(file.relative_to(CLUSTER)))

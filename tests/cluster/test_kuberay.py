@@ -45,7 +45,9 @@ def schemas() -> dict[str, Schema]:
         pytest.skip("KubeRay's schemas absent: no folder ../shared/schemas beside the project")
     found = {}
     for kind in ("RayCluster", "RayJob"):
-        crd = yaml.load((SCHEMAS / f"kuberay-{kind.lower()}s.crd.yaml").read_text(), getattr(yaml, "CSafeLoader", yaml.SafeLoader))
+        crd = yaml.load(
+            (SCHEMAS / f"kuberay-{kind.lower()}s.crd.yaml").read_text(), getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+        )
         assert crd["spec"]["names"]["kind"] == kind
         (version,) = (v for v in crd["spec"]["versions"] if v["name"] == "v1")
         schema = strict(version["schema"]["openAPIV3Schema"])
@@ -188,6 +190,10 @@ def test_secrets_come_by_reference_and_pods_have_no_privileges(cluster: Manifest
 
 def test_drivers_go_where_no_worker_needs_the_place(cluster: Manifest, job: Manifest) -> None:
     (wanted,) = yaml.safe_load(job["spec"]["entrypointResources"])
-    offered = [g["groupName"] for g in cluster["spec"]["workerGroupSpecs"] if wanted in g["rayStartParams"].get("resources", "")]
+    offered = [
+        g["groupName"]
+        for g in cluster["spec"]["workerGroupSpecs"]
+        if wanted in g["rayStartParams"].get("resources", "")
+    ]
     assert offered == ["data"]
     assert cluster["spec"]["headGroupSpec"]["rayStartParams"]["num-cpus"] == "0"
