@@ -286,6 +286,58 @@ def validate(config_file: Path | None, overrides: Sequence[str], json_file: Path
 
 @cli.command()
 @config_options
+@click.option(
+    "--gpus", type=click.IntRange(0), help="GPUs, one a worker; 0: CPUs. Default: what the configuration asks for."
+)
+@click.option("--workers", type=click.IntRange(1), help="Workers where there is no GPU. Default: ray.workers.")
+@click.option("--gpu", "kind", type=click.Choice(["h100", "h200", "a100", "l4"]), default="h100", show_default=True)
+@click.option(
+    "--calibration", type=click.Path(path_type=Path), help="What --calibrate wrote, on a machine of that kind."
+)
+@click.option(
+    "--calibrate",
+    "calibrating",
+    is_flag=True,
+    help="Measure this machine instead, with OMP_NUM_THREADS threads: a minute.",
+)
+@json_option
+def plan(
+    config_file: Path | None,
+    overrides: Sequence[str],
+    calibration: Path | None,
+    calibrating: bool,
+    json_file: Path | None,
+    **asked: Any,
+) -> None:
+    """Tell on paper what a run needs: memory a rank, step time, storage, checkpoints, hours, and what limits it first.
+
+    For the configuration's own data, and for a pre-training besides those of the paper and 10 billion interactions.
+
+    \b
+    Examples:
+      antdist plan --config configs/scale.yaml --gpus 16
+      antdist plan --calibrate --json calibration.json
+      antdist plan --config configs/pretrain.yaml 'data.domains=[books]' --gpus 0 --workers 2 --calibration calibration.json
+    """
+    from antdist.config.load import load_config, names_target
+    from antdist.config.schema import PretrainConfig, RelearnConfig
+    from antdist.orchestration.calibration import calibrate, read_calibration
+    from antdist.orchestration.planning import plan_run
+
+    if calibrating:
+        tell(calibrate(), json_file)
+        return
+    config: RelearnConfig | PretrainConfig
+    if names_target(config_file, overrides):
+        config = load_config(RelearnConfig, config_file, overrides)
+    else:
+        config = load_config(PretrainConfig, config_file, overrides)
+    measured = None if calibration is None else read_calibration(calibration)
+    tell(plan_run(config, calibration=measured, **asked), json_file)
+
+
+@cli.command()
+@config_options
 @json_option
 def pretrain(config_file: Path | None, overrides: Sequence[str], json_file: Path | None) -> None:
     """Pre-train on the auxiliary domains; ends with a registered model version.

@@ -25,6 +25,7 @@ NAMES = {
     "modes": "predictions/s of `sequence` over `prefix` training",
     "quality": "test metrics of `sequence` against `prefix` training on real data, and both curves against wall time",
     "honest_world": "quality: the generated world rewards the order of items, not their bare set",
+    "plan": "antdist plan: predicted seconds and memory of a step at three sizes, beside measured ones",
     "soak": "a training among random faults, kills and damaged checkpoints: what each costs, and that it changes nothing",
     "gpu": "predictions/s, MFU and memory on a GPU, plain and DeepSpeed",
 }

@@ -24,12 +24,13 @@ import torch.distributed as dist
 from antdist.config.schema import LossConfig, ModelConfig, StreamConfig, TrainingConfig
 from antdist.data.domain import Domain
 from antdist.errors import UserError
+from antdist.orchestration.calibration import GEMM_SIZES, Sizes, gemm_peak, synchronise
 from antdist.products import exact_products
 from antdist.training.engine import PlainEngine
 from antdist.training.loop import train_step
 from antdist.training.world import World
 from benchmarks.baseline import Baseline
-from benchmarks.flops import GEMM_SIZES, Sizes, gemm_peak, synchronise, useful_flops
+from benchmarks.flops import useful_flops
 from benchmarks.jobs import EngineOf, make_job
 from benchmarks.report import Line, Options, Report, ratio, taking_turns
 from benchmarks.worlds import AUXILIARY, PAPER_DIMS, TARGET, RandomFeatures, Shape, padded_prefixes, write_world

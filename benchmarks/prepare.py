@@ -11,7 +11,8 @@ from pathlib import Path
 
 import numpy as np
 
-from benchmarks.processes import in_fresh_process, peak_bytes
+from antdist.training.memory import peak_bytes
+from benchmarks.processes import in_fresh_process
 from benchmarks.report import Line, Options, Report, ratio
 
 K_CORE = 5

@@ -8,8 +8,9 @@ import socket
 import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
-from pathlib import Path
 from typing import Any, TypeVar
+
+from antdist.training.memory import forget_peak, peak_bytes, resident_bytes
 
 T = TypeVar("T")
 
@@ -41,26 +42,6 @@ def _on_rank(rank: int, size: int, port: int, function: Callable[..., T], argume
         return function(rank, *arguments)
     finally:
         dist.destroy_process_group()
-
-
-def peak_bytes() -> int:
-    """The most memory that this process has held resident since it began, or since `forget_peak`. Linux."""
-    return _status("VmHWM")
-
-
-def resident_bytes() -> int:
-    """The memory that this process holds resident. Linux."""
-    return _status("VmRSS")
-
-
-def forget_peak() -> None:
-    """Let `peak_bytes` begin anew."""
-    Path("/proc/self/clear_refs").write_text("5")
-
-
-def _status(name: str) -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(f"{name}:"))
 
 
 def seconds_and_extra_bytes(work: Callable[[], object]) -> tuple[float, int]:

@@ -20,10 +20,11 @@ from torch import Tensor
 from antdist.batch import Batch
 from antdist.config.schema import LossConfig, ModelConfig, StreamConfig, TrainingConfig
 from antdist.data.domain import open_domain
+from antdist.orchestration.calibration import GEMM_SIZES, Sizes, gemm_peak
 from antdist.products import exact_products
 from antdist.training.loop import train_step
 from benchmarks.baseline import Baseline
-from benchmarks.flops import GEMM_SIZES, Sizes, gemm_peak, padded_flops, useful_flops
+from benchmarks.flops import padded_flops, useful_flops
 from benchmarks.jobs import make_job
 from benchmarks.report import Line, Options, Report, ratio, taking_turns
 from benchmarks.worlds import (
@@ -151,5 +152,5 @@ def _usual_step(
 def _peak(sizes: Sizes) -> float:
     """The better of torch's default product and `exact_products`."""
     with exact_products(CPU):
-        best = gemm_peak(CPU, sizes=sizes)
-    return max(best, gemm_peak(CPU, sizes=sizes))
+        best = gemm_peak(CPU, torch.float32, sizes)
+    return max(best, gemm_peak(CPU, torch.float32, sizes))

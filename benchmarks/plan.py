@@ -1,0 +1,128 @@
+"""What `antdist plan` says of a step beside what a step takes: seconds and peak memory of three sizes, none of them calibrated on.
+
+The calibration is taken in the same run, from steps of other sizes; then all is predicted; then it is measured: each size in
+a fresh process, through stream, feed and plain engine. Memory is what is resident at the peak of the steps beyond what was
+before the model was built; no checkpoint is saved. The fastest step counts on both sides, since others may be at work on the machine.
+"""
+
+from __future__ import annotations
+
+import itertools
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from antdist.config.schema import LossConfig, ModelConfig, PretrainConfig, StreamConfig, TrainingConfig
+from antdist.data.domain import Domain, open_domain
+from antdist.orchestration.calibration import Calibration, calibrate
+from antdist.orchestration.plan import MACHINES, Plan, Workload, counted, make_plan
+from antdist.products import exact_products
+from antdist.training.loop import Job, train_step
+from antdist.training.memory import forget_peak, peak_bytes, resident_bytes
+from benchmarks.jobs import Steps, make_job
+from benchmarks.processes import in_fresh_process
+from benchmarks.report import Line, Options, Report
+from benchmarks.worlds import AUXILIARY, PAPER_DIMS, TARGET, RandomFeatures, Shape, write_world
+
+CPU = torch.device("cpu")
+
+
+@dataclass(frozen=True)
+class Size:
+    """One run to be planned and measured."""
+
+    name: str
+    shape: Shape
+    config: PretrainConfig
+    steps: int
+
+
+def size(name: str, shape: Shape, steps: int, batch: int, model: ModelConfig, loss: LossConfig) -> Size:
+    stream, training = StreamConfig(batch_size=batch), TrainingConfig(engine="plain")
+    return Size(name, shape, PretrainConfig(model=model, loss=loss, stream=stream, training=training), steps)
+
+
+SIZES = [
+    size("batch 1,024", AUXILIARY, 12, 1024, ModelConfig(), LossConfig()),
+    size("batch 6,144, d 384, 4 layers", AUXILIARY, 5, 6144, ModelConfig(dim=384, layers=4), LossConfig()),
+    size("adaptation, 4,385 items", TARGET, 8, 2048, ModelConfig(), LossConfig(negatives="catalogue", alignment=0.0)),
+]
+SHORT = [size("batch 64", Shape(200, 150, 7.0), 2, 64, ModelConfig(dim=32, inner=32), LossConfig())]
+
+
+def run(options: Options) -> Report:
+    sizes = SHORT if options.short else SIZES
+    calibration = calibrate((32, 64), 200, ((256, 256, 256),)) if options.short else calibrate()
+    lines: list[Line] = []
+    for entry in sizes:
+        with tempfile.TemporaryDirectory() as folder:
+            domain = write_world(Path(folder), entry.shape)
+            planned = predicted(entry, domain, calibration)
+            found = [in_fresh_process(measured, domain.folder, entry, options.threads) for _ in range(options.repeats)]
+        seconds, memory = ([float(column) for column in columns] for columns in zip(*found, strict=True))
+        memory_planned = (planned.memory.total - planned.memory.device["checkpoint in the making"]) / 1e6
+        lines += [
+            Line(f"{entry.name}: step, predicted", [planned.step_seconds], "s"),
+            Line("  measured", seconds, "s"),
+            Line("  predicted over measured", [planned.step_seconds / min(seconds)], "x"),
+            Line("  memory, predicted", [memory_planned], "MB"),
+            Line("  measured", memory, "MB"),
+            Line("  predicted over measured", [memory_planned / max(memory)], "x"),
+        ]
+    return Report(
+        "plan",
+        f"a training step of the plain engine in float32, features {PAPER_DIMS}: antdist plan's prediction, from a calibration "
+        "of the same run at other sizes, against the fastest of some steps and their peak memory",
+        lines,
+        ["calibration: " + "; ".join(" ".join(line.split()) for line in calibration.lines())],
+    )
+
+
+def predicted(entry: Size, domain: Domain, calibration: Calibration) -> Plan:
+    """From the configuration and the domain's figures."""
+    lengths = np.diff(domain.sequences().offsets).astype(np.float64)
+    m = domain.manifest
+    data = Workload(
+        entry.name,
+        m.users,
+        m.items,
+        m.interactions,
+        lengths,
+        counted(domain.popularity()),
+        float(sum(shard.bytes for shard in m.sequence_shards)),
+        4.0 * sum(PAPER_DIMS.values()),
+        PAPER_DIMS,
+    )
+    return make_plan(entry.config, data, 1, calibration.applied_to(MACHINES["cpu"]))
+
+
+def measured(folder: Path, entry: Size, threads: int) -> tuple[float, float]:
+    """Seconds of the fastest step, and megabytes at the peak of all of them, in this process."""
+    torch.set_num_threads(threads)
+    domain = open_domain(folder)
+    features = RandomFeatures(domain.manifest.items, PAPER_DIMS)
+    with exact_products(CPU):
+        torch.randn(64, 64) @ torch.randn(64, 64)
+    before = resident_bytes()
+    forget_peak()
+    config = entry.config
+    job, inputs = make_job(
+        domain, features, model=config.model, loss=config.loss, stream=config.stream, training=config.training
+    )
+    with exact_products(CPU):
+        seconds = list(_steps(job, itertools.islice(inputs, entry.steps + 1)))
+    return min(seconds[1:]), (peak_bytes() - before) / 1e6
+
+
+def _steps(job: Job, inputs: Steps) -> Iterator[float]:
+    """Seconds of each, waiting for data included."""
+    start = time.perf_counter()
+    for step_input in inputs:
+        train_step(job, step_input)
+        yield time.perf_counter() - start
+        start = time.perf_counter()
