@@ -2,7 +2,8 @@
 
 The calibration is taken in the same run, from steps of other sizes; then all is predicted; then it is measured: each size in
 a fresh process, through stream, feed and plain engine. Memory is what is resident at the peak of the steps beyond what was
-before the model was built; no checkpoint is saved. The fastest step counts on both sides, since others may be at work on the machine.
+before the model was built; no checkpoint is saved. The fastest step counts on both sides, and processor seconds stand beside,
+since others may be at work on the machine.
 """
 
 from __future__ import annotations
@@ -19,8 +20,8 @@ import torch
 
 from antdist.config.schema import LossConfig, ModelConfig, PretrainConfig, StreamConfig, TrainingConfig
 from antdist.data.domain import Domain, open_domain
-from antdist.orchestration.calibration import Calibration, calibrate
-from antdist.orchestration.plan import MACHINES, Plan, Workload, counted, make_plan
+from antdist.orchestration.calibration import Calibration, calibrate, line_through
+from antdist.orchestration.plan import MACHINES, Plan, Workload, counted, make_plan, useful_operations
 from antdist.products import exact_products
 from antdist.training.loop import Job, train_step
 from antdist.training.memory import forget_peak, peak_bytes, resident_bytes
@@ -57,19 +58,26 @@ SHORT = [size("batch 64", Shape(200, 150, 7.0), 2, 64, ModelConfig(dim=32, inner
 
 def run(options: Options) -> Report:
     sizes = SHORT if options.short else SIZES
-    calibration = calibrate((32, 64), 200, ((256, 256, 256),)) if options.short else calibrate()
+    calibration = (
+        calibrate((32, 64), 200, ((256, 256, 256),), ModelConfig(dim=32, inner=32)) if options.short else calibrate()
+    )
     lines: list[Line] = []
     for entry in sizes:
         with tempfile.TemporaryDirectory() as folder:
             domain = write_world(Path(folder), entry.shape)
             planned = predicted(entry, domain, calibration)
             found = [in_fresh_process(measured, domain.folder, entry, options.threads) for _ in range(options.repeats)]
-        seconds, memory = ([float(column) for column in columns] for columns in zip(*found, strict=True))
+        seconds, processor, memory = ([float(column) for column in columns] for columns in zip(*found, strict=True))
         memory_planned = (planned.memory.total - planned.memory.device["checkpoint in the making"]) / 1e6
+        slope, least = line_through(*((step.operations, step.processor) for step in calibration.steps))
+        busy = least + slope * useful_operations(planned.step.rank, entry.config.model, PAPER_DIMS)
         lines += [
             Line(f"{entry.name}: step, predicted", [planned.step_seconds], "s"),
             Line("  measured", seconds, "s"),
             Line("  predicted over measured", [planned.step_seconds / min(seconds)], "x"),
+            Line("  processor seconds, predicted", [busy], "s"),
+            Line("  measured", processor, "s"),
+            Line("  predicted over measured", [busy / min(processor)], "x"),
             Line("  memory, predicted", [memory_planned], "MB"),
             Line("  measured", memory, "MB"),
             Line("  predicted over measured", [memory_planned / max(memory)], "x"),
@@ -101,8 +109,9 @@ def predicted(entry: Size, domain: Domain, calibration: Calibration) -> Plan:
     return make_plan(entry.config, data, 1, calibration.applied_to(MACHINES["cpu"]))
 
 
-def measured(folder: Path, entry: Size, threads: int) -> tuple[float, float]:
-    """Seconds of the fastest step, and megabytes at the peak of all of them, in this process."""
+def measured(folder: Path, entry: Size, threads: int) -> tuple[float, float, float]:
+    """Seconds of the fastest step, processor seconds of the one with the least, and megabytes at the peak of all of them, in
+    this process."""
     torch.set_num_threads(threads)
     domain = open_domain(folder)
     features = RandomFeatures(domain.manifest.items, PAPER_DIMS)
@@ -115,14 +124,14 @@ def measured(folder: Path, entry: Size, threads: int) -> tuple[float, float]:
         domain, features, model=config.model, loss=config.loss, stream=config.stream, training=config.training
     )
     with exact_products(CPU):
-        seconds = list(_steps(job, itertools.islice(inputs, entry.steps + 1)))
-    return min(seconds[1:]), (peak_bytes() - before) / 1e6
+        seconds, processor = zip(*itertools.islice(_steps(job, inputs), 1, entry.steps + 1), strict=True)
+    return min(seconds), min(processor), (peak_bytes() - before) / 1e6
 
 
-def _steps(job: Job, inputs: Steps) -> Iterator[float]:
-    """Seconds of each, waiting for data included."""
-    start = time.perf_counter()
+def _steps(job: Job, inputs: Steps) -> Iterator[tuple[float, float]]:
+    """Seconds of each, waiting for data included, and processor seconds of all threads."""
+    start, busy = time.perf_counter(), time.process_time()
     for step_input in inputs:
         train_step(job, step_input)
-        yield time.perf_counter() - start
-        start = time.perf_counter()
+        yield time.perf_counter() - start, time.process_time() - busy
+        start, busy = time.perf_counter(), time.process_time()

@@ -44,8 +44,9 @@ Rate = Annotated[float, Field(gt=0)]
 Sizes = tuple[tuple[int, int, int], ...]
 GEMM_SIZES: Sizes = ((4096, 4096, 4096), (2048, 2048, 2048), (4385, 1024, 2048), (8192, 1024, 1024))
 DIMS = {"text": 768, "image": 1024, "price": 64}  # the authors' features
-WARMING, TURNS = 3, 12  # steps of each size: for memory, for time
+WARMING, TURNS = 6, 10  # steps of each size: for memory, for time
 COPIED = 1 << 26  # bytes of the tensor that tells the memory's bandwidth
+PAPERS = ModelConfig()
 AGAIN = "measure it again with `antdist plan --calibrate --json FILE`"
 
 
@@ -54,6 +55,7 @@ class MeasuredStep(Component):
 
     predictions: Annotated[int, Field(gt=0)]
     seconds: Rate
+    processor: Rate  # seconds, of all threads together: what else is at work lengthens them less
     operations: Rate
     moved: Rate
     activations: Rate  # bytes by the plan's formula
@@ -129,7 +131,12 @@ def line_through(small: tuple[float, float], large: tuple[float, float]) -> tupl
     return (slope, height) if slope and height >= 0 else (high / wide, 0.0)
 
 
-def calibrate(sizes: tuple[int, int] = (512, 2048), items: int = 28_800, gemm_sizes: Sizes = GEMM_SIZES) -> Calibration:
+def calibrate(
+    sizes: tuple[int, int] = (512, 2048),
+    items: int = 28_800,
+    gemm_sizes: Sizes = GEMM_SIZES,
+    model: ModelConfig = PAPERS,
+) -> Calibration:
     """Measure this machine, its GPU if it has one: half a minute on a few cores. Uses the threads that torch is set to.
 
     Raises:
@@ -145,10 +152,10 @@ def calibrate(sizes: tuple[int, int] = (512, 2048), items: int = 28_800, gemm_si
     on_gpu = device.type == "cuda"
     with exact_products(device):
         before = _begin_memory(device)
-        found = _measured(device, sizes, items, before)
+        found = _measured(device, sizes, items, model, before)
         bandwidth = _bandwidth(device)
         peak = gemm_peak(device, torch.bfloat16 if on_gpu else torch.float32, gemm_sizes)
-    parameters = parameters_of(ModelConfig(), DIMS, 0)
+    parameters = parameters_of(model, DIMS, 0)
     update = update_bytes(parameters)
     points = [(s.operations, max(s.seconds - (s.moved + update) / bandwidth, 0.05 * s.seconds)) for s in found]
     seconds_an_operation, fixed = line_through(*points)
@@ -241,8 +248,10 @@ def _begin_memory(device: torch.device) -> int:
     return resident_bytes()
 
 
-def _measured(device: torch.device, sizes: tuple[int, int], items: int, before: int) -> list[MeasuredStep]:
-    """Of each size the fastest, for what it had to do, of some training steps of the plain engine at the paper's widths.
+def _measured(
+    device: torch.device, sizes: tuple[int, int], items: int, model: ModelConfig, before: int
+) -> list[MeasuredStep]:
+    """Of each size the fastest, for what it had to do, of some training steps of the plain engine.
 
     First some steps of the smaller size, then some of the larger one, for their memory; then they take turns, so that what
     else is at work on the machine meets both.
@@ -253,13 +262,13 @@ def _measured(device: torch.device, sizes: tuple[int, int], items: int, before: 
     from antdist.training.engine import PlainEngine
     from antdist.training.world import World
 
-    model, loss = ModelConfig(), LossConfig()
+    loss = LossConfig()
     training = TrainingConfig(engine="plain", precision="bf16" if device.type == "cuda" else "fp32")
     engine: Any = PlainEngine(build_recommender(model, DIMS), training, World(device=device))
     engine.model.train()
 
     def measure(predictions: int, seed: int) -> MeasuredStep:
-        batch, features = _inputs(predictions, items, seed)
+        batch, features = _inputs(predictions, items, model.max_length, seed)
         done = step_of(batch, loss, model, DIMS)
         batch, features = batch.to(device), features.to(device)
 
@@ -267,28 +276,31 @@ def _measured(device: torch.device, sizes: tuple[int, int], items: int, before: 
             engine.backward(engine.forward(features, batch, None, loss).total, last=True)
             engine.update(1e-3)
 
+        begun = time.process_time()
         seconds = timed(device, step)
+        processor = time.process_time() - begun
         taken = torch.cuda.max_memory_reserved(device) if device.type == "cuda" else peak_bytes()
         return MeasuredStep(
             predictions=len(batch.targets),
             seconds=seconds,
+            processor=processor,
             operations=useful_operations(done.rank, model, DIMS),
             moved=moved_bytes(done, model, DIMS),
             activations=sum(activations(done, model, loss, DIMS, 1, training.precision).values()),
             memory=float(taken - before),
         )
 
-    grown = [[measure(size, seed) for seed in range(WARMING)] for size in sizes]
+    growing = [[measure(size, seed) for seed in range(WARMING)] for size in sizes]
     turns = [[measure(size, WARMING + turn) for size in sizes] for turn in range(TURNS)]
     found = []
-    for number, steps in enumerate(grown):
+    for number, grown in enumerate(growing):
         fastest = min((turn[number] for turn in turns), key=lambda done: done.seconds / done.operations)
-        most = max(done.activations for done in steps)
-        found.append(fastest.model_copy(update={"activations": most, "memory": steps[-1].memory}))
+        most = max(done.activations for done in grown)
+        found.append(fastest.model_copy(update={"activations": most, "memory": grown[-1].memory}))
     return found
 
 
-def _inputs(predictions: int, items: int, seed: int) -> tuple[Batch, ItemFeatures]:
+def _inputs(predictions: int, items: int, max_length: int, seed: int) -> tuple[Batch, ItemFeatures]:
     """A batch of generated histories, about so many predictions, and random features of its items."""
     import torch
 
@@ -302,7 +314,7 @@ def _inputs(predictions: int, items: int, seed: int) -> tuple[Batch, ItemFeature
     chance = 1.0 / (np.arange(items) + 10.0) ** 0.8
     names = random.choice(items, int(lengths.sum()), p=chance / chance.sum())
     users = np.arange(len(lengths))
-    cut = user_windows(names, starts_of(lengths)[:-1], lengths, users, ModelConfig().max_length)
+    cut = user_windows(names, starts_of(lengths)[:-1], lengths, users, max_length)
     whole = GlobalBatch(0, 0, cut.items, cut.offsets, cut.predict_at, cut.targets, cut.users)
     batch = deal(whole, rank=0, world_size=1, candidates="in_batch", catalogue_size=items)
     rows = -(-len(batch.item_ids) // ROWS) * ROWS

@@ -14,7 +14,9 @@ from antdist.orchestration.plan import (
     GIB,
     HELD_SHARE,
     MACHINES,
+    QUANTILES,
     Config,
+    FloatArray,
     Machine,
     Plan,
     Popularity,
@@ -97,9 +99,12 @@ def plan_run(
                 remedy=f"calibrate {wanted}, or change --gpus",
             )
         machine = calibration.applied_to(machine)
-    if not machine.gpu:  # ranks of a node share what is there
+    if not machine.gpu:  # ranks of a node share its memory, and what is assumed of its cores
         shared = min(ranks, machine.ranks_a_node)
         machine = replace(machine, memory=machine.memory / shared)
+        if calibration is None:
+            peak = {precision: rate / shared for precision, rate in machine.peak.items()}
+            machine = replace(machine, peak=peak, bandwidth=machine.bandwidth / shared)
     plans = [make_plan(config, data, ranks, machine) for data in _workloads(config)]
     for plan in plans:
         if plan.step.windows < ranks:
@@ -152,7 +157,7 @@ def generated(name: str, users: int, items: int, interactions: int, dims: dict[s
 
 
 def _own_data(config: Config, names: list[str]) -> Workload:
-    """What manifests, popularity and feature tables of prepared domains say. Raises UserError: one is missing."""
+    """What manifests, first shards, popularity and feature tables of prepared domains say. Raises UserError: one is missing."""
     from antdist.data.order import quotas
     from antdist.orchestration.inputs import open_domains
 
@@ -177,12 +182,25 @@ def _own_data(config: Config, names: list[str]) -> Workload:
         round(users),
         sum(m.items for m in manifests),
         round(interactions),
-        likely_lengths(interactions / users, least=3),
+        _lengths(domains, [m.users * share for m, share in zip(manifests, taken, strict=True)]),
         popularity,
         float(shards),
         row_bytes,
         dims,
     )
+
+
+def _lengths(domains: list[Domain], users: list[float]) -> FloatArray:
+    """Interactions of users that stand for all: of each domain's first shard, as many as the domain has of an epoch's users."""
+    from antdist.data.domain import read_blocks
+
+    chosen = []
+    for domain, share in zip(domains, users, strict=True):
+        blocks = read_blocks(domain.folder, domain.manifest.sequence_shards[0], domain.manifest.items)
+        lengths = np.sort(np.concatenate([np.diff(block.offsets) for block in blocks]))
+        places = np.linspace(0, len(lengths) - 1, max(1, round(QUANTILES * share / sum(users))))
+        chosen.append(lengths[places.round().astype(np.int64)].astype(np.float64))
+    return np.concatenate(chosen)
 
 
 def _features(config: Config, domains: list[Domain]) -> tuple[dict[str, int], float]:
