@@ -379,15 +379,19 @@ def relearn(config_file: Path | None, overrides: Sequence[str], json_file: Path 
 # -- use -------------------------------------------------------------------------------------------------------------
 
 
-def model_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """MODEL, DATA/NAME and where the registry is."""
+def registry_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Where the registry is."""
     command = click.option(
         "--tracking-uri", help="MLflow's store. Default: MLFLOW_TRACKING_URI, else below --storage."
     )(command)
-    command = click.option(
+    return click.option(
         "--storage", default="runs", show_default=True, type=click.Path(path_type=Path), help="Folder of the runs."
     )(command)
-    command = click.argument("domain", metavar="DATA/NAME", type=click.Path(path_type=Path))(command)
+
+
+def model_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """MODEL, DATA/NAME and where the registry is."""
+    command = click.argument("domain", metavar="DATA/NAME", type=click.Path(path_type=Path))(registry_options(command))
     return click.argument("model")(command)
 
 
@@ -469,6 +473,33 @@ def import_reference(checkpoint: Path, out: Path, heads: int, beta: float) -> No
     card = run(checkpoint, out, heads, beta)
     dims = ", ".join(f"{modality} {dim}" for modality, dim in card.dims.items())
     click.echo(f"imported into {out}: {dims}, {card.config.layers} layers, dim {card.config.dim}")
+
+
+# -- the registry ----------------------------------------------------------------------------------------------------
+
+
+@cli.command()
+@click.option("--name", default="*", metavar="PATTERN", help="Only models of such names, e.g. 'relearn-*'.")
+@registry_options
+@json_option
+def models(name: str, storage: Path, tracking_uri: str | None, json_file: Path | None) -> None:
+    """The registry at a glance: versions, aliases, validation Recall@10, strategy, transfer, and lineage: the data that a
+    version learned from, its parent, and the data of that, each with the first digits of its fingerprint.
+
+    \b
+    Example:
+      antdist models --name 'relearn-*'
+    """
+    from antdist.tracking.overview import overview, registry_uri
+
+    report = overview(registry_uri(storage, tracking_uri), name)
+    if sys.stdout.isatty() and report.versions:
+        from rich.console import Console
+
+        Console().print(report.table())
+        write_document(report.to_json(), json_file)
+    else:
+        tell(report, json_file)
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ def run(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_the_contract_of_verbs() -> None:
-    expected = "synth prepare verify featurize validate pretrain relearn evaluate recommend import-reference"
+    expected = "synth prepare verify featurize validate pretrain relearn evaluate recommend import-reference models"
     assert set(expected.split()) <= set(VERBS)
 
 
@@ -48,6 +48,7 @@ def test_help_imports_nothing_heavy() -> None:
         (["verify", "absent"], "absent"),
         (["verify", "absent", "--json", "/proc/no/figures.json"], "/proc/no/figures.json: cannot be written"),
         (["evaluate", "absent", "absent"], "absent"),
+        (["models"], "mlflow.db: no registry here. Name the folder of the runs with --storage"),
         (["prepare", "--domain", "d", "--out", "o", "--column", "x"], "--column: 'x' is not of the form OURS=THEIRS"),
     ],
 )
