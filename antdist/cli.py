@@ -502,5 +502,28 @@ def models(name: str, storage: Path, tracking_uri: str | None, json_file: Path |
         tell(report, json_file)
 
 
+@cli.command()
+@click.argument("model")
+@click.argument("alias")
+@click.option("--force", is_flag=True, help="Move it in any case; what spoke against it becomes a tag of the version.")
+@registry_options
+@json_option
+def promote(
+    model: str, alias: str, force: bool, storage: Path, tracking_uri: str | None, json_file: Path | None
+) -> None:
+    """Move ALIAS to MODEL (models:/NAME/VERSION) if its validation Recall@10 beats the holder's for the same task.
+
+    `champion` asks besides that the transfer is known not to be negative.
+
+    \b
+    Example:
+      antdist promote models:/relearn-food/3 champion
+    """
+    from antdist.tracking.overview import registry_uri
+    from antdist.tracking.promotion import promote as run
+
+    tell(run(model, alias, registry_uri(storage, tracking_uri), force=force), json_file)
+
+
 if __name__ == "__main__":
     main()

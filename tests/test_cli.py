@@ -21,7 +21,9 @@ def run(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_the_contract_of_verbs() -> None:
-    expected = "synth prepare verify featurize validate pretrain relearn evaluate recommend import-reference models"
+    expected = (
+        "synth prepare verify featurize validate pretrain relearn evaluate recommend import-reference models promote"
+    )
     assert set(expected.split()) <= set(VERBS)
 
 

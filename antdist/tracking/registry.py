@@ -142,12 +142,12 @@ def _register(
     for key in [key for key in told if version.tags.get(key) != told[key]]:  # what is known of it since
         client.set_model_version_tag(name, version.version, key, told[key])
     number = int(version.version)
-    newest = _holder(client, name, "newest")
+    newest = alias_holder(client, name, "newest")
     if newest is None or int(newest.version) < number:
         client.set_registered_model_alias(name, "newest", str(number))
     for alias in aliases:
         client.set_registered_model_alias(name, alias, str(number))
-    moves, champion = judge_champion(_holder(client, name, "champion"), version)
+    moves, champion = judge("champion", alias_holder(client, name, "champion"), version)
     if not promote:
         moves, champion = False, "kept from being champion by its caller"
     if moves:
@@ -165,25 +165,26 @@ def check_model_name(name: str) -> None:
         )
 
 
-def judge_champion(holder: Any, candidate: Any) -> tuple[bool, str]:
-    """Whether the alias `champion` moves from `holder` (a model version or None) to `candidate`, and why, in words."""
+def judge(alias: str, holder: Any, candidate: Any) -> tuple[bool, str]:
+    """Whether an alias moves from `holder` (a model version or None) to `candidate`, and why, in words: it does if nothing
+    holds it, or if the validation metric beats the holder's for the same task."""
     if VALIDATION not in candidate.tags:
-        return False, "has no validation metric, so it cannot be champion"
+        return False, f"has no validation metric, so it cannot be {alias}"
     metric = float(candidate.tags[VALIDATION])
     if holder is None:
-        return True, f"champion: the first, with validation Recall@10 {metric:.4f}"
+        return True, f"{alias}: the first, with validation Recall@10 {metric:.4f}"
     if int(holder.version) == int(candidate.version):
-        return False, f"champion already, with validation Recall@10 {metric:.4f}"
+        return False, f"{alias} already, with validation Recall@10 {metric:.4f}"
     if holder.tags.get("task") != candidate.tags.get("task"):
         return (
             False,
-            f"not comparable with the champion, version {holder.version}, which learned another task: it stays",
+            f"not comparable with the {alias}, version {holder.version}, which learned another task: it stays",
         )
     if VALIDATION not in holder.tags:
-        return False, f"not comparable with the champion, version {holder.version}, which was not validated: it stays"
+        return False, f"not comparable with the {alias}, version {holder.version}, which was not validated: it stays"
     best = float(holder.tags[VALIDATION])
     against = f"validation Recall@10 {metric:.4f} against {best:.4f} of version {holder.version}"
-    return (True, f"champion: {against}") if metric > best else (False, f"not champion: {against}")
+    return (True, f"{alias}: {against}") if metric > best else (False, f"not {alias}: {against}")
 
 
 def resolve(model: str, uri: str, cache: Path | None = None) -> ResolvedModel:
@@ -236,6 +237,12 @@ def is_registered(model: str) -> bool:
     return model.startswith(("models:", "runs:"))
 
 
+def alias_holder(client: MlflowClient, name: str, alias: str) -> Any:
+    """The version that holds an alias, or None."""
+    number = client.get_registered_model(name).aliases.get(alias)
+    return None if number is None else client.get_model_version(name, str(number))
+
+
 def folder_digest(folder: Path) -> str:
     """SHA-256 over names and contents of a folder's files, by sorted relative name.
 
@@ -272,11 +279,8 @@ class _Found:
 def _find(model: str, uri: str) -> _Found | Path:
     """Which folder, version or artifacts a reference means."""
     if model.startswith("models:"):
-        parts = re.fullmatch(rf"models:/(?P<name>{NAME})(?:@(?P<alias>[^/@:]+)|/(?P<version>[0-9]+|latest))", model)
-        if parts is None:
-            raise UserError("not a reference to a registered model", where=model, remedy=f"write it as {FORMS}")
         with told_clearly(uri):
-            return _find_version(connect(uri), model, parts["name"], parts["alias"], parts["version"])
+            return _as_found(find_version(connect(uri), model))
     if model.startswith("runs:"):
         parts = re.fullmatch(r"runs:/(?P<run>\w+)/(?P<path>[^/].*?)/?", model)
         if parts is None or ".." in parts["path"].split("/"):
@@ -289,7 +293,16 @@ def _find(model: str, uri: str) -> _Found | Path:
     return folder.resolve()
 
 
-def _find_version(client: MlflowClient, model: str, name: str, alias: str | None, number: str | None) -> _Found:
+def find_version(client: MlflowClient, model: str) -> Any:
+    """The version, as MLflow gives it, that `models:/NAME@ALIAS`, `models:/NAME/VERSION` or `models:/NAME/latest` means.
+
+    Raises:
+        UserError: another form, or an unknown name, version or alias, with those that are known.
+    """
+    parts = re.fullmatch(rf"models:/(?P<name>{NAME})(?:@(?P<alias>[^/@:]+)|/(?P<version>[0-9]+|latest))", model)
+    if parts is None:
+        raise UserError("not a reference to a registered model", where=model, remedy=f"write it as {FORMS}")
+    name, alias, number = parts["name"], parts["alias"], parts["version"]
     versions = _versions(client, name)
     if not versions:
         names = sorted(registered.name for registered in client.search_registered_models(max_results=1000))
@@ -308,7 +321,7 @@ def _find_version(client: MlflowClient, model: str, name: str, alias: str | None
     if found is None:
         known = ", ".join(str(v.version) for v in versions[-20:])
         raise UserError(f"{name!r} has no version {number}; it has: {known}", where=model, remedy="use one of these")
-    return _as_found(found)
+    return found
 
 
 def _find_artifacts(client: MlflowClient, model: str, run_id: str, path: str) -> _Found:
@@ -407,12 +420,6 @@ def _versions(client: MlflowClient, name: str) -> list[Any]:
     """All versions of a model, oldest first; none if there is no such model."""
     found = client.search_model_versions(f"name = '{name}'", max_results=10_000)
     return sorted(found, key=lambda version: int(version.version))
-
-
-def _holder(client: MlflowClient, name: str, alias: str) -> Any:
-    """The version that holds an alias, or None."""
-    number = client.get_registered_model(name).aliases.get(alias)
-    return None if number is None else client.get_model_version(name, str(number))
 
 
 def _ensure_model(client: MlflowClient, name: str) -> None:

@@ -10,19 +10,9 @@ from antdist.cli import cli
 from antdist.errors import UserError
 from antdist.tracking import overview as module
 from antdist.tracking.overview import Version, lineage, overview, registry_uri
-from antdist.tracking.registry import Lineage, ModelVersionInfo, register
-from antdist.tracking.run import start_run
+from antdist.tracking.registry import Lineage
 from antdist.tracking.store import connect
-
-
-def make_version(uri: str, folder: Path, name: str, lineage: Lineage, **options: object) -> ModelVersionInfo:
-    """A version with content of its own."""
-    place = folder / f"{len(list(folder.iterdir()))}"
-    place.mkdir()
-    (place / "weights.safetensors").write_text(place.name)
-    run = start_run(uri, "registry", "run", folder / "run")
-    assert run.finish() is None
-    return register(uri, run.run_id, place, name, lineage, **options)  # type: ignore[arg-type]
+from tests.tracking.versions import make_version
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,7 @@ from antdist.tracking import store
 from antdist.tracking.registry import (
     Lineage,
     folder_digest,
-    judge_champion,
+    judge,
     register,
     resolve,
     resolve_training_state,
@@ -159,7 +159,7 @@ def version(number: int, metric: float | None, task: str = "t") -> SimpleNamespa
     ],
 )
 def test_champion(holder: Any, candidate: Any, moves: bool, told: str) -> None:
-    verdict, words = judge_champion(holder, candidate)
+    verdict, words = judge("champion", holder, candidate)
     assert verdict is moves and told in words
 
 
