@@ -480,19 +480,41 @@ def import_reference(checkpoint: Path, out: Path, heads: int, beta: float) -> No
 
 @cli.command()
 @click.option("--name", default="*", metavar="PATTERN", help="Only models of such names, e.g. 'relearn-*'.")
+@click.option("--prune", is_flag=True, help="Remove old versions, with their files.")
+@click.option("--keep", type=click.IntRange(1), help="With --prune: keep so many of each name.  [default: 5]")
+@click.option("--dry-run", is_flag=True, help="With --prune: only tell what would go.")
 @registry_options
 @json_option
-def models(name: str, storage: Path, tracking_uri: str | None, json_file: Path | None) -> None:
+def models(
+    name: str,
+    prune: bool,
+    keep: int | None,
+    dry_run: bool,
+    storage: Path,
+    tracking_uri: str | None,
+    json_file: Path | None,
+) -> None:
     """The registry at a glance: versions, aliases, validation Recall@10, strategy, transfer, and lineage: the data that a
     version learned from, its parent, and the data of that, each with the first digits of its fingerprint.
 
+    --prune removes, with model and training state, all but the newest --keep of each name. A version stays if it has an
+    alias, is the parent of one that stays, or was not registered by antdist.
+
     \b
-    Example:
+    Examples:
       antdist models --name 'relearn-*'
+      antdist models --prune --keep 3 --dry-run
     """
     from antdist.tracking.overview import overview, registry_uri
+    from antdist.tracking.pruning import prune as remove
 
-    report = overview(registry_uri(storage, tracking_uri), name)
+    if not prune and (dry_run or keep is not None):
+        raise click.UsageError("--keep and --dry-run belong to --prune")
+    uri = registry_uri(storage, tracking_uri)
+    if prune:
+        tell(remove(uri, pattern=name, keep=keep or 5, dry_run=dry_run), json_file)
+        return
+    report = overview(uri, name)
     if sys.stdout.isatty() and report.versions:
         from rich.console import Console
 

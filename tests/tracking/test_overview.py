@@ -9,10 +9,10 @@ from click.testing import CliRunner
 from antdist.cli import cli
 from antdist.errors import UserError
 from antdist.tracking import overview as module
-from antdist.tracking.overview import Version, lineage, overview, registry_uri
+from antdist.tracking.overview import lineage, overview, registry_uri
 from antdist.tracking.registry import Lineage
 from antdist.tracking.store import connect
-from tests.tracking.versions import make_version
+from tests.tracking.versions import make_version, version
 
 
 @pytest.fixture(scope="module")
@@ -83,15 +83,6 @@ def test_an_empty_registry_has_no_models(tmp_path: Path) -> None:
     uri = f"sqlite:///{tmp_path}/mlflow.db"
     connect(uri)
     assert overview(uri, "any*").lines() == ["no models"]
-
-
-def version(name: str, number: int, parent: str | None = None, **others: object) -> Version:
-    from datetime import UTC, datetime
-
-    given = dict.fromkeys(
-        ("validation", "target", "strategy", "transfer", "parent", "run_id", "digest", "training_state")
-    ) | {"aliases": [], "fingerprints": {}, "registered": datetime.now(UTC), "source": "", "digest": "d"}
-    return Version(name=name, version=number, **{**given, "parent": parent, **others})  # type: ignore[arg-type]
 
 
 def test_lineage_that_leaves_the_registry_or_goes_in_a_circle() -> None:
