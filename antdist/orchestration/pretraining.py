@@ -31,6 +31,7 @@ from antdist.orchestration.runs import (
 from antdist.orchestration.session import enter_worker, ray_session, run_workers, stoppable
 from antdist.orchestration.worker import alone, best_model, check_features, learn, save_best
 from antdist.progress import say
+from antdist.serving.pyfunc import make_servable
 from antdist.tracking.registry import Lineage, ResolvedModel, register, resolve_training_state
 from antdist.tracking.run import TrackedRun, start_run, stored_run
 from antdist.tracking.store import redact, tracking_uri
@@ -128,6 +129,7 @@ def _pretrain(config: PretrainConfig, folder: Path, uri: str, start: ResolvedMod
         tracked.finish("FAILED")
         raise UserError(**outcome["error"])
     run_id = stored_run(uri, tracked.run_id, folder)
+    make_servable(folder / "model", None)
     version = register(
         uri,
         run_id,

@@ -34,6 +34,7 @@ from antdist.orchestration.runs import (
 from antdist.orchestration.session import enter_worker, ray_session, run_workers, stoppable
 from antdist.orchestration.worker import alone, best_model, check_features, learn, save_best
 from antdist.progress import say
+from antdist.serving.pyfunc import make_servable
 from antdist.tracking.registry import Lineage, ResolvedModel, register, resolve
 from antdist.tracking.run import TrackedRun, check_known, start_run, stored_run
 from antdist.tracking.store import redact, tracking_uri
@@ -151,7 +152,7 @@ def _relearn(config: RelearnConfig, target: str, folder: Path, uri: str, parent:
             raise Preempted(told["preempted"])
     deliver_left(uri, [outcome.parent for outcome in outcomes if outcome.is_file()])
     _refuse_unfinished(outcomes)
-    return _conclude(config, folder, uri, domain.fingerprint, parent_uri)
+    return _conclude(config, folder, uri, domain, parent_uri)
 
 
 def _refuse_unfinished(outcomes: list[Path]) -> None:
@@ -459,7 +460,7 @@ def _key(config: RelearnConfig, inputs: Inputs, seed: int, split: Any) -> RunKey
     )
 
 
-def _conclude(config: RelearnConfig, folder: Path, uri: str, fingerprint: str, parent_uri: str | None) -> Relearned:
+def _conclude(config: RelearnConfig, folder: Path, uri: str, domain: Domain, parent_uri: str | None) -> Relearned:
     from antdist.evaluation.report import results_row
     from antdist.evaluation.results import load_ranks, pool
     from antdist.evaluation.significance import judge, metric_of
@@ -495,12 +496,13 @@ def _conclude(config: RelearnConfig, folder: Path, uri: str, fingerprint: str, p
         notes.append(f"not promoted: on validation the transfer of {chosen} is {transfer}")
     seen = int(runs[chosen, "test"].ranks[0].seen.sum())
     notes.append(f"{seen} of {len(runs[chosen, 'test'].ranks[0].users)} test targets stood in the history: misses")
+    make_servable(mine / "model", domain)
     version = register(
         uri,
         stored_run(uri, (read_json(mine / "run.json") or {})["run_id"], mine),
         mine / "model",
         config.tracking.registered_model or f"{config.name}-{config.target}",
-        _lineage(config, fingerprint, chosen, parent_uri),
+        _lineage(config, domain.fingerprint, chosen, parent_uri),
         validation=float(per_seed.max()),
         promote=promote,
         tags={"transfer": transfer, "seed": str(seed), "seeds": " ".join(map(str, config.seeds))},

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from antdist.data.domain import Domain
+    from antdist.model.io import ModelCard
     from antdist.model.recommender import Recommender
 
 
@@ -41,8 +42,6 @@ def open_model(model: str, domain: Path, storage: Path, tracking_uri: str | None
         UserError: no such model or domain, features missing or of other encoders, ANT_t on another catalogue.
     """
     from antdist.data.domain import open_domain
-    from antdist.evaluation.ranking import embed_catalogue
-    from antdist.features.table import Catalogue
     from antdist.model.io import load_model
     from antdist.tracking.registry import resolve
     from antdist.tracking.store import tracking_uri as store
@@ -52,21 +51,32 @@ def open_model(model: str, domain: Path, storage: Path, tracking_uri: str | None
     if not folder.is_dir():  # a folder needs no registry
         folder = resolve(model, store(TrackingConfig(uri=tracking_uri), storage.resolve())).folder
     recommender, card = load_model(folder)
+    unknown = [modality for modality in card.dims if modality not in card.features]
+    if unknown:
+        say(f"note: {model} does not say which encoders made its {', '.join(unknown)} features: see to it")
+    return OpenModel(recommender, opened, embed_domain(recommender, card, opened))
+
+
+def embed_domain(model: Recommender, card: ModelCard, domain: Domain) -> Tensor:
+    """Embeddings (N, d) of a domain's items, from features of the encoders that the model was trained with.
+
+    Raises:
+        UserError: features missing or of other encoders, ANT_t on another catalogue.
+    """
+    from antdist.evaluation.ranking import embed_catalogue
+    from antdist.features.table import Catalogue
+
     made_for = card.made.get("fingerprint")
-    if card.config.item_embeddings and made_for not in (None, opened.fingerprint):
+    if card.config.item_embeddings and made_for not in (None, domain.fingerprint):
         raise UserError(
             f"the model has an embedding for each item of {card.target} as it was (fingerprint {made_for[:12]}), none for "
-            f"{opened.name} ({opened.fingerprint[:12]})",
-            where=opened.folder,
+            f"{domain.name} ({domain.fingerprint[:12]})",
+            where=domain.folder,
             remedy="use the domain that it was adapted to, or a model without model.item_embeddings",
         )
     identities = {modality: source.identity for modality, source in card.features.items()}
     dims = {str(modality): width for modality, width in card.dims.items()}
-    catalogue = Catalogue([opened], list(dims), dims=dims, identities=identities)
-    unknown = [modality for modality in dims if modality not in identities]
-    if unknown:
-        say(f"note: {model} does not say which encoders made its {', '.join(unknown)} features: see to it")
-    return OpenModel(recommender, opened, embed_catalogue(recommender, catalogue))
+    return embed_catalogue(model, Catalogue([domain], list(dims), dims=dims, identities=identities))
 
 
 def evaluate_model(opened: OpenModel, split: Literal["validation", "test"]) -> dict[str, float]:

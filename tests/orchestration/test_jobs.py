@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import psutil
 import pytest
 from click.testing import CliRunner
@@ -29,6 +30,7 @@ from antdist.orchestration import relearning
 from antdist.orchestration.pretraining import Pretrained, pretrain
 from antdist.orchestration.relearning import relearn
 from antdist.orchestration.session import ray_session, run_workers
+from antdist.serving.pyfunc import _load_pyfunc
 from antdist.serving.use import evaluate_model, open_model, recommend_items
 from antdist.tracking import store
 from antdist.tracking.registry import resolve
@@ -149,6 +151,11 @@ def test_all_strategies_are_judged_and_one_is_chosen_on_validation(world: Path, 
     assert card.strategy == done.chosen and card.seed in (0, 1)
     figures = evaluate_model(open_model(done.model, world / "data" / "target", world / "runs"), "test")
     assert figures["Recall@10"] == pytest.approx(card.made["test"]["Recall@10"])
+    # what is registered answers with items of the target, without its features
+    answer = _load_pyfunc(str(found.folder)).predict(
+        pd.DataFrame({"history": [["target-1"], ["target-2", "target-3"]]})
+    )
+    assert all(item.startswith("target-") for items in answer["items"] for item in items)
     # run again: nothing is trained, the same conclusion, no new version
     assert relearn(relearn_config(world, **{"from": pretrained.model})).model == done.model
 
