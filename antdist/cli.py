@@ -535,7 +535,7 @@ def promote(
 ) -> None:
     """Move ALIAS to MODEL (models:/NAME/VERSION) if its validation Recall@10 beats the holder's for the same task.
 
-    `champion` asks besides that the transfer is known not to be negative.
+    `champion` asks besides that the transfer is positive, except of pre-trained models and `scratch`.
 
     \b
     Example:

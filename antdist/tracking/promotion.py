@@ -12,7 +12,7 @@ from antdist.tracking.registry import alias_holder, find_version, judge
 from antdist.tracking.store import connect, told_clearly
 
 FORCED = "forced."  # + alias: the tag of a version that an alias was forced on, with what spoke against it
-MAY_BE_CHAMPION = (None, "ground truth", "positive", "none")  # transfer; a pre-trained version has none
+MAY_BE_CHAMPION = (None, "ground truth", "positive")  # transfer: of a pre-training, of `scratch`, shown to help
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class Promotion:
 
 def promote(model: str, alias: str, uri: str, *, force: bool = False) -> Promotion:
     """Move `alias` to the version that `model` means, if its validation metric beats the holder's for the same task, or if
-    nothing holds it. `champion` asks besides that the transfer is known not to be negative.
+    nothing holds it. `champion` asks besides that the transfer is positive, or that there is none to judge.
 
     With `force` it moves in any case; what spoke against it is a tag of the version.
 

@@ -18,11 +18,11 @@ def held(uri: str, name: str, alias: str) -> int | None:
 
 @pytest.fixture(scope="module")
 def name(uri: str, tmp_path_factory: pytest.TempPathFactory) -> str:
-    """`food` with validation 0.25 (champion), 0.125, 0.5 with negative transfer, one not validated, one of other data."""
+    """`food` with validation 0.25 (champion), 0.125, 0.5 with no transfer shown, one not validated, one of other data."""
     folder = tmp_path_factory.mktemp("models")
     make_version(uri, folder, "food", FOOD, validation=0.25)
     make_version(uri, folder, "food", FOOD, validation=0.125)
-    make_version(uri, folder, "food", FOOD, validation=0.5, promote=False, tags={"transfer": "negative"})
+    make_version(uri, folder, "food", FOOD, validation=0.5, promote=False, tags={"transfer": "none"})
     make_version(uri, folder, "food", FOOD)
     make_version(uri, folder, "food", Lineage({"food": "f2"}, target="food"), validation=0.75)
     return "food"
@@ -50,7 +50,7 @@ def test_an_alias_moves_to_what_is_better_and_stays_from_what_is_not(uri: str, n
     ("version", "told"),
     [
         (2, "0.1250 against 0.2500 of version 1"),
-        (3, "its transfer is negative; champion: validation Recall@10 0.5000 against 0.2500"),
+        (3, "its transfer is none; champion: validation Recall@10 0.5000 against 0.2500"),
         (4, "has no validation metric"),
         (5, "learned another task"),
     ],
