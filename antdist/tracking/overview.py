@@ -67,16 +67,25 @@ class Overview:
         return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
 
     def table(self) -> Table:
-        """The same for a terminal, which breaks long lineages within their column."""
+        """The same for a terminal: aliases, strategy and transfer, and the steps of lineage one below the other."""
         from rich.box import SIMPLE_HEAD
         from rich.table import Table
         from rich.text import Text
 
-        table = Table(box=SIMPLE_HEAD)
-        for column in COLUMNS:
-            table.add_column(column, no_wrap=column == "Recall@10", overflow="fold")
-        for row in self._rows():
-            table.add_row(*(Text(cell) for cell in row))  # names may hold what rich takes for markup
+        table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
+        for column in ("model", "aliases", "Recall@10", "transfer", "registered", "lineage"):
+            table.add_column(column, no_wrap=column not in ("model", "lineage"), overflow="fold")
+        for model, aliases, figure, strategy, transfer, registered, steps in self._rows():
+            verdict = "\n".join(filter(None, (strategy, transfer)))
+            cells = (
+                model,
+                aliases.replace(", ", "\n"),
+                figure,
+                verdict,
+                registered,
+                steps.replace(ARROW, f"\n{ARROW[1:]}"),
+            )
+            table.add_row(*map(Text, cells))  # names may hold what rich takes for markup
         return table
 
     def to_json(self) -> dict[str, Any]:
@@ -99,7 +108,7 @@ class Overview:
                 version.figure,
                 version.strategy or "",
                 version.transfer or "",
-                f"{version.registered:%Y-%m-%d %H:%M}",
+                f"{version.registered:%Y-%m-%d}",
                 ARROW.join(self.lineage[version.uri]),
             )
             for version in self.versions

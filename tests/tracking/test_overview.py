@@ -67,7 +67,7 @@ def test_a_terminal_gets_a_table(filled: str) -> None:
     page.print(overview(filled).table())
     shown = page.file.getvalue()  # type: ignore[attr-defined]
     assert all(len(line) <= 80 for line in shown.splitlines())
-    assert "0.5000" in shown and "positive" in shown
+    assert all(told in shown for told in ("0.5000", "positive", "food f3f3f3f3", "models:/pre/1", "music c1c1c1c1"))
 
 
 def test_without_a_store_nothing_is_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
