@@ -96,7 +96,10 @@ def test_validate_checks_before_anything_runs(tmp_path: Path) -> None:
     for overrides, message in [
         (["data.domains=[aa, zz]"], "data.domains: no prepared domain 'zz'"),
         (["data.domains=[aa, aa]"], "domain 'aa' is named twice"),
-        (["data.domains=[aa]", "ray.workers=9"], "ray.workers: 9 workers, but the domains hold only 5 block(s)"),
+        (
+            ["data.domains=[aa]", "ray.workers=99"],
+            "stream.batch_size: a micro-batch has 40.0 windows on average, fewer than the 99 workers",
+        ),
         (["data.domains=[aa]", "training.precision=fp16"], "training.precision: fp16 needs a GPU"),
         (["data.domains=[aa]", "loss.log_q=true", "loss.negatives=catalogue"], "loss.log_q"),
         (["data.domains=[aa]", "training.deepspeed={optimizer: {}}"], "training.deepspeed.optimizer"),
