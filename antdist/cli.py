@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import errno
 import json
+import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NoReturn, Protocol
+from typing import TYPE_CHECKING, Any, NoReturn, Protocol
 
 import click
 
 from antdist import __version__
 from antdist.errors import Preempted, UserError
+
+if TYPE_CHECKING:
+    from antdist.orchestration.jobs import Cluster
 
 EXIT_USER_ERROR = 2
 # what a user mends outside of antdist: permissions, a full or read-only disk
@@ -374,6 +378,129 @@ def relearn(config_file: Path | None, overrides: Sequence[str], json_file: Path 
     from antdist.orchestration.relearning import relearn as run
 
     tell(run(load_config(RelearnConfig, config_file, overrides)), json_file)
+
+
+# -- cluster ---------------------------------------------------------------------------------------------------------
+
+address_option = click.option("--address", metavar="URL", help="http://HEAD:8265. Default: RAY_ADDRESS.")
+
+
+@cli.command(context_settings={"ignore_unknown_options": True})
+@click.argument("verb", type=click.Choice(["pretrain", "relearn", "evaluate", "featurize", "prepare"]))
+@click.argument("arguments", nargs=-1, type=click.UNPROCESSED, metavar="[ARGUMENTS OF THE VERB]...")
+@address_option
+@click.option(
+    "--working-dir",
+    type=click.Path(path_type=Path, file_okay=False),
+    help="Send the package antdist in DIR. Default: the one that runs here.",
+)
+@click.option("--installed", is_flag=True, help="Send no code: the cluster has antdist installed.")
+@click.option("--wait", is_flag=True, help="Follow the job's log to its end; exit as it does.")
+def submit(
+    verb: str, arguments: Sequence[str], address: str | None, working_dir: Path | None, installed: bool, wait: bool
+) -> None:
+    """Submit a verb as a Ray job, with code and configuration; checks first what can be checked here.
+
+    With neither --address nor RAY_ADDRESS it runs on a local Ray, started and stopped by this command, which then waits.
+    A cluster that asks for a token is told by RAY_AUTH_MODE=token and RAY_AUTH_TOKEN_PATH, as Ray has it.
+
+    \b
+    Examples:
+      antdist submit pretrain --config configs/scale.yaml data.root=/shared/data ray.storage=/shared/runs --address http://head:8265
+      antdist submit featurize /shared/data/books /shared/data/music --text hashed --address http://head:8265
+      antdist submit relearn --config configs/relearn.yaml target=food from=models:/pretrain@champion   (a local Ray)
+    """
+    from antdist.orchestration.jobs import Cluster, submit_here
+    from antdist.orchestration.submission import INSTALLED, own_code, read_submission
+
+    if installed and working_dir is not None:
+        raise click.UsageError("give either --working-dir or --installed")
+    here = not (address or os.environ.get("RAY_ADDRESS"))
+    code = INSTALLED if installed else str((working_dir or Path(own_code())).resolve())
+    submission = read_submission(cli.commands[verb], arguments, here=here, code=code)
+    if here:
+        sys.exit(submit_here(submission).code)
+    cluster = Cluster(address)
+    job = cluster.submit(submission)
+    _tell_job(cluster, job, wait)
+
+
+def _tell_job(cluster: Cluster, job: str, wait: bool) -> None:
+    for line in cluster.told(job):
+        click.echo(line)
+    if wait:
+        sys.exit(cluster.follow(job).code)
+
+
+@cli.command()
+@address_option
+@click.option("--all", "everything", is_flag=True, help="Those that ended, too.")
+def jobs(address: str | None, everything: bool) -> None:
+    """List what waits and runs on a cluster: state, run, step, rate, loss, time left, MLflow.
+
+    How a run goes is read from its folder: blank where this machine does not see ray.storage.
+
+    \b
+    Example:
+      antdist jobs --address http://head:8265
+    """
+    from antdist.orchestration.jobs import Cluster
+
+    for line in Cluster(address).table(everything):
+        click.echo(line)
+
+
+@cli.command()
+@click.argument("job")
+@address_option
+@click.option("-f", "--follow", is_flag=True, help="Go on to the job's end; exit as it does.")
+def logs(job: str, address: str | None, follow: bool) -> None:
+    """Print what a job said.
+
+    \b
+    Example:
+      antdist logs pretrain-books-1f2e3d -f --address http://head:8265
+    """
+    from antdist.orchestration.jobs import Cluster
+
+    if follow:
+        sys.exit(Cluster(address).follow(job).code)
+    click.echo(Cluster(address).logs(job), nl=False)
+
+
+@cli.command()
+@click.argument("job")
+@address_option
+def stop(job: str, address: str | None) -> None:
+    """Stop a job in order: training saves its state first. Returns when it has stopped.
+
+    \b
+    Example:
+      antdist stop pretrain-books-1f2e3d --address http://head:8265
+    """
+    from antdist.orchestration.jobs import Cluster
+
+    cluster = Cluster(address)
+    ended = cluster.stop(job)
+    click.echo(f"{job}: {ended.state}")
+    click.echo(f"it said last: {cluster.last_line(job)}")
+
+
+@cli.command()
+@click.argument("job")
+@address_option
+@click.option("--wait", is_flag=True, help="Follow the job's log to its end; exit as it does.")
+def resume(job: str, address: str | None, wait: bool) -> None:
+    """Submit the same job again: its run goes on from the last checkpoint.
+
+    \b
+    Example:
+      antdist resume pretrain-books-1f2e3d --address http://head:8265
+    """
+    from antdist.orchestration.jobs import Cluster
+
+    cluster = Cluster(address)
+    _tell_job(cluster, cluster.resume(job), wait)
 
 
 # -- use -------------------------------------------------------------------------------------------------------------

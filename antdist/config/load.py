@@ -57,9 +57,9 @@ def check_config(kind: type[Config], tree: dict[str, Any], where: str = "configu
         raise _told(kind, error, where) from None
 
 
-def dump_config(config: BaseModel) -> str:
-    """The resolved configuration as YAML that `load_config` reads back."""
-    return yaml.dump(config.model_dump(by_alias=True), Dumper=_Dumper, sort_keys=False)
+def dump_config(config: BaseModel, *, defaults: bool = True) -> str:
+    """The resolved configuration as YAML that `load_config` reads back; without `defaults` what the user has set."""
+    return yaml.dump(config.model_dump(by_alias=True, exclude_unset=not defaults), Dumper=_Dumper, sort_keys=False)
 
 
 def _read(file: Path) -> dict[str, Any]:

@@ -43,10 +43,6 @@ def check_pretrain(config: PretrainConfig) -> CheckReport:
     from antdist.orchestration.pretraining import find_state, pretrain_inputs
 
     report = CheckReport()
-    if config.model.item_embeddings:
-        _contradiction(
-            "model.item_embeddings", "they belong to the items of a target", "set it to false, or run relearn"
-        )
     _check_common(config, report)
     inputs = pretrain_inputs(config)
     _tell_inputs(inputs, config, report)
@@ -69,10 +65,6 @@ def check_relearn(config: RelearnConfig) -> CheckReport:
     from antdist.training.adaptation import adapt, needs_parent
 
     report = CheckReport()
-    if config.target is None:
-        raise UserError(
-            "no target is named", where="target", remedy="give target=NAME, a prepared domain below data.root"
-        )
     _check_common(config, report)
     report.start = find_parent(config, _tracking(config), report.notes.append)
     parent = open_parent(report.start)
@@ -99,26 +91,18 @@ def check_relearn(config: RelearnConfig) -> CheckReport:
     return report
 
 
-def _check_common(config: PretrainConfig | RelearnConfig, report: CheckReport) -> None:
-    from antdist.orchestration.runs import absolute
-    from antdist.orchestration.session import inside_job
+def check_settings(config: PretrainConfig | RelearnConfig) -> None:
+    """What the configuration alone tells, without its data, its cluster or its stores. Raises UserError."""
     from antdist.tracking.registry import check_model_name
-    from antdist.tracking.store import check_reachable, redact
     from antdist.training.deepspeed_engine import check_with_deepspeed, deepspeed_config
-    from antdist.training.remote import Remote
 
-    if inside_job() and not Path(config.ray.storage).is_absolute():
+    if isinstance(config, RelearnConfig) and config.target is None:
         raise UserError(
-            f"{config.ray.storage!r} would lie in the job's copy of the working folder, which Ray removes",
-            where="ray.storage",
-            remedy="give an absolute path, to a folder that all nodes share",
+            "no target is named", where="target", remedy="give target=NAME, a prepared domain below data.root"
         )
-    remote = config.ray.remote_storage
-    if remote and inside_job() and "://" not in remote and not Path(remote).is_absolute():
-        raise UserError(
-            f"{remote!r} would lie in the job's copy of the working folder, which Ray removes",
-            where="ray.remote_storage",
-            remedy="give a URI or an absolute path",
+    if isinstance(config, PretrainConfig) and config.model.item_embeddings:
+        _contradiction(
+            "model.item_embeddings", "they belong to the items of a target", "set it to false, or run relearn"
         )
     if config.tracking.registered_model is not None:
         check_model_name(config.tracking.registered_model)
@@ -136,6 +120,28 @@ def _check_common(config: PretrainConfig | RelearnConfig, report: CheckReport) -
         _contradiction(
             "loss.log_q", "the full catalogue is no sample, so there is nothing to correct", "set it to false"
         )
+
+
+def _check_common(config: PretrainConfig | RelearnConfig, report: CheckReport) -> None:
+    from antdist.orchestration.runs import absolute
+    from antdist.orchestration.session import inside_job
+    from antdist.tracking.store import check_reachable, redact
+    from antdist.training.remote import Remote
+
+    if inside_job() and not Path(config.ray.storage).is_absolute():
+        raise UserError(
+            f"{config.ray.storage!r} would lie in the job's copy of the working folder, which Ray removes",
+            where="ray.storage",
+            remedy="give an absolute path, to a folder that all nodes share",
+        )
+    remote = config.ray.remote_storage
+    if remote and inside_job() and "://" not in remote and not Path(remote).is_absolute():
+        raise UserError(
+            f"{remote!r} would lie in the job's copy of the working folder, which Ray removes",
+            where="ray.remote_storage",
+            remedy="give a URI or an absolute path",
+        )
+    check_settings(config)
     report.checked.append("configuration")
     if config.ray.remote_storage is not None:
         Remote(absolute(config.ray.remote_storage)).check()

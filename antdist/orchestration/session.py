@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 import os
 import re
@@ -31,6 +32,7 @@ WORKER_ENVIRONMENT = {
     "OMP_WAIT_POLICY": "passive",  # threads that wait busily slow a step tenfold where the cores are shared
 }
 
+QUIET: dict[str, Any] = {"log_to_driver": False, "configure_logging": True, "logging_level": "ERROR"}
 KNOCK_SECONDS = 10
 COLLECTIVE_SPARE_SECONDS = 120  # that a collective has beyond the watchdogs' limits
 SETTLE_SECONDS = 3  # until a new Ray knows what it has
@@ -43,24 +45,19 @@ def ray_session(config: RayConfig) -> Iterator[None]:
     Raises:
         UserError: no Ray answers at the address.
     """
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # Ray's own remarks on what it retries
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    _quiet_ray()
     import ray
 
     if ray.is_initialized():
         yield
         return
     address = config.address or os.environ.get("RAY_ADDRESS")
-    quiet: dict[str, Any] = {"log_to_driver": False, "configure_logging": True, "logging_level": "ERROR"}
     try:
         if address:
-            _knock(address)
-            ray.init(address=address, **quiet)
+            knock(address)
+            ray.init(address=address, **QUIET)
         else:
-            needed = config.fewest * config.cpus_per_worker
-            with on_loopback():
-                ray.init("local", num_cpus=max(os.cpu_count() or 1, needed), include_dashboard=False, **quiet)
+            _start_local(config, include_dashboard=False)
     except (OSError, ValueError, RuntimeError) as error:
         first = str(error).partition("\n")[0].partition(". ")[0]  # sentence; Ray's advice fills a page
         raise UserError(
@@ -74,6 +71,57 @@ def ray_session(config: RayConfig) -> Iterator[None]:
             yield
     finally:
         ray.shutdown()
+
+
+@contextlib.contextmanager
+def local_head(config: RayConfig) -> Iterator[tuple[str, str]]:
+    """A local Ray that takes jobs, on loopback, stopped at the end; the addresses at which it takes them, and drivers.
+
+    Raises:
+        UserError: it does not start.
+    """
+    _quiet_ray()
+    import ray
+    from ray._private.worker import get_dashboard_url
+
+    try:
+        with _any_agent_port():
+            _start_local(config, include_dashboard=True, dashboard_host="127.0.0.1")
+    except (OSError, ValueError, RuntimeError) as error:
+        raise UserError(f"no local Ray starts ({str(error).partition(chr(10))[0]})", where="ray") from None
+    try:
+        with _terminable():
+            yield f"http://{get_dashboard_url()}", ray.get_runtime_context().gcs_address
+    finally:
+        ray.shutdown()
+
+
+@contextlib.contextmanager
+def _any_agent_port() -> Iterator[None]:
+    """Around `ray.init`: the agent that starts jobs takes a free port; Ray's fixed one may be another Ray's on this machine,
+    and `ray.init`, unlike `ray start`, does not ask for it."""
+    from ray._private import parameter
+
+    own = parameter.RayParams
+    parameter.RayParams = functools.partial(own, dashboard_agent_listen_port=0)
+    try:
+        yield
+    finally:
+        parameter.RayParams = own
+
+
+def _quiet_ray() -> None:
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # Ray's own remarks on what it retries
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+
+
+def _start_local(config: RayConfig, **options: Any) -> None:
+    import ray
+
+    needed = config.fewest * config.cpus_per_worker
+    with on_loopback():
+        ray.init("local", num_cpus=max(os.cpu_count() or 1, needed), **options, **QUIET)
 
 
 @contextlib.contextmanager
@@ -119,9 +167,9 @@ def node_is_going() -> bool:
     return get_train_context().preemption_context.preemption_info is not None
 
 
-def _knock(address: str) -> None:
+def knock(address: str) -> None:
     """Raise OSError if nothing listens at HOST:PORT, which Ray would try for many minutes."""
-    if found := re.fullmatch(r"(?:ray://)?\[?([^/]+?)\]?:(\d+)", address):
+    if found := re.fullmatch(r"(?:(?:ray|https?)://)?\[?([^/]+?)\]?:(\d+)/?", address):
         socket.create_connection((found[1], int(found[2])), timeout=KNOCK_SECONDS).close()
 
 
