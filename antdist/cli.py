@@ -16,7 +16,7 @@ from antdist import __version__
 from antdist.errors import Preempted, UserError
 
 if TYPE_CHECKING:
-    from antdist.orchestration.jobs import Cluster
+    from antdist.orchestration.cluster import Cluster
 
 EXIT_USER_ERROR = 2
 # what a user mends outside of antdist: permissions, a full or read-only disk
@@ -410,7 +410,7 @@ def submit(
       antdist submit featurize /shared/data/books /shared/data/music --text hashed --address http://head:8265
       antdist submit relearn --config configs/relearn.yaml target=food from=models:/pretrain@champion   (a local Ray)
     """
-    from antdist.orchestration.jobs import Cluster, submit_here
+    from antdist.orchestration.cluster import Cluster, submit_here
     from antdist.orchestration.submission import INSTALLED, own_code, read_submission
 
     if installed and working_dir is not None:
@@ -444,7 +444,7 @@ def jobs(address: str | None, everything: bool) -> None:
     Example:
       antdist jobs --address http://head:8265
     """
-    from antdist.orchestration.jobs import Cluster
+    from antdist.orchestration.cluster import Cluster
 
     for line in Cluster(address).table(everything):
         click.echo(line)
@@ -461,7 +461,7 @@ def logs(job: str, address: str | None, follow: bool) -> None:
     Example:
       antdist logs pretrain-books-1f2e3d -f --address http://head:8265
     """
-    from antdist.orchestration.jobs import Cluster
+    from antdist.orchestration.cluster import Cluster
 
     if follow:
         sys.exit(Cluster(address).follow(job).code)
@@ -478,7 +478,7 @@ def stop(job: str, address: str | None) -> None:
     Example:
       antdist stop pretrain-books-1f2e3d --address http://head:8265
     """
-    from antdist.orchestration.jobs import Cluster
+    from antdist.orchestration.cluster import Cluster
 
     cluster = Cluster(address)
     ended = cluster.stop(job)
@@ -497,7 +497,7 @@ def resume(job: str, address: str | None, wait: bool) -> None:
     Example:
       antdist resume pretrain-books-1f2e3d --address http://head:8265
     """
-    from antdist.orchestration.jobs import Cluster
+    from antdist.orchestration.cluster import Cluster
 
     cluster = Cluster(address)
     _tell_job(cluster, cluster.resume(job), wait)

@@ -21,9 +21,8 @@ def run(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_the_contract_of_verbs() -> None:
-    expected = (
-        "synth prepare verify featurize validate pretrain relearn evaluate recommend import-reference models promote"
-    )
+    expected = "synth prepare verify featurize validate pretrain relearn evaluate recommend import-reference"
+    expected += " models promote submit jobs logs stop resume"
     assert set(expected.split()) <= set(VERBS)
 
 
@@ -51,6 +50,13 @@ def test_help_imports_nothing_heavy() -> None:
         (["verify", "absent", "--json", "/proc/no/figures.json"], "/proc/no/figures.json: cannot be written"),
         (["evaluate", "absent", "absent"], "absent"),
         (["models"], "mlflow.db: no registry here. Name the folder of the runs with --storage"),
+        (["submit", "relearn", "stategy=auto"], "unknown key stategy. Did you mean strategy."),
+        (
+            ["submit", "evaluate", "models:/m/1", "--split", "all", "data/food"],
+            "'all' is not one of 'validation', 'test'",
+        ),
+        (["submit", "pretrain", "--working-dir", "absent", "--installed"], "give either --working-dir or --installed"),
+        (["jobs"], "--address: no cluster is named"),
         (["prepare", "--domain", "d", "--out", "o", "--column", "x"], "--column: 'x' is not of the form OURS=THEIRS"),
     ],
 )

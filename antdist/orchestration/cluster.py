@@ -106,6 +106,7 @@ class Cluster:
 
     def follow(self, job: str) -> Ended:
         """Print the job's log as it grows, to its end."""
+        self._info(job)  # there is such a job
         shown = 0
 
         async def show() -> None:
