@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import secrets
 import shutil
@@ -51,6 +52,13 @@ class Head:
             timeout=timeout,
         )
         return Job(done.returncode == 0, done.stdout)
+
+    def status(self, job: str) -> str:
+        """What the head says over HTTP of the job that was submitted under this id."""
+        token = Path(self.environment["RAY_AUTH_TOKEN_PATH"]).read_text()
+        request = urllib.request.Request(f"{self.jobs}/api/jobs/{job}", headers={"Authorization": f"Bearer {token}"})
+        with urllib.request.urlopen(request, timeout=30) as answer:
+            return str(json.load(answer)["status"])
 
 
 @contextlib.contextmanager

@@ -36,6 +36,7 @@ QUIET: dict[str, Any] = {"log_to_driver": False, "configure_logging": True, "log
 KNOCK_SECONDS = 10
 COLLECTIVE_SPARE_SECONDS = 120  # that a collective has beyond the watchdogs' limits
 SETTLE_SECONDS = 3  # until a new Ray knows what it has
+GROW_SECONDS = 60.0  # between two looks for nodes that came; to grow, all workers are started again
 
 
 @contextlib.contextmanager
@@ -195,10 +196,12 @@ def run_workers(
     from ray.train.torch import TorchConfig, TorchTrainer
 
     _check_room(config)
-    # a name of its own, since Ray goes on silently with a run of the same name; resuming is ours
-    name = f"{name}-{time.time_ns():x}"
     storage = Path(config.storage).resolve() / "ray"
     storage.mkdir(parents=True, exist_ok=True)
+    reservation = storage / f"{name}.reservation.json"
+    _release(reservation)
+    # a name of its own, since Ray goes on silently with a run of the same name; resuming is ours
+    name = f"{name}-{time.time_ns():x}"
     mistake = storage / f"{name}.mistake.json"
 
     def work_or_tell() -> None:
@@ -226,7 +229,12 @@ def run_workers(
         torch_config=TorchConfig(
             backend="nccl" if on_gpu else "gloo", timeout_s=math.ceil(hang.longest_seconds + COLLECTIVE_SPARE_SECONDS)
         ),
-        scaling_config=ScalingConfig(num_workers=number, use_gpu=on_gpu, resources_per_worker=resources),
+        scaling_config=ScalingConfig(
+            num_workers=number,
+            use_gpu=on_gpu,
+            resources_per_worker=resources,
+            elastic_resize_monitor_interval_s=GROW_SECONDS,
+        ),
         run_config=RunConfig(
             name=name,
             storage_path=str(storage),
@@ -234,17 +242,32 @@ def run_workers(
             worker_runtime_env={"env_vars": WORKER_ENVIRONMENT | faults.environment()},
         ),
     )
+    write_json(reservation, {"requester": f"train-{trainer.train_run_context.run_id}"})
     failure: Exception | None = None
     try:
         _fit(trainer)
     except Exception as error:  # Ray wraps whatever a worker raised
         failure = error
+    reservation.unlink(missing_ok=True)
     told = read_json(mistake)
     if told is not None:
         mistake.unlink()
         raise UserError(**told)
     if failure is not None:
         raise _told(failure, config) from None
+
+
+def _release(reservation: Path) -> None:
+    """What a command that was killed or stopped had reserved for its workers. Ray keeps it for three minutes: a range of
+    workers would wait for it, and an autoscaler would add nodes for it."""
+    left = read_json(reservation)
+    if left is None:
+        return
+    from ray.train.v2._internal.execution.scaling_policy.autoscaling_coordinator_client import (
+        TrainAutoscalingCoordinatorClient,
+    )
+
+    TrainAutoscalingCoordinatorClient(left["requester"]).cancel_resource_request()
 
 
 def _check_room(config: RayConfig) -> None:

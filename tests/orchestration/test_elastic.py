@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
-import threading
+import contextlib
+import json
+import os
+import re
+import signal
+import subprocess
+import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +19,50 @@ import pytest
 
 from antdist.config.load import check_config
 from antdist.config.schema import PretrainConfig
-from antdist.orchestration.pretraining import pretrain
+from antdist.orchestration import session
+from antdist.orchestration.pretraining import Pretrained, pretrain
 from antdist.tracking.store import connect
+from tests.heads import RAY
+from tests.ranks import free_port
 from tests.worlds import make_domains
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
-EPOCHS = 100
+EPOCHS = 14
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    """A head with one CPU; tests add nodes."""
+    import ray
+    from ray.cluster_utils import Cluster
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("MLFLOW_TRACKING_URI", raising=False)
+        # nodes that are gone are noticed late: not so long a wait for workers on them
+        patch.setenv("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "20")
+        patch.setenv("RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S", "1")
+        patch.setattr(session, "GROW_SECONDS", 3.0)
+        cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
+        try:
+            patch.setenv("RAY_ADDRESS", cluster.address)
+            yield cluster
+        finally:
+            ray.shutdown()
+            cluster.shutdown()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("elastic")
+    make_domains(folder / "data", ["aa", "bbb"])
+    return folder
+
+
+@pytest.fixture(scope="module")
+def straight(cluster: Any, folder: Path) -> Pretrained:
+    """One worker from the start to the end."""
+    return pretrain(config(folder, "straight", workers=1))
 
 
 def config(folder: Path, name: str, **ray: Any) -> PretrainConfig:
@@ -29,7 +73,7 @@ def config(folder: Path, name: str, **ray: Any) -> PretrainConfig:
         "stream": {"batch_size": 100},
         "training": {
             "epochs": EPOCHS,
-            "log_every": 5,
+            "log_every": 2,
             "validate_every": EPOCHS,
             "engine": "plain",
             "checkpoint_every": 20,
@@ -46,40 +90,110 @@ def until(come: Callable[[], bool], seconds: float) -> None:
         time.sleep(0.1)
 
 
-def test_a_run_shrinks_with_a_lost_node_and_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from ray.cluster_utils import Cluster
+def stalls(monkeypatch: pytest.MonkeyPatch, folder: Path, seconds_by_step: dict[int, float]) -> Path:
+    """The leader waits at these steps, once, for what the cluster is about to do; a file of each in the folder tells that it
+    waits."""
+    stalled = Path(tempfile.mkdtemp(dir=folder))
+    faults = [
+        {"fault": "stall", "rank": 0, "step": step, "seconds": seconds, "once": str(stalled / str(step))}
+        for step, seconds in seconds_by_step.items()
+    ]
+    monkeypatch.setenv("ANTDIST_FAULTS", json.dumps(faults))
+    return stalled
 
-    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
-    make_domains(tmp_path / "data", ["aa", "bbb"])
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
+
+def assert_same_curve(mine: Pretrained, theirs: Pretrained) -> None:
+    """Each step once, with the loss of the other run."""
+
+    def curve(run: Pretrained) -> list[tuple[int, float]]:
+        points = connect(run.tracking_uri).get_metric_history(run.run_id, "train/loss")
+        return [(point.step, point.value) for point in points]
+
+    ours, others = curve(mine), curve(theirs)
+    assert [step for step, _ in ours] == [step for step, _ in others] and len(others) > 30
+    for (step, loss), (_, other) in zip(ours, others, strict=True):
+        assert loss == pytest.approx(other, rel=1e-5), step
+    assert mine.finished == theirs.finished == "all epochs done"
+
+
+@contextlib.contextmanager
+def node(cluster: Any) -> Iterator[subprocess.Popen[bytes]]:
+    """A node with one CPU, as a machine joins: its own process group."""
+    command = [RAY, "start", "--address", cluster.address, "--num-cpus=1", "--block"]
+    command += [f"--dashboard-agent-listen-port={free_port()}", f"--object-store-memory={100 * 1024**2}"]
+    started = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
     try:
-        node = cluster.add_node(num_cpus=1)
-        monkeypatch.setenv("RAY_ADDRESS", cluster.address)
-        saved = tmp_path / "runs" / "elastic" / "checkpoints"
-
-        def lose() -> None:
-            until(lambda: len(list(saved.glob("step-*/COMPLETE.json"))) >= 2, 120)
-            cluster.remove_node(node, allow_graceful=False)
-
-        losing = threading.Thread(target=lose)
-        losing.start()
-        elastic = pretrain(config(tmp_path, "elastic", workers=2, min_workers=1))
-        losing.join()
-        straight = pretrain(config(tmp_path, "straight", workers=1))
+        yield started
     finally:
+        lose(started)
+
+
+def lose(node: subprocess.Popen[bytes]) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(node.pid, signal.SIGKILL)
+    node.wait()
+
+
+def second_node() -> str:
+    """The id of the living node that is not the head."""
+    import ray
+
+    (found,) = [each for each in ray.nodes() if each["Alive"] and "node:__internal_head__" not in each["Resources"]]
+    return str(found["NodeID"])
+
+
+def drain(cluster: Any, seconds: int) -> None:
+    """What the notice of a spot instance's end does."""
+    command = [RAY, "drain-node", "--address", cluster.address, "--node-id", second_node()]
+    command += ["--reason=DRAIN_NODE_REASON_PREEMPTION", "--reason-message=spot"]
+    subprocess.run([*command, f"--deadline-remaining-seconds={seconds}"], check=True)
+
+
+def restarts(run: Path) -> list[tuple[int, int]]:
+    """From which step the run went on, and with how many workers."""
+    told = re.findall(r"goes on at step (\d+), .* (\d+) workers?, from", (run / "log.txt").read_text())
+    return [(int(step), int(workers)) for step, workers in told]
+
+
+def test_a_run_shrinks_with_a_lost_node_and_goes_on(
+    cluster: Any, folder: Path, straight: Pretrained, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, stalled = folder / "runs" / "shrinking", stalls(monkeypatch, folder, {53: 300})
+    with node(cluster) as second, ThreadPoolExecutor(1) as thread:
         import ray
 
+        ray.init(log_to_driver=False)
+        until(lambda: ray.cluster_resources().get("CPU") == 2, 60)
         ray.shutdown()
-        cluster.shutdown()
-    told = (tmp_path / "runs" / "elastic" / "log.txt").read_text()
-    assert "1 worker, from" in told, told
 
-    def curve(run: Any) -> dict[int, float]:
-        points = connect(run.tracking_uri).get_metric_history(run.run_id, "train/loss")
-        return {point.step: point.value for point in points}
+        def nodes() -> None:
+            until((stalled / "53").exists, 500)
+            lose(second)
 
-    mine, theirs = curve(elastic), curve(straight)
-    assert mine.keys() == theirs.keys() and len(mine) > 50
-    for step, loss in list(theirs.items())[:50]:
-        assert mine[step] == pytest.approx(loss, rel=1e-4), step
-    assert elastic.finished == straight.finished == "all epochs done"
+        doing = thread.submit(nodes)
+        shrunk = pretrain(config(folder, "shrinking", workers=2, min_workers=1))
+        doing.result()
+    assert restarts(run) == [(50, 1)]
+    assert_same_curve(shrunk, straight)
+
+
+def test_a_run_grows_with_a_new_node_and_saves_before_one_is_drained(
+    cluster: Any, folder: Path, straight: Pretrained, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It begins with one worker. Of what was done before the second comes, at step 32, the steps since the last checkpoint
+    are repeated. The checkpoint of step 54 is in no plan: the drain's notice asks for it."""
+    run, stalled = folder / "runs" / "growing", stalls(monkeypatch, folder, {32: 300, 52: 25, 54: 300})
+    with contextlib.ExitStack() as stack, ThreadPoolExecutor(1) as thread:
+
+        def nodes() -> None:
+            until((stalled / "32").exists, 500)
+            stack.enter_context(node(cluster))
+            until((stalled / "52").exists, 500)
+            drain(cluster, seconds=45)
+
+        doing = thread.submit(nodes)
+        elastic = pretrain(config(folder, "growing", workers=2, min_workers=1))
+        doing.result()
+    assert restarts(run) == [(30, 2), (54, 1)]
+    assert "a checkpoint of step 54, as a node is about to go" in (run / "log.txt").read_text()
+    assert_same_curve(elastic, straight)

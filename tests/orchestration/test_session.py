@@ -16,6 +16,7 @@ import pytest
 
 from antdist.config.schema import HangConfig, RayConfig
 from antdist.errors import UserError
+from antdist.files import read_json, write_json
 from antdist.orchestration.session import node_is_going, ray_session, run_workers
 from tests.ranks import free_port
 from tests.worlds import make_domains
@@ -120,6 +121,38 @@ def test_a_range_of_workers_takes_what_there_is(local_ray: None, tmp_path: Path)
     assert sorted(path.name for path in tmp_path.glob("rank-*")) == ["rank-0-of-2", "rank-1-of-2"]
     with pytest.raises(UserError, match=r"the workers ask for \d+ CPUs"):
         run_workers(work, {}, config.model_copy(update={"min_workers": 3}), "much", HangConfig())
+
+
+@pytest.mark.ray
+def test_what_a_killed_command_had_reserved_is_given_up(local_ray: None, tmp_path: Path) -> None:
+    """Ray would keep it for minutes, and a range of workers wait for it. What is noted for the next start is what Ray knows."""
+    import ray
+    from ray.data._internal.cluster_autoscaler.default_autoscaling_coordinator import (
+        ResourceRequestPriority,
+        get_or_create_autoscaling_coordinator,
+    )
+
+    note, told = tmp_path / "ray" / "run.reservation.json", tmp_path / "told.json"
+
+    def nodes_reserved_for(requester: str) -> int:
+        coordinator: Any = get_or_create_autoscaling_coordinator()
+        return len(ray.get(coordinator.get_reserved_resources.remote(requester)))
+
+    def work(settings: dict[str, Any]) -> None:
+        noted = read_json(note)
+        assert noted is not None
+        write_json(told, {"killed": nodes_reserved_for("train-killed"), "mine": nodes_reserved_for(noted["requester"])})
+
+    killed: Any = get_or_create_autoscaling_coordinator()
+    everything = {"CPU": ray.cluster_resources()["CPU"]}
+    high = ResourceRequestPriority.HIGH
+    ray.get(killed.request_resources.remote("train-killed", [everything], expire_after_s=3600, priority=high))
+    assert nodes_reserved_for("train-killed") == 1
+    note.parent.mkdir()
+    write_json(note, {"requester": "train-killed"})
+    run_workers(work, {}, RayConfig(storage=str(tmp_path)), "run", HangConfig())
+    assert read_json(told) == {"killed": 0, "mine": 1}
+    assert not note.exists()
 
 
 @pytest.mark.ray
