@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,7 @@ from antdist.errors import UserError
 from antdist.evaluation.ranking import Ranks
 from antdist.evaluation.results import Run, RunKey, save_ranks
 from antdist.files import write_json
+from antdist.orchestration import relearning
 from antdist.orchestration.relearning import Relearned, _conclude, choose, trial_folder
 from antdist.tracking.registry import resolve
 from antdist.tracking.run import start_run
@@ -73,7 +75,10 @@ def trial(uri: str, folder: Path, strategy: Any, hits: int) -> None:
 
 def conclude(uri: str, folder: Path, strategy: str) -> Relearned:
     config = check_config(RelearnConfig, {"name": folder.name, "target": "t", "strategy": strategy})
-    return _conclude(config, folder, uri, "f", PARENT)
+    domain: Any = SimpleNamespace(fingerprint="f")
+    with pytest.MonkeyPatch.context() as patch:  # the trials' models are no models
+        patch.setattr(relearning, "make_servable", lambda folder, domain: None)
+        return _conclude(config, folder, uri, domain, PARENT)
 
 
 @pytest.fixture(scope="module")

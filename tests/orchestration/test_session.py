@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -39,12 +40,14 @@ def test_an_address_where_nobody_listens_is_told_at_once(scheme: str, monkeypatc
 
 def test_the_address_of_the_jobs_page_is_not_rays(monkeypatch: pytest.MonkeyPatch) -> None:
     """RAY_ADDRESS is also where `ray job` looks for the page."""
-    monkeypatch.setenv("RAY_ADDRESS", "http://127.0.0.1:8265")
-    with (
-        pytest.raises(UserError, match=r"no Ray answers \(Invalid Ray address: 'http://127.0.0.1:8265'\)"),
-        ray_session(RayConfig()),
-    ):
-        pass
+    with socket.create_server(("127.0.0.1", 0)) as page:
+        address = f"http://127.0.0.1:{page.getsockname()[1]}"
+        monkeypatch.setenv("RAY_ADDRESS", address)
+        with (
+            pytest.raises(UserError, match=rf"no Ray answers \(Invalid Ray address: '{address}'\)"),
+            ray_session(RayConfig()),
+        ):
+            pass
 
 
 @pytest.fixture(scope="module")
