@@ -172,7 +172,12 @@ def test_a_signal_ends_a_run_in_order(sign: int, tmp_path: Path) -> None:
     }
     with (tmp_path / "said").open("w") as said:
         process = subprocess.Popen(
-            [sys.executable, "-m", "antdist", "pretrain", *overrides], stdout=said, stderr=said, env=environment
+            [sys.executable, "-m", "antdist", "pretrain", *overrides],
+            stdout=said,
+            stderr=said,
+            env=environment,
+            # a shell's background jobs ignore Ctrl-C, and so would this one
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )
     deadline = time.monotonic() + 120
     while not list((tmp_path / "runs/long").glob("checkpoints/step-*/COMPLETE.json")):
