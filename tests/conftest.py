@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+
+from tests.stores import Bucket, Database, postgres_programs, postgres_server, s3_server
 
 # tests share the cores: one thread a process, or they spin against each other
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -22,3 +25,37 @@ def shared_data() -> Path:
     if not SHARED_DATA.is_dir():
         pytest.skip("real data absent: no folder ../shared/data beside the project")
     return SHARED_DATA
+
+
+@pytest.fixture(scope="session")
+def _new_bucket() -> Iterator[Callable[[], Bucket]]:
+    with s3_server() as bucket:
+        yield bucket
+
+
+@pytest.fixture
+def s3(_new_bucket: Callable[[], Bucket], monkeypatch: pytest.MonkeyPatch) -> Iterator[Bucket]:
+    """A new bucket of a server that speaks S3; the environment has what reaches it."""
+    from s3fs import S3FileSystem
+
+    bucket = _new_bucket()
+    for name, value in bucket.environment.items():
+        monkeypatch.setenv(name, value)
+    S3FileSystem.clear_instance_cache()  # fsspec keeps clients, with the environment that they were made in
+    yield bucket
+    S3FileSystem.clear_instance_cache()
+
+
+@pytest.fixture(scope="session")
+def _new_database() -> Iterator[Callable[[], Database]]:
+    programs = postgres_programs()
+    if programs is None:
+        pytest.skip("PostgreSQL absent: no initdb on PATH or in /usr/lib/postgresql/*/bin")
+    with postgres_server(programs) as database:
+        yield database
+
+
+@pytest.fixture
+def database(_new_database: Callable[[], Database]) -> Database:
+    """A new, empty database of a PostgreSQL server."""
+    return _new_database()
