@@ -35,6 +35,7 @@ from antdist import __version__
 from antdist.errors import UserError
 from antdist.files import read_json, write_json
 from antdist.tracking.store import (
+    StoreAway,
     artifact_location,
     check_reachable,
     connect,
@@ -94,15 +95,14 @@ def start_run(
     if run_id is None:
         try:
             check_reachable(uri)
-        except UserError as error:
+            run_id = _create_run(uri, experiment, name)
+        except StoreAway as error:
             if not offline_ok:
                 raise
             _log.warning("the run begins offline, its records wait: %s", error)
             run_id = OFFLINE + uuid.uuid4().hex
             folder.mkdir(parents=True, exist_ok=True)
             write_json(folder / f"{run_id}.json", {"experiment": experiment, "name": name})
-        else:
-            run_id = _create_run(uri, experiment, name)
         resumed = False
     else:
         check_known(uri, run_id)
@@ -483,7 +483,9 @@ def environment_tags(folder: Path | None = None) -> dict[str, str]:
     commit = _git("rev-parse", "HEAD", folder=folder)
     if commit:
         tags["mlflow.source.git.commit"] = commit
-        tags["git.changed"] = str(bool(_git("status", "--porcelain", "--untracked-files=no", folder=folder))).lower()
+        changes = _git("status", "--porcelain", "--untracked-files=no", folder=folder)
+        if changes is not None:
+            tags["git.changed"] = str(bool(changes)).lower()
     return tags
 
 

@@ -162,6 +162,16 @@ def test_a_new_run_needs_the_store_and_a_resumed_one_does_not(tmp_path: Path, ca
     assert "hidden" not in run.outbox.read_text()
 
 
+def test_a_server_that_is_there_and_fails_counts_as_away(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(run_module, "check_reachable", lambda uri: None)  # /health answers, nothing else does
+    away = "http://127.0.0.1:9"
+    with pytest.raises(UserError, match="refused or failed"):
+        start_run(away, "first", "n", tmp_path)
+    run = start_run(away, "first", "n", tmp_path, offline_ok=True)
+    assert run.run_id.startswith(run_module.OFFLINE)
+    assert run.finish(timeout=0.1) is not None
+
+
 def test_an_unknown_run_is_told(uri: str, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="knows no run 'feedbeef'"):
         start_run(uri, "first", "n", tmp_path, run_id="feedbeef")
@@ -230,6 +240,8 @@ def test_environment_tags_with_and_without_a_checkout(tmp_path: Path) -> None:
     assert environment_tags(tmp_path)["git.changed"] == "false"
     (tmp_path / "file").write_text("2")
     assert environment_tags(tmp_path)["git.changed"] == "true"
+    (tmp_path / ".git" / "index").write_bytes(b"damaged")
+    assert "git.changed" not in environment_tags(tmp_path)  # git did not say
 
 
 def test_a_second_handle_goes_on_where_the_first_left(uri: str, tmp_path: Path) -> None:
