@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from antdist.config.schema import TrackingConfig
 from antdist.errors import UserError
-from antdist.tracking.registry import VALIDATION
+from antdist.tracking.registry import validation_of
 from antdist.tracking.store import check_reachable, connect, redact, sqlite_file, told_clearly, tracking_uri
 
 if TYPE_CHECKING:
@@ -187,7 +187,7 @@ def _version(found: Any, aliases: Mapping[tuple[str, int], Sequence[str]]) -> Ve
         name=found.name,
         version=number,
         aliases=sorted(aliases.get((found.name, number), [])),
-        validation=float(tags[VALIDATION]) if VALIDATION in tags else None,
+        validation=validation_of(found),
         target=tags.get("target"),
         strategy=tags.get("strategy"),
         transfer=tags.get("transfer"),

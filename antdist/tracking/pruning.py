@@ -11,7 +11,7 @@ from typing import Any
 from antdist.errors import UserError
 from antdist.tracking.overview import Version, registered
 from antdist.tracking.registry import MODEL
-from antdist.tracking.store import connect, redact, told_clearly
+from antdist.tracking.store import connect, in_a_line, told_clearly
 
 
 @dataclass(frozen=True)
@@ -90,7 +90,7 @@ def _remove(uri: str, version: Version, others: Sequence[Version]) -> bool:
         client = connect(uri)
         if version.version in {int(number) for number in client.get_registered_model(version.name).aliases.values()}:
             return False
-        artifacts = client.get_run(version.run_id).info.artifact_uri
+        artifacts = version.source.removesuffix(f"/{_model_place(version)}")  # its run may be gone
         for place in _places(version) - shared:
             _remove_files(uri, artifacts, place, version)
         client.delete_model_version(version.name, str(version.version))
@@ -99,10 +99,13 @@ def _remove(uri: str, version: Version, others: Sequence[Version]) -> bool:
 
 def _places(version: Version) -> set[str]:
     """Where `register` put its files, below its run's artifacts; none if it was not `register` that put them there."""
-    model = f"{MODEL}/{(version.digest or '')[:12]}"
-    if version.digest is None or not version.source.endswith(f"/{model}"):
+    if version.digest is None or not version.source.endswith(f"/{_model_place(version)}"):
         return set()
-    return {model} | ({version.training_state} if version.training_state else set())
+    return {_model_place(version)} | ({version.training_state} if version.training_state else set())
+
+
+def _model_place(version: Version) -> str:
+    return f"{MODEL}/{(version.digest or '')[:12]}"
 
 
 def _remove_files(uri: str, artifacts: str, place: str, version: Version) -> None:
@@ -113,9 +116,8 @@ def _remove_files(uri: str, artifacts: str, place: str, version: Version) -> Non
     try:
         get_artifact_repository(artifacts, tracking_uri=uri).delete_artifacts(place)
     except (MlflowException, RequestException, OSError, NotImplementedError) as error:
-        told = redact(str(error)).strip().splitlines() or [type(error).__name__]
         raise UserError(
-            f"its files cannot be removed ({told[0]})",
+            f"its files cannot be removed ({in_a_line(error)})",
             where=version.uri,
             remedy="check that the artifact store lets you remove files; the version stays until then",
         ) from None

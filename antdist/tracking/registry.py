@@ -6,6 +6,7 @@ import contextlib
 import difflib
 import hashlib
 import json
+import math
 import os
 import re
 import shutil
@@ -20,7 +21,7 @@ from urllib.request import url2pathname
 from antdist.errors import UserError
 from antdist.files import file_sha256
 from antdist.tracking.run import clean_key
-from antdist.tracking.store import StoreAway, connect, patiently, redact, refused, told_clearly
+from antdist.tracking.store import StoreAway, connect, in_a_line, patiently, redact, refused, told_clearly
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -168,23 +169,30 @@ def check_model_name(name: str) -> None:
 def judge(alias: str, holder: Any, candidate: Any) -> tuple[bool, str]:
     """Whether an alias moves from `holder` (a model version or None) to `candidate`, and why, in words: it does if nothing
     holds it, or if the validation metric beats the holder's for the same task."""
-    if VALIDATION not in candidate.tags:
+    metric = validation_of(candidate)
+    if holder is not None and int(holder.version) == int(candidate.version):
+        return False, f"{alias} already" + ("" if metric is None else f", with validation Recall@10 {metric:.4f}")
+    if metric is None:
         return False, f"has no validation metric, so it cannot be {alias}"
-    metric = float(candidate.tags[VALIDATION])
     if holder is None:
         return True, f"{alias}: the first, with validation Recall@10 {metric:.4f}"
-    if int(holder.version) == int(candidate.version):
-        return False, f"{alias} already, with validation Recall@10 {metric:.4f}"
     if holder.tags.get("task") != candidate.tags.get("task"):
         return (
             False,
             f"not comparable with the {alias}, version {holder.version}, which learned another task: it stays",
         )
-    if VALIDATION not in holder.tags:
+    best = validation_of(holder)
+    if best is None:
         return False, f"not comparable with the {alias}, version {holder.version}, which was not validated: it stays"
-    best = float(holder.tags[VALIDATION])
     against = f"validation Recall@10 {metric:.4f} against {best:.4f} of version {holder.version}"
     return (True, f"{alias}: {against}") if metric > best else (False, f"not {alias}: {against}")
+
+
+def validation_of(version: Any) -> float | None:
+    """Recall@10 on validation that a version was registered with; None without one, or where it is no number: nothing
+    would ever beat it."""
+    told = version.tags.get(VALIDATION)
+    return None if told is None or not math.isfinite(float(told)) else float(told)
 
 
 def resolve(model: str, uri: str, cache: Path | None = None) -> ResolvedModel:
@@ -373,7 +381,7 @@ def _fetch(uri: str, source: str, digest: str | None, name: str, cache: Path | N
     """The artifacts at `source` in a local folder with this digest."""
     if cache is None:
         cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "antdist" / "models"
-    if digest is not None and (cache / digest).is_dir() and folder_digest(cache / digest) == digest:
+    if digest is not None and _holds(cache / digest, digest):
         return cache / digest
     if source.startswith(("file:", "/")):
         return _checked(Path(url2pathname(urlsplit(source).path)), digest, name)
@@ -381,11 +389,19 @@ def _fetch(uri: str, source: str, digest: str | None, name: str, cache: Path | N
     with tempfile.TemporaryDirectory(dir=cache, prefix="fetching-") as temporary:
         arrived = _checked(_download(uri, source, Path(temporary), name), digest, name)
         kept = cache / (digest or folder_digest(arrived))
-        if kept.is_dir() and folder_digest(kept) != kept.name:
+        if kept.is_dir() and not _holds(kept, kept.name):
             shutil.rmtree(kept)  # an older download, damaged since
         with contextlib.suppress(OSError):  # another process was faster, with the same content
             arrived.rename(kept)
     return kept
+
+
+def _holds(folder: Path, digest: str) -> bool:
+    """Whether a folder is there and whole; who tidies caches may have left it empty."""
+    try:
+        return folder_digest(folder) == digest
+    except UserError:
+        return False
 
 
 def _download(uri: str, source: str, folder: Path, name: str) -> Path:
@@ -396,7 +412,7 @@ def _download(uri: str, source: str, folder: Path, name: str) -> Path:
         return Path(mlflow.artifacts.download_artifacts(source, dst_path=str(folder), tracking_uri=uri))
     except (MlflowException, OSError) as error:
         raise (UserError if refused(error) else StoreAway)(
-            f"the files cannot be fetched ({redact(str(error)).strip().splitlines()[0]})",
+            f"the files cannot be fetched ({in_a_line(error)})",
             where=name,
             remedy="check that the tracking server and its artifact store are up, then run the command again",
         ) from None

@@ -205,6 +205,11 @@ def refused(error: Exception) -> bool:
     return getattr(error, "error_code", None) in REFUSALS and not str(error).startswith("API request")
 
 
+def in_a_line(error: Exception) -> str:
+    """What an error says, its first line, without credentials; of one that says nothing its kind."""
+    return next(iter(redact(str(error)).strip().splitlines()), type(error).__name__)
+
+
 def patiently(work: Callable[[], T], uri: str) -> T:
     """`work()`, tried again for about two minutes while the store is away. It must do no harm when it is done twice.
 
@@ -236,9 +241,8 @@ def told_clearly(uri: str) -> Iterator[None]:
     try:
         yield
     except (MlflowException, RequestException) as error:  # artifacts go without MLflow's wrapping
-        first = redact(str(error)).strip().splitlines()[0]
         raise (UserError if refused(error) else StoreAway)(
-            f"the tracking store refused or failed: {first}",
+            f"the tracking store refused or failed: {in_a_line(error)}",
             where=redact(uri),
             remedy="check that it is up and takes this request, then run the command again",
         ) from None

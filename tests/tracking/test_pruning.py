@@ -97,6 +97,16 @@ def test_files_that_two_versions_share_stay_until_the_last_goes(uri: str, tmp_pa
     assert not shared.exists()
 
 
+def test_a_run_that_mlflow_has_collected_does_not_stop_it(uri: str, tmp_path: Path) -> None:
+    for _ in range(2):
+        make_version(uri, tmp_path, "collected", DATA)
+    oldest, client = resolve("models:/collected/1", uri), connect(uri)
+    client.delete_run(oldest.run_id)
+    client._tracking_client.store._hard_delete_run(oldest.run_id)  # as `mlflow gc` does
+    assert [v.uri for v in prune(uri, pattern="collected", keep=1).removed] == ["models:/collected/1"]
+    assert not oldest.folder.exists()
+
+
 def test_an_alias_that_came_meanwhile_keeps_its_version(
     uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -155,6 +156,9 @@ def version(number: int, metric: float | None, task: str = "t") -> SimpleNamespa
         (version(1, 0.1), version(2, 0.05), False, "not champion"),
         (version(1, 0.1), version(2, 0.9, "other"), False, "not comparable"),
         (version(1, 0.1), version(1, 0.1), False, "champion already"),
+        (version(1, None), version(1, None), False, "champion already"),
+        (None, version(1, math.nan), False, "no validation metric"),
+        (version(1, math.nan), version(2, 0.1), False, "was not validated"),
         (version(1, None), version(2, 0.9), False, "not comparable"),
     ],
 )
@@ -219,6 +223,18 @@ def test_a_damaged_version_is_refused(uri: str, tmp_path: Path, damage: str) -> 
     with pytest.raises(UserError, match="files are gone" if damage == "gone" else "digest differs") as error:
         resolve(reference, uri)
     assert str(error.value).startswith(f"{reference}: ")
+
+
+@pytest.mark.parametrize("left", [[], ["deeper/model.json"]])
+def test_a_download_whose_files_were_swept_away_is_not_used(
+    uri: str, known: Any, tmp_path: Path, left: list[str]
+) -> None:
+    swept = tmp_path / known.digest
+    (swept / "deeper").mkdir(parents=True)
+    for name in left:
+        (swept / name).write_text("{}")
+    found = resolve(known.uri, uri, tmp_path).folder
+    assert found != swept and folder_digest(found) == known.digest
 
 
 def test_loading_through_mlflow_does_not_spoil_the_digest(

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import requests
 
 from antdist.config.schema import TrackingConfig
 from antdist.errors import UserError
@@ -164,6 +165,12 @@ def test_mlflow_errors_are_told_without_credentials() -> None:
         raise MlflowException("API request to http://me:hidden@server/api failed\nmore")
     assert "API request" in str(error.value) and "hidden" not in str(error.value)
     assert error.value.__suppress_context__
+
+
+@pytest.mark.parametrize("error", [requests.ConnectionError(), requests.ConnectionError("  \n")])
+def test_errors_without_words_are_told_by_their_kind(error: Exception) -> None:
+    with pytest.raises(UserError, match="refused or failed: ConnectionError"), told_clearly("http://server"):
+        raise error
 
 
 WRITER = """
