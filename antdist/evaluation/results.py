@@ -5,13 +5,14 @@ from __future__ import annotations
 import hashlib
 import json
 import zipfile
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict
 
 from antdist.config.schema import RelearnConfig
 from antdist.errors import UserError
@@ -31,6 +32,19 @@ _OPERATION = {
     "max_skipped",
     "hang",
 }
+
+
+# what zip files, their decompression and numpy's headers raise where a byte is not what it was
+UNREADABLE = (
+    OSError,
+    EOFError,
+    KeyError,
+    TypeError,
+    ValueError,
+    RuntimeError,
+    zipfile.BadZipFile,
+    zlib.error,
+)
 
 
 class RunKey(BaseModel):
@@ -69,10 +83,21 @@ def budget_digest(config: RelearnConfig) -> str:
 
 
 def pool(runs: Sequence[Run]) -> Run:
-    """Runs of one strategy that differ in their seeds alone, as one run by increasing seed."""
+    """Runs of one strategy that differ in their seeds alone, as one run by increasing seed.
+
+    Raises:
+        UserError: they differ in more, as after data or features were made anew between two of them; saying in what.
+    """
     by_seed = sorted(((seed, r) for run in runs for seed, r in zip(run.key.seeds, run.ranks, strict=True)), key=_seed)
     key = runs[0].key.model_copy(update={"seeds": tuple(seed for seed, _ in by_seed)})
-    assert all(run.key.model_copy(update={"seeds": key.seeds}) == key for run in runs), "other than in their seeds"
+    alike = [run.key.model_dump(exclude={"seeds"}) for run in runs]
+    differs = [name for name in alike[0] if any(other[name] != alike[0][name] for other in alike)]
+    if differs:
+        raise UserError(
+            f"trials of one strategy differ in {', '.join(differs)}, so their seeds cannot be pooled",
+            where=f"target {key.target}",
+            remedy="choose another name=..., or remove the trials that were made with older data or features",
+        )
     assert len(set(key.seeds)) == len(key.seeds), "a seed twice"
     return Run(key, [ranks for _, ranks in by_seed])
 
@@ -107,7 +132,7 @@ def load_ranks(path: str | Path) -> Run:
             key = RunKey.model_validate_json(str(file["key"]))
     except FileNotFoundError:
         raise UserError("no per-user results here", where=path, remedy="run `antdist relearn` first") from None
-    except (OSError, EOFError, KeyError, ValueError, zipfile.BadZipFile, ValidationError) as error:
+    except UNREADABLE as error:
         raise UserError(f"not per-user results ({error})", where=path, remedy="evaluate the model again") from error
     if ranks.shape != (len(key.seeds), len(users)) or seen.shape != users.shape:
         raise UserError("shapes of per-user results disagree", where=path, remedy="evaluate the model again")

@@ -49,6 +49,22 @@ def test_what_is_no_result_is_told(tmp_path: Path) -> None:
         load_ranks(path)
 
 
+def test_no_flipped_bit_ends_in_a_traceback(tmp_path: Path) -> None:
+    path = tmp_path / "ranks.npz"
+    save_ranks(path, make_run((0,), users=40))
+    whole, refused = path.read_bytes(), 0
+    for place in range(len(whole)):
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ 1 << place % 8]) + whole[place + 1 :])
+        try:
+            load_ranks(path)
+        except UserError:
+            refused += 1
+    assert refused > len(whole) / 2
+    np.save(tmp_path / "array.npy", np.ones(3))
+    with pytest.raises(UserError, match="not per-user results"):
+        load_ranks(tmp_path / "array.npy")
+
+
 def test_a_pickle_is_not_loaded(tmp_path: Path) -> None:
     path = tmp_path / "ranks.npz"
     np.savez(path, ranks=np.array([print], dtype=object))
@@ -61,8 +77,8 @@ def test_pool_joins_seeds_in_order() -> None:
     pooled = pool([one, two])
     assert pooled.key.seeds == (1, 3, 5)
     assert pooled.ranks == [*two.ranks, *one.ranks]
-    with pytest.raises(AssertionError):
-        pool([one, make_run((2,), epochs=4)])
+    with pytest.raises(UserError, match="differ in manifest, epochs, so their seeds cannot be pooled"):
+        pool([one, make_run((2,), epochs=4, manifest="cd")])
     with pytest.raises(AssertionError):
         pool([one, make_run((5,))])
 
