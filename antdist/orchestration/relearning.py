@@ -156,16 +156,16 @@ def _relearn(config: RelearnConfig, target: str, folder: Path, uri: str, parent:
 
 
 def _refuse_unfinished(outcomes: list[Path]) -> None:
-    """Raises UserError if a trial diverged (it is tried again by the next start) or was ended early."""
-    for outcome in outcomes:
-        error = (read_json(outcome) or {}).get("error")
-        if error:
-            outcome.unlink()
-            raise UserError(
-                error["what"],
-                where=error["where"],
-                remedy="lower training.learning_rate, set training.clip, or run in fp32; and choose another name",
-            )
+    """Raises UserError if trials diverged (they are tried again by the next start) or were ended early."""
+    errors = {outcome: error for outcome in outcomes if (error := (read_json(outcome) or {}).get("error"))}
+    for outcome in errors:
+        outcome.unlink()
+    for error in errors.values():
+        raise UserError(
+            error["what"],
+            where=error["where"],
+            remedy="lower training.learning_rate, set training.clip, or run in fp32; and choose another name",
+        )
     stopped = [outcome.parent.name for outcome in outcomes if not outcome.is_file()]
     if stopped:
         raise UserError(
@@ -294,6 +294,8 @@ def _open_trial(config: RelearnConfig, strategy: Strategy, seed: int, folder: Pa
             where=mine,
             remedy="choose another name=..., name that parent, or remove the folder",
         )
+    if (mine / "validation.npz").is_file():
+        _refuse_older_data(mine, lineage)
     if known is not None and known["run_id"] is not None:
         note_tracked(mine, config, known)  # to a copy that is new
         if not (mine / "outcome.json").is_file():
@@ -307,6 +309,19 @@ def _open_trial(config: RelearnConfig, strategy: Strategy, seed: int, folder: Pa
     )
     tracked.finish(status=None)
     note_tracked(mine, config, {"run_id": tracked.run_id, "parent": lineage.parent})
+
+
+def _refuse_older_data(trial: Path, lineage: Lineage) -> None:
+    """Raises UserError if the target was prepared anew since a trial ended: its result is not one on these data."""
+    from antdist.evaluation.results import load_ranks
+
+    key = load_ranks(trial / "validation.npz").key
+    if lineage.fingerprints != {key.target: key.manifest}:
+        raise UserError(
+            f"this trial ended on other data of {key.target} (fingerprint {key.manifest[:12]})",
+            where=trial,
+            remedy="choose another name=..., or remove the folder to train it on those that are there",
+        )
 
 
 # -- the worker ------------------------------------------------------------------------------------------------------

@@ -16,8 +16,15 @@ from antdist.evaluation.ranking import Ranks
 from antdist.evaluation.results import Run, RunKey, save_ranks
 from antdist.files import write_json
 from antdist.orchestration import relearning
-from antdist.orchestration.relearning import Relearned, _conclude, choose, trial_folder
-from antdist.tracking.registry import resolve
+from antdist.orchestration.relearning import (
+    Relearned,
+    _conclude,
+    _open_trial,
+    _refuse_unfinished,
+    choose,
+    trial_folder,
+)
+from antdist.tracking.registry import Lineage, resolve
 from antdist.tracking.run import start_run
 from antdist.tracking.store import tracking_uri
 
@@ -120,3 +127,22 @@ def test_without_scratch_nothing_becomes_champion(uri: str, tmp_path: Path) -> N
     assert conclude(uri, folder, "relearn").verdicts["relearn"].transfer == "unknown"
     with pytest.raises(UserError, match="has no alias 'champion'"):
         resolve("models:/alone-t@champion", uri)
+
+
+def test_a_trial_that_ended_on_older_data_is_refused_before_others_are_trained(uri: str, tmp_path: Path) -> None:
+    trial(uri, tmp_path, "scratch", 60)
+    config = check_config(RelearnConfig, {"target": "t", "strategy": "scratch"})
+    _open_trial(config, "scratch", 0, tmp_path, uri, Lineage({"t": "f"}, target="t", strategy="scratch"))
+    anew = Lineage({"t": "prepared anew"}, target="t", strategy="scratch")
+    with pytest.raises(UserError, match=r"scratch-seed0: this trial ended on other data of t \(fingerprint f\)"):
+        _open_trial(config, "scratch", 0, tmp_path, uri, anew)
+
+
+def test_all_trials_that_diverged_are_tried_again(tmp_path: Path) -> None:
+    outcomes = [tmp_path / name for name in ("a", "b", "c")]
+    for number, outcome in enumerate(outcomes):
+        told = {"error": {"what": f"diverged {number}", "where": "w", "remedy": "r"}} if number < 2 else {"epoch": 1}
+        write_json(outcome, told)
+    with pytest.raises(UserError, match="w: diverged 0"):
+        _refuse_unfinished(outcomes)
+    assert [outcome.is_file() for outcome in outcomes] == [False, False, True]
