@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Literal
 
 import numpy as np
@@ -12,6 +13,8 @@ from antdist.batch import Batch, GlobalBatch, IntArray
 from antdist.data.windows import ranges, starts_of
 
 FloatArray = NDArray[np.float64]
+
+SPARSE = 32  # items of the catalogue for each id of a micro-batch: above it ids are sorted (65,000 take a millisecond)
 
 
 def assign(lengths: IntArray, parts: int) -> IntArray:
@@ -83,23 +86,21 @@ def deal(
     """
     assert not log_q or heaps is not None or candidates == "catalogue"
     heaps = heaps if log_q else None
-    mine = select(batch, np.flatnonzero(assign(np.diff(batch.offsets), world_size) == rank))
     bias: FloatArray | None = None
     target_bias: FloatArray | None = None
     if candidates == "catalogue":
         item_ids = chosen = np.arange(catalogue_size)
-        rows = item_ids
         counts = np.bincount(batch.targets, minlength=catalogue_size)
     else:
         draws = np.empty(0, dtype=np.int64)
         if candidates == "sampled":
             draws = _draw(samples, catalogue_size, heaps, seed, step)
-        item_ids = _distinct(catalogue_size, batch.items, batch.targets, draws)
-        rows = np.empty(catalogue_size, dtype=np.int64)  # where an id stands in item_ids; no other place is read
-        rows[item_ids] = np.arange(len(item_ids))
-        chosen, counts, drawn = _tally(rows[batch.targets], rows[draws], len(item_ids))
+        item_ids, (items, targets, draws) = _numbered(catalogue_size, batch.items, batch.targets, draws)
+        batch = replace(batch, items=items, targets=targets)
+        chosen, counts, drawn = _tally(targets, draws, len(item_ids))
         repeats = drawn if candidates == "sampled" else counts
         bias, target_bias = _biases(repeats, item_ids[chosen], heaps, samples=max(1, len(draws)))
+    mine = select(batch, np.flatnonzero(assign(np.diff(batch.offsets), world_size) == rank))
     places = np.empty(len(item_ids), dtype=np.int64)  # where a row stands in the candidates
     places[chosen] = np.arange(len(chosen))
     begin, end = share(len(item_ids), rank, world_size)
@@ -107,10 +108,10 @@ def deal(
     return Batch(
         item_ids=torch.from_numpy(item_ids),
         share=(begin, end),
-        tokens=torch.from_numpy(rows[mine.items]),
+        tokens=torch.from_numpy(mine.items),
         offsets=torch.from_numpy(mine.offsets),
         predict_at=torch.from_numpy(mine.predict_at),
-        targets=torch.from_numpy(places[rows[mine.targets]]),
+        targets=torch.from_numpy(places[mine.targets]),
         candidates=torch.from_numpy(chosen),
         own=(own_begin, own_end),
         counts=torch.from_numpy(counts.astype(np.float32)),
@@ -128,12 +129,22 @@ def share(rows: int, rank: int, world_size: int) -> tuple[int, int]:
     return begin, begin + each + (rank < over)
 
 
-def _distinct(catalogue_size: int, *ids: IntArray) -> IntArray:
-    """The distinct ids, sorted: without a sort, at a byte an item of the catalogue."""
-    seen = np.zeros(catalogue_size, dtype=np.bool_)
-    for some in ids:
-        seen[some] = True
-    return np.flatnonzero(seen)
+def _numbered(catalogue_size: int, *ids: IntArray) -> tuple[IntArray, list[IntArray]]:
+    """The distinct ids, sorted, and of each array the places of its ids among them.
+
+    By a mark for each item of the catalogue; by a sort where that is many times larger, whatever its size.
+    """
+    together = np.concatenate(ids)
+    if catalogue_size > SPARSE * len(together):
+        distinct, places = np.unique(together, return_inverse=True)
+    else:
+        seen = np.zeros(catalogue_size, dtype=np.bool_)
+        seen[together] = True
+        distinct = np.flatnonzero(seen)
+        place = np.empty(catalogue_size, dtype=np.int64)  # no other than those of distinct ids is read
+        place[distinct] = np.arange(len(distinct))
+        places = place[together]
+    return distinct, np.split(places, np.cumsum([len(some) for some in ids])[:-1])
 
 
 def _tally(targets: IntArray, draws: IntArray, rows: int) -> tuple[IntArray, IntArray, IntArray]:

@@ -30,9 +30,6 @@ READ_AHEAD = 4  # steps whose inputs lie in the host's memory: two waiting, one 
 HELD_SHARE = 0.2  # of a GPU's memory, for features (antdist.training.feed)
 BUCKET = 500_000_000  # gradients in DeepSpeed's buffer of stages 1 and 2, if `reduce_bucket_size` is not set
 PAGE = 4096
-TALLY = (
-    0.65e-9  # seconds an item of the catalogue to find a batch's distinct ones (antdist.data.deal; measured on a CPU)
-)
 RANKS = 20_000  # places at which a law of popularity is evaluated
 QUANTILES = 2_000  # of users' lengths
 
@@ -482,13 +479,10 @@ def make_plan(config: Config, data: Workload, ranks: int, machine: Machine) -> P
     pages = sum(math.ceil(data.row_bytes * width / sum(data.dims.values()) / PAGE) + 1 for width in data.dims.values())
     # each rank reads all sequences, and those of a node share its page cache
     read = data.sequence_bytes / steps + min(ranks, machine.ranks_a_node) * rows * missing * pages * PAGE
-    looked_up = {"rows": rows * data.row_bytes / machine.lookup, "distinct items": 0.0}
-    if config.loss.negatives != "catalogue":
-        looked_up["distinct items"] = config.training.accumulation * TALLY * data.items
     seconds = {
         "compute": sum(compute.values()),
         "interconnect": sum(exchanged.values()) / machine.between(ranks),
-        "feature look-up": sum(looked_up.values()),
+        "feature look-up": rows * data.row_bytes / machine.lookup,
         "storage": read / machine.storage,
     }
     size = checkpoint_bytes(parameters)
@@ -507,7 +501,7 @@ def make_plan(config: Config, data: Workload, ranks: int, machine: Machine) -> P
         checkpoint=size,
         checkpoint_seconds=size / machine.storage,
         bottleneck=bottleneck,
-        setting=_setting(bottleneck, config, memory, compute, exchanged, looked_up, missing),
+        setting=_setting(bottleneck, config, memory, compute, exchanged, missing),
     )
 
 
@@ -517,7 +511,6 @@ def _setting(
     memory: Memory,
     compute: Mapping[str, float],
     exchanged: Mapping[str, float],
-    looked_up: Mapping[str, float],
     missing: float,
 ) -> str:
     """What moves the bottleneck, in a line."""
@@ -539,8 +532,6 @@ def _setting(
         if training.zero_stage == 3:
             return "training.zero_stage=1: weights stay on every rank"
         return "stream.batch_size: more predictions for each exchange of gradients"
-    if bottleneck == "feature look-up" and looked_up["distinct items"] > looked_up["rows"]:
-        return "stream.batch_size: each micro-batch finds its distinct items by a mark for each of the catalogue"
     if bottleneck == "feature look-up":
         return "tables of two bytes a number (featurize --dtype float16), more ranks to share the items (--gpus)"
     if missing:

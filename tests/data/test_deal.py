@@ -170,6 +170,32 @@ def test_in_batch_with_log_q():
         assert float(target_bias) == pytest.approx(-math.log(q), abs=1e-4)
 
 
+@pytest.mark.parametrize(
+    ("candidates", "log_q"), [("in_batch", False), ("in_batch", True), ("sampled", False), ("sampled", True)]
+)
+def test_marks_and_sorted_ids_deal_the_same(monkeypatch, candidates, log_q):
+    settings = {"samples": 30, "log_q": log_q, "heaps": starts_of(np.arange(CATALOGUE) + 1), "seed": 3}
+    for windows in (2, 25):
+        dealt = []
+        for sparse in (0, math.inf):
+            monkeypatch.setattr("antdist.data.deal.SPARSE", sparse)
+            dealt.append(deals(random_batch(8, windows), 3, candidates, **settings))
+        for one, other in zip(*dealt, strict=True):
+            for name, value in vars(one).items():
+                same = vars(other)[name]
+                assert (
+                    torch.equal(value, same) and value.dtype == same.dtype if torch.is_tensor(value) else value == same
+                )
+
+
+def test_a_micro_batch_costs_what_it_holds_not_what_the_catalogue_does():
+    """No array of a million million items can be made."""
+    far = random_batch(9, 20, catalogue=10**12)
+    dealt = [deal(far, rank=r, world_size=2, candidates="in_batch", catalogue_size=10**12) for r in range(2)]
+    expected = windows_of(far.items, far.offsets, far.predict_at, far.targets)
+    assert sorted(map(repr, expected)) == sorted(repr(w) for d in dealt for w in as_ids(d))
+
+
 def test_catalogue_candidates_are_all_items():
     batch = random_batch(6, 10)
     (dealt,) = deals(batch, 1, "catalogue", log_q=True)
