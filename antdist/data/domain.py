@@ -42,6 +42,7 @@ from antdist.data.shards import (
     npy_bytes,
     read_samples,
 )
+from antdist.data.windows import ranges, starts_of
 from antdist.errors import UserError
 from antdist.files import file_sha256
 
@@ -103,6 +104,23 @@ class Domain:
         items = np.concatenate([np.zeros(0, np.int64), *(block.items for block in blocks)], dtype=np.int64)
         times = np.concatenate([np.zeros(0, np.int64), *(block.times for block in blocks)], dtype=np.int64)
         return Sequences(offsets.astype(np.int64), items, times)
+
+    def histories(self, users: NDArray[np.int64]) -> Sequences:
+        """Those of some users, given by increasing index, in memory; reads the shards that hold them, one after the other."""
+        lengths, items, times = ([np.zeros(0, np.int64)] for _ in range(3))
+        for shard in self.manifest.sequence_shards:
+            first = shard.first_user
+            if _among(users, first, shard.users).size == 0:
+                continue
+            for block in read_blocks(self.folder, shard, self.manifest.items):
+                wanted = _among(users, first, len(block.offsets) - 1) - first
+                begin, length = block.offsets[wanted], np.diff(block.offsets)[wanted]
+                places = ranges(begin, length)
+                lengths.append(length)
+                items.append(block.items[places].astype(np.int64))
+                times.append(block.times[places])
+                first += len(block.offsets) - 1
+        return Sequences(starts_of(np.concatenate(lengths)), np.concatenate(items), np.concatenate(times))
 
     def verify_sequences(self) -> int:
         """Check size and digest of every file that training reads; returns how many bytes they are.
@@ -180,6 +198,11 @@ def read_blocks(folder: Path, shard: SequenceShard, items: int) -> Iterator[User
         for fault in block_faults(block, items):
             raise UserError(fault, where=f"{path} ({stated.key})", remedy=TORN)
         yield block
+
+
+def _among(users: NDArray[np.int64], first: int, count: int) -> NDArray[np.int64]:
+    """Those of increasing `users` that are `first` or one of the `count` - 1 after it."""
+    return users[slice(*np.searchsorted(users, [first, first + count]))]
 
 
 def _is_json(name: str) -> bool:

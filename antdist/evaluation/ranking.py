@@ -88,11 +88,15 @@ def test_queries(sequences: Sequences, max_length: int, *, limit: int | None = N
     return _queries(sequences, max_length, 1, limit, seed)
 
 
+def drawn_users(count: int, limit: int | None, seed: int) -> IntArray:
+    """Which of `count` users are asked, by increasing index: all, or `limit` of them, drawn by `seed`."""
+    if limit is None or limit >= count:
+        return np.arange(count)
+    return np.sort(np.random.default_rng(seed).choice(count, limit, replace=False))
+
+
 def _queries(sequences: Sequences, max_length: int, from_end: int, limit: int | None, seed: int) -> Queries:
-    count = len(sequences.offsets) - 1
-    users = np.arange(count)
-    if limit is not None and limit < count:
-        users = np.sort(np.random.default_rng(seed).choice(count, limit, replace=False))
+    users = drawn_users(len(sequences.offsets) - 1, limit, seed)
     starts, ends = sequences.offsets[users], sequences.offsets[users + 1] - from_end
     assert (ends > starts).all(), "a prepared user has at least three interactions"
     items, offsets = _segments(sequences.items, np.maximum(starts, ends - max_length), ends)

@@ -73,11 +73,11 @@ def open_inputs(
     return Inputs(domains, catalogue, opened, popularity)
 
 
-def rank_together(model: Recommender, catalogue: Catalogue, domain: int, queries: Queries, world: World) -> Ranks:
-    """Rank a domain's queries, each rank its share of the users; all of them on every rank. Collective."""
+def rank_together(model: Recommender, catalogue: Catalogue, domain: int, mine: Queries, world: World) -> Ranks:
+    """Rank a domain's queries, each rank its own share of them; all users' ranks on every rank. Collective."""
     from antdist.evaluation.ranking import embed_catalogue, merge, rank_targets
     from antdist.training.world import gather_objects
 
     ids = np.arange(catalogue.offsets[domain], catalogue.offsets[domain + 1])
     embeddings = embed_catalogue(model, catalogue, ids)
-    return merge(gather_objects(world, rank_targets(model, embeddings, queries.shard(world.rank, world.size))))
+    return merge(gather_objects(world, rank_targets(model, embeddings, mine)))

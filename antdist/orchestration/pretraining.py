@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -37,6 +37,8 @@ from antdist.tracking.run import TrackedRun, start_run, stored_run
 from antdist.tracking.store import redact, tracking_uri
 
 if TYPE_CHECKING:
+    from antdist.data.domain import Domain
+    from antdist.evaluation.ranking import Queries
     from antdist.model.recommender import Recommender
     from antdist.training.loop import Metrics
     from antdist.training.world import World
@@ -259,23 +261,28 @@ def find_state(config: PretrainConfig, uri: str, tell: Callable[[str], None]) ->
 
 
 def _evaluator(config: PretrainConfig, inputs: Inputs, world: World) -> Any:
-    """Full ranking of each domain's validation users; the mean over domains chooses."""
+    """Full ranking of each domain's validation users; the mean over domains chooses. A rank holds the histories of its own
+    share of them alone."""
     from antdist.evaluation.metrics import METRICS, summary
-    from antdist.evaluation.ranking import validation_queries
 
-    queries = [
-        validation_queries(
-            domain.sequences(), config.model.max_length, limit=config.training.validation_users, seed=config.seed
-        )
-        for domain in inputs.domains
-    ]
+    mine = [_own_queries(config, domain, world) for domain in inputs.domains]
 
     def evaluate(model: Recommender) -> Metrics:
         found = {
-            domain.name: summary(rank_together(model, inputs.catalogue, index, queries[index], world))
+            domain.name: summary(rank_together(model, inputs.catalogue, index, mine[index], world))
             for index, domain in enumerate(inputs.domains)
         }
         means = {m: sum(metrics[m] for metrics in found.values()) / len(found) for m in METRICS}
         return means | {f"{name}/Recall@10": metrics["Recall@10"] for name, metrics in found.items()}
 
     return evaluate
+
+
+def _own_queries(config: PretrainConfig, domain: Domain, world: World) -> Queries:
+    """A rank's share of a domain's validation: a run of the users that are asked, so that it reads few shards."""
+    from antdist.data.deal import share
+    from antdist.evaluation.ranking import drawn_users, validation_queries
+
+    asked = drawn_users(domain.manifest.users, config.training.validation_users, config.seed)
+    users = asked[slice(*share(len(asked), world.rank, world.size))]
+    return replace(validation_queries(domain.histories(users), config.model.max_length), users=users)

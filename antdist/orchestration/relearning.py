@@ -404,9 +404,10 @@ def _train_trial(
     )
     sequences, longest = inputs.domains[0].sequences(), config.model.max_length
     watched = ranking.validation_queries(sequences, longest, limit=config.training.validation_users, seed=0)
+    my_watched = watched.shard(world.rank, world.size)
 
     def evaluate(candidate: Recommender) -> Metrics:
-        found = summary(rank_together(candidate, inputs.catalogue, 0, watched, world))
+        found = summary(rank_together(candidate, inputs.catalogue, 0, my_watched, world))
         return {name: value for name, value in found.items() if "@" in name}
 
     progress = learn(
@@ -433,7 +434,7 @@ def _train_trial(
     }
     outcome: dict[str, Any] = {"epoch": progress.best_epoch, "epochs": progress.epoch, "finished": progress.finished}
     for split in SPLITS:
-        ranks = rank_together(best, inputs.catalogue, 0, queries[split], world)
+        ranks = rank_together(best, inputs.catalogue, 0, queries[split].shard(world.rank, world.size), world)
         outcome[split] = summary(ranks)
         if world.leader:
             save_ranks(folder / f"{split}.npz", Run(_key(config, inputs, seed, split), [ranks]))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,6 +14,7 @@ from hypothesis import strategies as st
 
 from antdist.data.domain import Domain, ItemRecord, Sequences, open_domain, read_blocks, write_domain
 from antdist.errors import UserError
+from tests.domains import numbered_domain
 
 IMAGES = [b"\xff\xd8\xff one", b"\x89PNG two", b"\xff\xd8\xff three"]
 texts = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=8)
@@ -55,6 +57,13 @@ def test_what_is_read_is_what_was_written(
         assert one.user_ids() == users
         for read, wrote in zip(vars(one.sequences()).values(), vars(sequences).values(), strict=True):
             assert read.dtype == np.int64 and np.array_equal(read, wrote)
+        for some in (range(len(users)), range(0, len(users), 2), range(1, len(users), 3), []):
+            histories = one.histories(np.array(some, dtype=np.int64))
+            for u, (begin, end) in zip(some, itertools.pairwise(histories.offsets), strict=True):
+                whole = slice(sequences.offsets[u], sequences.offsets[u + 1])
+                assert histories.items[begin:end].tolist() == sequences.items[whole].tolist()
+                assert histories.times[begin:end].tolist() == sequences.times[whole].tolist()
+            assert len(histories.items) == len(histories.times) == histories.offsets[-1]
         assert [item for shard in one.manifest.item_shards for item in one.items(shard)] == items
         assert one.popularity().tolist() == naive_popularity(sequences, len(items))
         for file in one.manifest.files:
@@ -62,6 +71,15 @@ def test_what_is_read_is_what_was_written(
         assert one.fingerprint == two.fingerprint
         assert (one.folder / "manifest.json").read_bytes() == (two.folder / "manifest.json").read_bytes()
         assert all(block.users <= block_users for shard in one.manifest.sequence_shards for block in shard.blocks)
+
+
+def test_histories_are_read_from_the_shards_that_hold_them(tmp_path: Path) -> None:
+    domain = numbered_domain(tmp_path / "d", [3, 4, 5, 6, 3, 4], block_users=1, blocks_per_shard=2)
+    first, _, third = domain.manifest.sequence_shards
+    for unread in (first, third):
+        (domain.folder / unread.name).unlink()
+    histories = domain.histories(np.array([2, 3]))
+    assert histories.offsets.tolist() == [0, 5, 11] and histories.items.tolist() == list(range(7, 18))
 
 
 def naive_popularity(sequences: Sequences, items: int) -> list[int]:

@@ -7,17 +7,21 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 
 from antdist.config.load import check_config
 from antdist.config.schema import PretrainConfig, RelearnConfig
-from antdist.data.domain import open_domain
+from antdist.data.domain import Domain, open_domain
 from antdist.errors import UserError
+from antdist.evaluation.ranking import merge, rank_targets, validation_queries
 from antdist.faults import corrupt
 from antdist.features.table import Catalogue
+from antdist.model.recommender import build_recommender
 from antdist.orchestration import pretraining, relearning
 from antdist.orchestration.worker import check_features
-from antdist.training.world import current_world
+from antdist.training.world import World, current_world
 from tests.ranks import on_ranks
 from tests.worlds import make_domains
 
@@ -77,3 +81,23 @@ def test_the_workers_of_a_node_share_its_tables(tmp_path: Path, monkeypatch: pyt
         corrupt(part, "flip")
         assert finders() == [finder]
         part.write_bytes(whole)
+
+
+@pytest.mark.parametrize("limit", [None, 7, 2])
+def test_each_rank_validates_its_own_run_of_the_users(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, limit: int | None
+) -> None:
+    """Together they rank whom one rank would, alike; none holds the histories of all."""
+    make_domains(tmp_path, ["aa"])
+    domain = open_domain(tmp_path / "aa")
+    settings = {"seed": 3, "model": {"max_length": 5}, "training": {"validation_users": limit}}
+    config = check_config(PretrainConfig, settings)
+    whole = validation_queries(domain.sequences(), 5, limit=limit, seed=3)
+    monkeypatch.setattr(Domain, "sequences", None)
+    shares = [pretraining._own_queries(config, domain, World(rank, 3)) for rank in range(3)]
+    assert np.concatenate([share.users for share in shares]).tolist() == whole.users.tolist()
+    model = build_recommender(config.model, Catalogue([domain], MODALITIES).dims, seed=1)
+    embeddings = torch.randn(domain.manifest.items, config.model.dim, generator=torch.Generator().manual_seed(1))
+    together = merge([rank_targets(model, embeddings, share) for share in shares])
+    for name, value in vars(rank_targets(model, embeddings, whole)).items():
+        assert getattr(together, name).tolist() == value.tolist()
