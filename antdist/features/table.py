@@ -21,6 +21,7 @@ from pydantic import BaseModel, ConfigDict, Field, StringConstraints, Validation
 
 from antdist.batch import IntArray, ItemFeatures
 from antdist.errors import UserError
+from antdist.features.maps import make_room
 from antdist.features.source import source_has
 from antdist.files import file_sha256, write_json
 
@@ -369,7 +370,8 @@ class Catalogue:
 
     Raises:
         UserError: what `open_table` raises; tables of different encoders (law: features must be comparable), saying
-            which domain has which, or of another dimension than `dims`; a modality that no domain has.
+            which domain has which, or of another dimension than `dims`; a modality that no domain has; more parts than
+            the system lets a process map.
     """
 
     def __init__(
@@ -408,6 +410,7 @@ class Catalogue:
                     remedy=f"leave {modality} out of model.modalities, or use domains that have it",
                 )
             self._tables[modality] = [table if table and table.meta.present else None for table in tables]
+        make_room(sum(len(table.meta.parts) for table in self._all_tables()))
 
     @property
     def size(self) -> int:

@@ -1,0 +1,36 @@
+"""What the system lets a process hold: a memory map keeps its file open, and a large catalogue has thousands of parts."""
+
+from __future__ import annotations
+
+import resource
+from pathlib import Path
+
+from antdist.errors import UserError
+
+OTHERS = 512  # files and maps of all else: libraries, sockets, shards
+MOST_MAPS = Path("/proc/sys/vm/max_map_count")
+
+
+def make_room(maps: int) -> None:
+    """Raise this process' limit of open files where it would not do for so many maps.
+
+    Raises:
+        UserError: the system allows fewer open files or maps.
+    """
+    needed = maps + OTHERS
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != resource.RLIM_INFINITY and soft < needed:
+        if hard != resource.RLIM_INFINITY and hard < needed:
+            raise _too_few("open files", hard, needed, f"ulimit -n {needed}")
+        resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))
+    allowed = int(MOST_MAPS.read_text()) if MOST_MAPS.is_file() else needed
+    if allowed < needed:
+        raise _too_few("memory maps", allowed, needed, f"sysctl -w vm.max_map_count={2 * needed}")
+
+
+def _too_few(what: str, allowed: int, needed: int, command: str) -> UserError:
+    return UserError(
+        f"the features need {needed:,} {what}, this system allows a process {allowed:,}",
+        where="features",
+        remedy=f"have the system's administrator raise it (`{command}`)",
+    )

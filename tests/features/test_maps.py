@@ -1,0 +1,54 @@
+"""A table of more parts than a process may have files open is read all the same, or refused in a line."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from antdist.errors import UserError
+from antdist.features import maps
+from antdist.features.featurize import featurize
+from tests.items import some_items
+
+PARTS = 80
+READER = """
+import resource, sys
+import numpy as np
+from antdist.data.domain import open_domain
+from antdist.errors import UserError
+from antdist.features import maps
+from antdist.features.table import Catalogue
+maps.OTHERS = 40
+resource.setrlimit(resource.RLIMIT_NOFILE, (60, int(sys.argv[2])))
+try:
+    print(len(Catalogue([open_domain(sys.argv[1])], ["price"]).features(np.arange(80)).values["price"]))
+except UserError as error:
+    print(error)
+"""
+
+
+@pytest.mark.parametrize(
+    ("hard", "told"),
+    [(4096, "80"), (70, "features: the features need 120 open files, this system allows a process 70.")],
+)
+def test_more_parts_than_open_files(make_domain: Any, hard: int, told: str) -> None:
+    domain = make_domain("d", some_items(PARTS), items_per_shard=1)
+    featurize([domain], price="log", workers=0)
+    done = subprocess.run(
+        [sys.executable, "-c", READER, str(domain.folder), str(hard)], capture_output=True, text=True, check=True
+    )
+    assert done.stdout.startswith(told)
+
+
+def test_more_parts_than_maps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(maps, "MOST_MAPS", tmp_path / "max_map_count")
+    maps.make_room(1000)
+    maps.MOST_MAPS.write_text("65530\n")
+    maps.make_room(1000)
+    maps.MOST_MAPS.write_text("1000\n")
+    with pytest.raises(UserError, match=r"1,512 memory maps, this system allows a process 1,000.*max_map_count=3024"):
+        maps.make_room(1000)
