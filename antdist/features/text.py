@@ -91,7 +91,14 @@ class _LoadedText:
         except (OSError, ValueError, KeyError) as error:
             reason = str(error).strip().splitlines()[0]
             raise UserError(f"no tokenizer in this folder ({reason})", where=f"--text {encoder.folder}") from None
-        self.dim = int(self.encode(["a"]).shape[1])
+        try:  # as long a text as there may be
+            self.dim = int(self.encode(["a " * encoder.max_length]).shape[1])
+        except (IndexError, RuntimeError) as error:
+            raise UserError(
+                f"the model cannot read {encoder.max_length} tokens ({str(error).partition(chr(10))[0]})",
+                where=f"--text {encoder.folder}",
+                remedy="lower --max-length",
+            ) from None
 
     def __call__(self, items: Sequence[ItemRecord]) -> Encoded:
         present = np.array([has_text(item.text) for item in items], dtype=bool)

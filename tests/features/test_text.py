@@ -61,6 +61,12 @@ def test_text_is_cut_at_max_length(tiny_bert: Path) -> None:
     np.testing.assert_allclose(short.values[0], one_by_one(tiny_bert, "red lamp", "cls", 32), atol=2e-6)
 
 
+def test_a_max_length_beyond_the_models_positions_is_told_before_a_text_is_read(tiny_bert: Path) -> None:
+    found = find_text_encoder(str(tiny_bert), max_length=257, device="cpu")  # it has 256
+    with pytest.raises(UserError, match=r"--text .*: the model cannot read 257 tokens.*Lower --max-length"):
+        found.load()
+
+
 def test_digest_is_of_configuration_and_weights(tiny_bert: Path, tmp_path: Path) -> None:
     copy = tmp_path / "copy"
     shutil.copytree(tiny_bert, copy)
