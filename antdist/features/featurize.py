@@ -26,7 +26,7 @@ from antdist.errors import UserError
 from antdist.features.encoder import Encoded, Encoder, Loaded
 from antdist.features.image import MAX_PIXELS, HistogramImage, find_image_encoder
 from antdist.features.local_ray import on_loopback
-from antdist.features.price import FREQUENCY, PriceEncoder, Scale
+from antdist.features.price import DIM, FREQUENCY, PriceEncoder, Scale
 from antdist.features.source import item_facts
 from antdist.features.table import (
     Dtype,
@@ -406,14 +406,15 @@ def _with_ray(
     import ray
 
     workers = min(workers, len(units))
-    threads = threads or max(1, (os.cpu_count() or 1) // workers)
     started = not ray.is_initialized()
     if started:
         os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # Ray's own remarks on what it retries
-        local = {"address": "local", "num_cpus": workers * threads, "include_dashboard": False}
+        local: dict[str, Any] = {"address": "local", "include_dashboard": False}
+        local["num_cpus"] = workers * (threads or max(1, (os.cpu_count() or 1) // workers))
         cluster = bool(os.environ.get("RAY_ADDRESS"))
         with contextlib.nullcontext() if cluster else on_loopback():
             ray.init(log_to_driver=False, logging_level="error", **({} if cluster else local))
+    threads = threads or share_of_cores([node["Resources"] for node in ray.nodes() if node["Alive"]], workers)
     for chatty in RAY_CHATTER:
         logging.getLogger(chatty).setLevel(logging.ERROR)
     try:
@@ -442,6 +443,13 @@ def _with_ray(
     finally:
         if started:
             ray.shutdown()
+
+
+def share_of_cores(nodes: Sequence[Mapping[str, float]], workers: int) -> int:
+    """CPUs for each of the workers on a cluster of such nodes. None gets more than the largest node has: it would be waited
+    for without end. At least one, for a cluster whose nodes are still to come."""
+    cores = [int(resources.get("CPU", 0)) for resources in nodes]
+    return max(1, min(sum(cores) // workers, max(cores, default=0)))
 
 
 # ----------------------------------------------------------------------------------------------------- finishing
@@ -523,7 +531,7 @@ def _report(domain: Domain, meta: FeatureMeta, fresh: Sequence[PartNote]) -> Tab
 
 
 def _price_table(domain: Domain, encoder: PriceEncoder, dtype: Dtype) -> TableReport:
-    """Prices need all of a domain at once (its bounds, its ranks) and next to no time: done here, whole."""
+    """The scale of prices needs all of a domain's (its bounds, its ranks), and all of it next to no time: done here."""
     start = time.monotonic()
     folder = features_folder(domain)
     folder.mkdir(exist_ok=True)
@@ -532,30 +540,22 @@ def _price_table(domain: Domain, encoder: PriceEncoder, dtype: Dtype) -> TableRe
     if meta is not None and all(part_is_whole(folder, part) for part in meta.parts):
         return _report(domain, meta, [])
     (folder / "price.json").unlink(missing_ok=True)
-    prices = np.array([np.nan if f.price is None else f.price for f in item_facts(domain)], dtype=np.float64)
-    values, present = encoder.encode(prices)
+    prices = (np.nan if facts.price is None else facts.price for facts in item_facts(domain))
+    scaled = encoder.scaled(np.fromiter(prices, np.float64, domain.manifest.items))
     parts = []
-    if present.any():
+    if np.isfinite(scaled).any():
         for number, shard in enumerate(domain.manifest.item_shards):
-            rows = slice(shard.first, shard.first + shard.items)
-            parts.append(
-                write_part(
-                    folder,
-                    "price",
-                    number,
-                    first=shard.first,
-                    values=values[rows].astype(dtype),
-                    present=present[rows],
-                )
-            )
+            values, present = encoder.encode(scaled[shard.first : shard.first + shard.items])
+            rounded = values.astype(dtype)
+            parts.append(write_part(folder, "price", number, first=shard.first, values=rounded, present=present))
     meta = FeatureMeta(
         modality="price",
         encoder=order.encoder,
-        dim=values.shape[1],
+        dim=DIM,
         dtype=dtype,
         items=domain.manifest.items,
         fingerprint=domain.fingerprint,
-        present=int(present.sum()),
+        present=sum(part.present for part in parts),
         parts=parts,
     )
     write_meta(folder, meta)

@@ -59,12 +59,19 @@ class PriceEncoder:
     def description(self) -> dict[str, str | int | float | None]:
         return {"name": f"sinusoid ({self.scale})", "scale": self.scale, "range": self.upper, "c": self.frequency}
 
-    def encode(self, prices: NDArray[np.float64]) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
-        """All prices of one domain (n,), NaN where missing, to features (n, 64) and presence (n,)."""
+    def scaled(self, prices: NDArray[np.float64]) -> NDArray[np.float64]:
+        """All prices of one domain (n,), NaN where missing, on the encoder's scale."""
         present = np.isfinite(prices)
-        values = np.zeros((len(prices), DIM), dtype=np.float32)
+        scaled = np.full(len(prices), np.nan)
         if present.any():
-            values[present] = sinusoid(self.upper * rescale(prices[present], self.scale), self.frequency)
+            scaled[present] = self.upper * rescale(prices[present], self.scale)
+        return scaled
+
+    def encode(self, scaled: NDArray[np.float64]) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
+        """Some of a domain's `scaled` prices (n,) to features (n, 64) and presence (n,)."""
+        present = np.isfinite(scaled)
+        values = np.zeros((len(scaled), DIM), dtype=np.float32)
+        values[present] = sinusoid(scaled[present], self.frequency)
         return values, present
 
 

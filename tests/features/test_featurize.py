@@ -18,9 +18,9 @@ from antdist.data.verify import verify
 from antdist.errors import UserError
 from antdist.features import featurize as featurize_module
 from antdist.features.encoder import Encoded
-from antdist.features.featurize import featurize
+from antdist.features.featurize import featurize, share_of_cores
 from antdist.features.image import HistogramImage
-from antdist.features.price import PriceEncoder
+from antdist.features.price import PriceEncoder, sinusoid
 from antdist.features.table import Catalogue, open_table
 from antdist.features.text import _LoadedText, find_text_encoder, open_projection
 from tests.items import some_items
@@ -53,7 +53,7 @@ def test_tables_hold_what_the_encoders_say(make_domain: Any, tiny_bert: Path) ->
     text = find_text_encoder(str(tiny_bert), pooling="mean", device="cpu").load()(items)
     image = HistogramImage().load()(items)
     prices = np.array([np.nan if item.price is None else item.price for item in items])
-    price, priced = PriceEncoder("log").encode(prices)
+    price, priced = PriceEncoder("log").encode(PriceEncoder("log").scaled(prices))
     everything = np.arange(10)
     for modality, values, present in (
         ("text", text.values, text.present),
@@ -293,6 +293,38 @@ def test_a_reprepared_domain_is_encoded_anew(make_domain: Any, tiny_bert: Path, 
     assert calls == [4, 3]
     assert not list((again.folder / "features").glob("text-00002*"))
     open_table(again, "text").verify()
+
+
+@pytest.mark.parametrize(
+    ("nodes", "workers", "cores"),
+    [
+        ([{"CPU": 8.0}], 2, 4),
+        ([{"CPU": 0.0, "GPU": 1.0}, {"CPU": 8.0}, {"CPU": 8.0}], 2, 8),
+        ([{"CPU": 4.0}] * 16, 2, 4),  # no node has the 32 that would be a half of all
+        ([{"CPU": 2.0}], 8, 1),
+        ([{"memory": 1.0}], 2, 1),
+        ([], 2, 1),
+    ],
+)
+def test_no_worker_asks_for_more_cores_than_a_node_has(nodes: Any, workers: int, cores: int) -> None:
+    assert share_of_cores(nodes, workers) == cores
+
+
+def test_prices_are_encoded_a_shard_at_a_time(make_domain: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is 8 bytes an item as a price is 768 while it is encoded."""
+    taken = []
+
+    def counting(prices: Any, frequency: float) -> Any:
+        taken.append(len(prices))
+        return sinusoid(prices, frequency)
+
+    monkeypatch.setattr("antdist.features.price.sinusoid", counting)
+    items = [ItemRecord(n, f"i{n}", None, 1.5**n, []) for n in range(11)]
+    domain = make_domain("d", items, items_per_shard=4)
+    featurize([domain], price="log", workers=0)
+    assert taken == [4, 4, 3]
+    values, present = open_table(domain, "price").rows(np.arange(11))
+    assert present.all() and np.array_equal(values, sinusoid(np.linspace(0, 1000, 11)))
 
 
 @pytest.mark.ray

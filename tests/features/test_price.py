@@ -53,7 +53,7 @@ def test_the_unit_does_not_matter(scale: Any) -> None:
 
 def test_missing_prices_stay_missing() -> None:
     prices = np.array([np.nan, 5.0, np.nan, 1.0])
-    values, present = PriceEncoder().encode(prices)
+    values, present = PriceEncoder().encode(PriceEncoder().scaled(prices))
     assert present.tolist() == [False, True, False, True]
     assert not values[[0, 2]].any()
     np.testing.assert_array_equal(values[[3, 1]], sinusoid(np.array([0.0, 1000.0])))
@@ -63,8 +63,8 @@ def test_default_range_lets_the_encoding_vary() -> None:
     """Prices in [0, 1] straight would leave most of the 64 dimensions all but constant."""
     prices = np.linspace(1, 100, 200)
     narrow, wide = PriceEncoder("quantile", 1.0), PriceEncoder("quantile")
-    assert (narrow.encode(prices)[0].std(0) > 0.1).sum() < 16
-    assert (wide.encode(prices)[0].std(0) > 0.1).sum() > 40
+    assert (narrow.encode(narrow.scaled(prices))[0].std(0) > 0.1).sum() < 16
+    assert (wide.encode(wide.scaled(prices))[0].std(0) > 0.1).sum() > 40
 
 
 def test_identity_holds_scale_range_and_coefficient() -> None:
