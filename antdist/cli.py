@@ -231,10 +231,10 @@ def verify(domain: Path, json_file: Path | None) -> None:
 @click.option("--image", metavar="ENCODER", help="histogram, or a transformers vision model: a name or a folder.")
 @click.option("--price", type=click.Choice(["raw", "minmax", "log", "quantile"]), help="The scale of prices.")
 @click.option("--pooling", type=click.Choice(["cls", "mean"]), help="Of a text encoder. Default: cls; mean for minilm.")
-@click.option("--max-length", default=256, show_default=True, help="Tokens of a text.")
-@click.option("--text-dim", default=128, show_default=True, help="Dimension of hashed.")
+@click.option("--max-length", default=256, type=click.IntRange(1), show_default=True, help="Tokens of a text.")
+@click.option("--text-dim", default=128, type=click.IntRange(1), show_default=True, help="Dimension of hashed.")
 @click.option("--projection", type=click.Path(path_type=Path), help="hashed: a fitted file, or where to put it.")
-@click.option("--max-images", default=4, show_default=True, help="Pictures averaged an item.")
+@click.option("--max-images", default=4, type=click.IntRange(1), show_default=True, help="Pictures averaged an item.")
 @click.option(
     "--max-bad",
     type=click.FloatRange(0, 1),
@@ -242,10 +242,16 @@ def verify(domain: Path, json_file: Path | None) -> None:
     show_default=True,
     help="Share of pictures that may be broken.",
 )
-@click.option("--batch-size", default=64, show_default=True)
+@click.option("--batch-size", default=64, type=click.IntRange(1), show_default=True)
 @click.option("--dtype", type=click.Choice(["float32", "float16"]), default="float32", show_default=True)
 @click.option("--device", default="auto", show_default=True)
-@click.option("--workers", default=2, show_default=True, help="Ray actors; 0: this process alone, without Ray.")
+@click.option(
+    "--workers",
+    default=2,
+    type=click.IntRange(0),
+    show_default=True,
+    help="Ray actors; 0: this process alone, without Ray.",
+)
 @json_option
 def featurize(domains: Sequence[Path], json_file: Path | None, **options: Any) -> None:
     """Run frozen encoders over the items of prepared domains, into their feature tables; goes on where it stopped.

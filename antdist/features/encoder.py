@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -156,11 +157,13 @@ def load_frozen(folder: Path, option: str, device: str) -> tuple[Any, torch.devi
 
 
 def pick_device(device: str) -> str:
-    """`auto` is the GPU where there is one."""
+    """`auto` is the GPU where there is one. Raises UserError: no such device here."""
     import torch
 
     if device == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", device):
+        raise UserError(f"there is no device {device!r}", where="--device", remedy="use auto, cpu, cuda or cuda:NUMBER")
     if device.startswith("cuda") and not torch.cuda.is_available():
         raise UserError("no GPU is available here", where=f"--device {device}", remedy="use --device cpu")
     return device

@@ -164,7 +164,7 @@ def fit_projection(texts: Sequence[str], dim: int, path: Path, fitted_on: Sequen
     `(counts @ components.T - mean) / scale`, of mean 0 and, over all dimensions together, variance 1 on these texts.
     Fewer texts than dimensions leave the last ones zero.
     """
-    from safetensors.numpy import save_file
+    from safetensors.numpy import save
     from sklearn.decomposition import TruncatedSVD
 
     texts = [text for text in texts if has_text(text)]
@@ -182,7 +182,7 @@ def fit_projection(texts: Sequence[str], dim: int, path: Path, fitted_on: Sequen
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.tmp")
     # One metadata key, as the order of several is not fixed and the digest must be.
-    save_file(arrays, str(temporary), metadata={"fitted_on": json.dumps(list(fitted_on))})
+    temporary.write_bytes(save(arrays, metadata={"fitted_on": json.dumps(list(fitted_on))}))
     digest = file_sha256(temporary)
     temporary.replace(path)
     _digest_file(path).write_text(f"{digest}  {path.name}\n", encoding="utf-8")

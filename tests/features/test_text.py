@@ -17,7 +17,7 @@ import torch
 from antdist.data.domain import ItemRecord
 from antdist.errors import UserError
 from antdist.features import encoder, text
-from antdist.features.encoder import find_minilm, find_pretrained, folder_digest
+from antdist.features.encoder import find_minilm, find_pretrained, folder_digest, pick_device
 from antdist.features.text import find_text_encoder, fit_projection, open_projection
 
 TEXTS = ["red lamp", "large steel garden table wood", "", None, "  ", "small desk desk", "unheard words"]
@@ -65,6 +65,12 @@ def test_a_max_length_beyond_the_models_positions_is_told_before_a_text_is_read(
     found = find_text_encoder(str(tiny_bert), max_length=257, device="cpu")  # it has 256
     with pytest.raises(UserError, match=r"--text .*: the model cannot read 257 tokens.*Lower --max-length"):
         found.load()
+
+
+@pytest.mark.parametrize("device", ["gpu", "cuda0", "meta", ""])
+def test_unknown_devices_are_told(device: str) -> None:
+    with pytest.raises(UserError, match=r"--device: there is no device .*Use auto, cpu, cuda or cuda:NUMBER"):
+        pick_device(device)
 
 
 def test_digest_is_of_configuration_and_weights(tiny_bert: Path, tmp_path: Path) -> None:
@@ -198,6 +204,15 @@ def test_projection_file_is_the_same_for_the_same_texts_and_reused(tmp_path: Pat
     assert opened == first
     assert (tmp_path / "one.safetensors.sha256").read_text() == f"{first.digest}  one.safetensors\n"
     assert first.description()["digest"] == hashlib.sha256((tmp_path / "one.safetensors").read_bytes()).hexdigest()
+
+
+def test_a_projection_that_cannot_be_written_is_the_disks_fault(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The command line tells of an OSError in a line."""
+    monkeypatch.setattr(Path, "with_name", lambda path, name: path.parent / "gone" / name)
+    with pytest.raises(FileNotFoundError):
+        fit_projection(["red lamp", "steel chair"], 2, tmp_path / "p.safetensors", ["a"])
 
 
 def test_fewer_texts_than_dimensions(tmp_path: Path) -> None:
