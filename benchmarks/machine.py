@@ -31,7 +31,7 @@ def machine(threads: int) -> dict[str, Any]:
     facts["versions"] = ", ".join(f"{k.split('.')[1]} {v}" for k, v in tags.items() if k.startswith("version."))
     commit = tags.get("mlflow.source.git.commit")
     if commit:
-        facts["commit"] = commit[:12] + (" with changes" if tags["git.changed"] == "true" else "")
+        facts["commit"] = commit[:12] + (" with changes" if tags.get("git.changed") == "true" else "")
     return facts
 
 

@@ -44,6 +44,14 @@ def test_table_and_json_say_the_same() -> None:
     assert document["machine"]["threads"] == 3 and "torch" in document["machine"]["versions"]
 
 
+def test_a_commit_of_which_git_says_no_more_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    tags = {"mlflow.source.git.commit": "0123456789abcdef"}
+    monkeypatch.setattr("benchmarks.machine.environment_tags", lambda folder: tags)
+    assert machine(1)["commit"] == "0123456789ab"
+    tags["git.changed"] = "true"
+    assert machine(1)["commit"] == "0123456789ab with changes"
+
+
 def test_numbers_keep_three_digits() -> None:
     assert [number(v) for v in (1234567.8, 12.345, 0.012345, 3.0)] == ["1,234,568", "12.3", "0.0123", "3"]
 
