@@ -392,7 +392,7 @@ address_option = click.option("--address", metavar="URL", help="http://HEAD:8265
 
 
 @cli.command(context_settings={"ignore_unknown_options": True})
-@click.argument("verb", type=click.Choice(["pretrain", "relearn", "evaluate", "featurize", "prepare"]))
+@click.argument("verb", type=click.Choice(["pretrain", "relearn", "evaluate", "featurize", "prepare", "score"]))
 @click.argument("arguments", nargs=-1, type=click.UNPROCESSED, metavar="[ARGUMENTS OF THE VERB]...")
 @address_option
 @click.option(
@@ -587,6 +587,42 @@ def recommend(
     for rank, item in enumerate(items, 1):
         click.echo(f"{rank:3}  {item.score:.3f}  {item.item_id}  {item.title}")
     write_document({"model": model, "items": [item._asdict() for item in items]}, json_file)
+
+
+@cli.command()
+@model_options
+@click.option("--out", required=True, metavar="FOLDER", type=click.Path(), help="Folder or URI (s3://...) to fill.")
+@click.option("-n", "--top", "n", default=10, show_default=True, type=click.IntRange(1), help="Items a user.")
+@click.option("--include-seen", is_flag=True, help="Rank what a user has had, too.")
+@click.option("--workers", default=2, show_default=True, help="Ray actors; 0: this process alone, without Ray.")
+@click.option("--batch-size", default=512, show_default=True, type=click.IntRange(1), help="Users scored together.")
+@click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True)
+@json_option
+def score(
+    model: str,
+    domain: Path,
+    out: str,
+    storage: Path,
+    tracking_uri: str | None,
+    json_file: Path | None,
+    **options: Any,
+) -> None:
+    """The top items of DATA/NAME by MODEL for every user, into Parquet files: user_id, items, scores, best first.
+
+    Users and items that came after training are scored as the others. Run again, it does only what is missing; FOLDER/_score.json,
+    written last, says what the files were made from.
+
+    \b
+    Examples:
+      antdist score models:/relearn-food@champion data/food --out scores/food --top 20
+      antdist submit score models:/relearn-food@champion /shared/data/food --out s3://bucket/food --address http://head:8265
+    """
+    from antdist.data.domain import open_domain
+    from antdist.serving.score import score as run
+    from antdist.serving.use import find_model
+
+    opened = open_domain(domain)
+    tell(run(find_model(model, storage, tracking_uri), opened, out, **options), json_file)
 
 
 @cli.command("import-reference")

@@ -5,8 +5,8 @@ from __future__ import annotations
 import contextlib
 import sys
 import time
-from collections.abc import Iterable, Iterator
-from typing import TextIO, TypeVar
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, TextIO, TypeVar
 
 from antdist.errors import redact
 
@@ -36,27 +36,46 @@ def tee(listener: TextIO) -> Iterator[None]:
         _listeners.remove(listener)
 
 
-def track(iterable: Iterable[T], description: str, total: int | None = None) -> Iterator[T]:
-    """Iterate with a bar (terminal) or a line every 15 seconds (log): items done, rate, time left."""
+def track(
+    iterable: Iterable[T], description: str, total: int | None = None, size: Callable[[T], int] = lambda _: 1
+) -> Iterator[T]:
+    """Iterate with a bar (terminal) or a line every 15 seconds (log): how much is done, rate, time left.
+
+    Args:
+        total: of all sizes.
+        size: of an element.
+    """
     if sys.stderr.isatty():
-        yield from _bar(iterable, description, total)
+        yield from _bar(iterable, description, total, size)
     else:
-        yield from _lines(iterable, description, total)
+        yield from _lines(iterable, description, total, size)
 
 
-def _bar(iterable: Iterable[T], description: str, total: int | None) -> Iterator[T]:
+def _bar(iterable: Iterable[T], description: str, total: int | None, size: Callable[[T], int]) -> Iterator[T]:
     from rich.console import Console
-    from rich.progress import track as rich_track
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, TextColumn, TimeRemainingColumn
+    from rich.text import Text
 
-    yield from rich_track(iterable, description=description, total=total, console=Console(stderr=True), transient=True)
+    class Rate(ProgressColumn):
+        def render(self, task: Any) -> Text:
+            return Text("" if task.speed is None else f"{task.speed:,.1f}/s")
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), Rate(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+        bar = progress.add_task(description, total=total)
+        for element in iterable:
+            progress.advance(bar, size(element))
+            yield element
 
 
-def _lines(iterable: Iterable[T], description: str, total: int | None) -> Iterator[T]:
+def _lines(iterable: Iterable[T], description: str, total: int | None, size: Callable[[T], int]) -> Iterator[T]:
     start = last = time.monotonic()
-    for done, element in enumerate(iterable):
+    done = 0
+    for element in iterable:
         now = time.monotonic()
         if now - last >= QUIET_SECONDS:
             last, rate = now, done / (now - start)
             left = f", {(total - done) / rate:.0f} s left" if total and rate else ""
             say(f"{description}: {done}{f' of {total}' if total else ''}, {rate:.1f}/s{left}")
         yield element
+        done += size(element)

@@ -21,6 +21,7 @@ def make_domain(
     longest: int = 14,
     block_users: int = 8,
     blocks_per_shard: int | None = None,
+    items_per_shard: int = 4096,
     dims: dict[str, int] | None = None,
     missing: float = 0.2,
 ) -> Domain:
@@ -42,6 +43,7 @@ def make_domain(
         {"format": "test"},
         block_users=block_users,
         blocks_per_shard=blocks_per_shard,
+        items_per_shard=items_per_shard,
     )
     domain = open_domain(folder)
     for modality, dim in (dims if dims is not None else {"text": 12, "image": 10, "price": 6}).items():

@@ -53,8 +53,8 @@ class Queries:
 
     def select(self, rows: IntArray) -> Queries:
         """The queries at `rows`, in that order."""
-        items, offsets = _segments(self.items, self.offsets[rows], self.offsets[rows + 1])
-        exclude = _segments(self.exclude_items, self.exclude_offsets[rows], self.exclude_offsets[rows + 1])
+        items, offsets = segments(self.items, self.offsets[rows], self.offsets[rows + 1])
+        exclude = segments(self.exclude_items, self.exclude_offsets[rows], self.exclude_offsets[rows + 1])
         return Queries(self.users[rows], items, offsets, self.targets[rows], *exclude)
 
     def shard(self, rank: int, world_size: int) -> Queries:
@@ -99,12 +99,12 @@ def _queries(sequences: Sequences, max_length: int, from_end: int, limit: int | 
     users = drawn_users(len(sequences.offsets) - 1, limit, seed)
     starts, ends = sequences.offsets[users], sequences.offsets[users + 1] - from_end
     assert (ends > starts).all(), "a prepared user has at least three interactions"
-    items, offsets = _segments(sequences.items, np.maximum(starts, ends - max_length), ends)
-    exclude = _segments(sequences.items, starts, ends)
+    items, offsets = segments(sequences.items, np.maximum(starts, ends - max_length), ends)
+    exclude = segments(sequences.items, starts, ends)
     return Queries(users, items, offsets, sequences.items[ends].astype(np.int64), *exclude)
 
 
-def _segments(values: IntArray, starts: IntArray, ends: IntArray) -> tuple[IntArray, IntArray]:
+def segments(values: IntArray, starts: IntArray, ends: IntArray) -> tuple[IntArray, IntArray]:
     """The stretches `values[starts[i]:ends[i]]` one after the other, and their offsets."""
     lengths = ends - starts
     offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)

@@ -6,9 +6,7 @@ small file that says what made it, before the next begins, so a run that is kill
 
 from __future__ import annotations
 
-import contextlib
 import json
-import logging
 import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -25,7 +23,7 @@ from antdist.data.quarantine import MAX_BAD, QUARANTINE_NAME, BadRecord, allowed
 from antdist.errors import UserError
 from antdist.features.encoder import Encoded, Encoder, Loaded
 from antdist.features.image import MAX_PIXELS, HistogramImage, find_image_encoder
-from antdist.features.local_ray import on_loopback
+from antdist.features.local_ray import ray_data_session
 from antdist.features.price import DIM, FREQUENCY, PriceEncoder, Scale
 from antdist.features.source import item_facts
 from antdist.features.table import (
@@ -45,8 +43,6 @@ if TYPE_CHECKING:
     from antdist.data.domain import Domain, ItemRecord
 
 CHUNK = 512  # items whose pictures are in memory together
-# Ray Data's loggers that tell of each execution
-RAY_CHATTER = ("ray.data._internal.execution.streaming_executor", "ray.data._internal.progress")
 PROJECTION_NAME = "hashed-text.safetensors"
 Description = dict[str, str | int | float | None]
 
@@ -402,37 +398,20 @@ def _with_ray(
     units: list[Unit], encoders: dict[str, Encoder], workers: int, threads: int | None, device: str
 ) -> Iterator[list[PartNote]]:
     """Through Ray Data: on the Ray that runs, or on a local one that is started here and stopped at the end."""
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    import ray
-
     workers = min(workers, len(units))
-    started = not ray.is_initialized()
-    if started:
-        os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # Ray's own remarks on what it retries
-        local: dict[str, Any] = {"address": "local", "include_dashboard": False}
-        local["num_cpus"] = workers * (threads or max(1, (os.cpu_count() or 1) // workers))
-        cluster = bool(os.environ.get("RAY_ADDRESS"))
-        with contextlib.nullcontext() if cluster else on_loopback():
-            ray.init(log_to_driver=False, logging_level="error", **({} if cluster else local))
-    threads = threads or share_of_cores([node["Resources"] for node in ray.nodes() if node["Alive"]], workers)
-    for chatty in RAY_CHATTER:
-        logging.getLogger(chatty).setLevel(logging.ERROR)
-    try:
-        ray.data.DataContext.get_current().enable_progress_bars = False
+    rows = [
+        {"domain": unit.domain, "shard": unit.shard, "orders": json.dumps([asdict(order) for order in unit.orders])}
+        for unit in units
+    ]
+    with ray_data_session(workers, threads) as share:
+        import ray
+
         gpus = ray.cluster_resources().get("GPU", 0) if device != "cpu" else 0
-        rows = [
-            {
-                "domain": unit.domain,
-                "shard": unit.shard,
-                "orders": json.dumps([asdict(order) for order in unit.orders]),
-            }
-            for unit in units
-        ]
         encoded = ray.data.from_items(rows, override_num_blocks=len(rows)).map(
             Worker,
-            fn_constructor_args=(encoders, threads),
+            fn_constructor_args=(encoders, share),
             compute=ray.data.ActorPoolStrategy(size=workers),
-            num_cpus=threads,
+            num_cpus=share,
             num_gpus=min(1.0, gpus / workers) if gpus else None,
         )
         for row in encoded.iter_rows():
@@ -440,16 +419,6 @@ def _with_ray(
                 what, where, remedy = json.loads(row["error"])
                 raise UserError(what, where=where, remedy=remedy)
             yield [PartNote.from_json(note) for note in json.loads(row["notes"])]
-    finally:
-        if started:
-            ray.shutdown()
-
-
-def share_of_cores(nodes: Sequence[Mapping[str, float]], workers: int) -> int:
-    """CPUs for each of the workers on a cluster of such nodes. None gets more than the largest node has: it would be waited
-    for without end. At least one, for a cluster whose nodes are still to come."""
-    cores = [int(resources.get("CPU", 0)) for resources in nodes]
-    return max(1, min(sum(cores) // workers, max(cores, default=0)))
 
 
 # ----------------------------------------------------------------------------------------------------- finishing

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from antdist.data.domain import Domain
     from antdist.model.recommender import Recommender
 
-_TOGETHER, _SCORES = 512, 2**26  # histories ranked at once, and their scores: 256 MiB
+TOGETHER = 512  # histories ranked at once
 _LOOKED_AT = 20_000  # ids compared with an unknown one: difflib takes about 10 microseconds for each
 
 
@@ -62,29 +62,25 @@ def recommend(
 def recommend_many(
     model: Recommender, item_embeddings: Tensor, histories: Sequence[Sequence[int]], wanted: Sequence[int]
 ) -> list[list[tuple[int, float]]]:
-    """`recommend` for many histories, none of them empty: `wanted[i]` items for the i-th. Items with the very same score may
-    come in another order.
+    """`recommend` for many histories, none of them empty: `wanted[i]` items for the i-th.
 
     Raises:
         UserError: the model's vectors are not finite.
     """
     from antdist.evaluation.ranking import encode_histories, unit
-    from antdist.products import exact_products
+    from antdist.serving.top import top_items
 
-    catalogue = unit(item_embeddings, "item embeddings")
-    together = max(1, min(_TOGETHER, _SCORES // len(catalogue)))
     found: list[list[tuple[int, float]]] = []
-    for first in range(0, len(histories), together):
-        whole = histories[first : first + together]
+    for first in range(0, len(histories), TOGETHER):
+        whole, numbers = histories[first : first + TOGETHER], wanted[first : first + TOGETHER]
         recent = [history[-model.config.max_length :] for history in whole]
         offsets = np.cumsum([0, *map(len, recent)])
         vectors = unit(encode_histories(model, item_embeddings, np.concatenate(recent), offsets), "user vectors")
-        with exact_products(item_embeddings.device):
-            scores = vectors @ catalogue.T
-        for row, history, n in zip(scores, whole, wanted[first : first + together], strict=True):
-            row[list(history)] = -np.inf
-            best = row.topk(min(n, len(catalogue) - len(set(history))))
-            found.append(list(zip(best.indices.tolist(), best.values.tolist(), strict=True)))
+        seen = np.repeat(np.arange(len(whole)), [len(history) for history in whole]), np.concatenate(whole)
+        indices, scores = top_items(vectors, [item_embeddings], max(numbers), seen)
+        for row, n in enumerate(numbers):
+            there = indices[row, :n] >= 0
+            found.append(list(zip(indices[row, :n][there].tolist(), scores[row, :n][there].tolist(), strict=True)))
     return found
 
 

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from antdist.data.domain import Domain
+    from antdist.features.table import Catalogue
     from antdist.model.io import ModelCard
     from antdist.model.recommender import Recommender
 
@@ -27,12 +28,43 @@ class OpenModel:
     item_embeddings: Tensor  # (N, d)
 
 
+@dataclass(frozen=True)
+class FoundModel:
+    """A loaded model, its card, and where it came from: `uri` is `models:/NAME/VERSION` where it is registered."""
+
+    model: Recommender
+    card: ModelCard
+    folder: Path
+    uri: str
+
+
 class Shown(NamedTuple):
     """An item for people."""
 
     item_id: str
     title: str
     score: float | None = None
+
+
+def find_model(model: str, storage: Path, tracking_uri: str | None = None) -> FoundModel:
+    """Find MODEL and load it.
+
+    Raises:
+        UserError: no such model.
+    """
+    from antdist.model.io import load_model
+    from antdist.tracking.registry import resolve
+    from antdist.tracking.store import tracking_uri as store
+
+    folder, uri = Path(model), model
+    if not folder.is_dir():  # a folder needs no registry
+        resolved = resolve(model, store(TrackingConfig(uri=tracking_uri), storage.resolve()))
+        folder, uri = resolved.folder, resolved.uri
+    recommender, card = load_model(folder)
+    unknown = [modality for modality in card.dims if modality not in card.features]
+    if unknown:
+        say(f"note: {model} does not say which encoders made its {', '.join(unknown)} features: see to it")
+    return FoundModel(recommender, card, folder, uri)
 
 
 def open_model(model: str, domain: Path, storage: Path, tracking_uri: str | None = None) -> OpenModel:
@@ -42,19 +74,10 @@ def open_model(model: str, domain: Path, storage: Path, tracking_uri: str | None
         UserError: no such model or domain, features missing or of other encoders, ANT_t on another catalogue.
     """
     from antdist.data.domain import open_domain
-    from antdist.model.io import load_model
-    from antdist.tracking.registry import resolve
-    from antdist.tracking.store import tracking_uri as store
 
     opened = open_domain(domain)
-    folder = Path(model)
-    if not folder.is_dir():  # a folder needs no registry
-        folder = resolve(model, store(TrackingConfig(uri=tracking_uri), storage.resolve())).folder
-    recommender, card = load_model(folder)
-    unknown = [modality for modality in card.dims if modality not in card.features]
-    if unknown:
-        say(f"note: {model} does not say which encoders made its {', '.join(unknown)} features: see to it")
-    return OpenModel(recommender, opened, embed_domain(recommender, card, opened))
+    found = find_model(model, storage, tracking_uri)
+    return OpenModel(found.model, opened, embed_domain(found.model, found.card, opened))
 
 
 def embed_domain(model: Recommender, card: ModelCard, domain: Domain) -> Tensor:
@@ -64,6 +87,16 @@ def embed_domain(model: Recommender, card: ModelCard, domain: Domain) -> Tensor:
         UserError: features missing or of other encoders, ANT_t on another catalogue.
     """
     from antdist.evaluation.ranking import embed_catalogue
+
+    return embed_catalogue(model, catalogue_for(card, domain))
+
+
+def catalogue_for(card: ModelCard, domain: Domain) -> Catalogue:
+    """The features of a domain's items, if they are what the model reads.
+
+    Raises:
+        UserError: as `embed_domain`.
+    """
     from antdist.features.table import Catalogue
 
     made_for = card.made.get("fingerprint")
@@ -76,7 +109,7 @@ def embed_domain(model: Recommender, card: ModelCard, domain: Domain) -> Tensor:
         )
     identities = {modality: source.identity for modality, source in card.features.items()}
     dims = {str(modality): width for modality, width in card.dims.items()}
-    return embed_catalogue(model, Catalogue([domain], list(dims), dims=dims, identities=identities))
+    return Catalogue([domain], list(dims), dims=dims, identities=identities)
 
 
 def evaluate_model(opened: OpenModel, split: Literal["validation", "test"]) -> dict[str, float]:

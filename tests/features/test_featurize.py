@@ -18,8 +18,9 @@ from antdist.data.verify import verify
 from antdist.errors import UserError
 from antdist.features import featurize as featurize_module
 from antdist.features.encoder import Encoded
-from antdist.features.featurize import featurize, share_of_cores
+from antdist.features.featurize import featurize
 from antdist.features.image import HistogramImage
+from antdist.features.local_ray import share_of_cores
 from antdist.features.price import PriceEncoder, sinusoid
 from antdist.features.table import Catalogue, open_table
 from antdist.features.text import _LoadedText, find_text_encoder, open_projection

@@ -151,7 +151,7 @@ def test_batches_do_not_matter(folder: Path, monkeypatch: pytest.MonkeyPatch) ->
     model = _load_pyfunc(str(folder))
     asked = pd.DataFrame({"history": HISTORIES * 3})
     whole = model.predict(asked)
-    monkeypatch.setattr("antdist.serving.recommend._TOGETHER", 2)
+    monkeypatch.setattr("antdist.serving.recommend.TOGETHER", 2)
     assert model.predict(asked)["items"].tolist() == whole["items"].tolist()
 
 
