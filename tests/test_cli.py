@@ -22,7 +22,7 @@ def run(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 def test_the_contract_of_verbs() -> None:
     expected = "synth prepare verify featurize validate pretrain relearn evaluate recommend import-reference"
-    expected += " models promote submit jobs logs stop resume"
+    expected += " score models promote submit jobs logs stop resume"
     assert set(expected.split()) <= set(VERBS)
 
 
@@ -49,6 +49,8 @@ def test_help_imports_nothing_heavy() -> None:
         (["verify", "absent"], "absent"),
         (["verify", "absent", "--json", "/proc/no/figures.json"], "/proc/no/figures.json: cannot be written"),
         (["evaluate", "absent", "absent"], "absent"),
+        (["score", "absent", "absent", "--out", "out"], "absent: no prepared domain here"),
+        (["score", "models:/m/1", "data/food", "--out", "out", "--top", "0"], "'--top': 0 is not in the range x>=1"),
         (["models"], "mlflow.db: no registry here. Name the folder of the runs with --storage"),
         (["submit", "relearn", "stategy=auto"], "unknown key stategy. Did you mean strategy."),
         (

@@ -5,12 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
+import pyarrow.parquet as pq
 import pytest
 
 from antdist.config.load import load_config
-from antdist.config.schema import PretrainConfig
+from antdist.config.schema import ModelConfig, PretrainConfig
 from antdist.errors import UserError
-from antdist.model.io import read_card
+from antdist.features.table import Catalogue
+from antdist.model.io import ModelCard, read_card, save_model
+from antdist.model.recommender import build_recommender
 from antdist.orchestration.checks import check_pretrain
 from antdist.tracking.registry import resolve
 from antdist.tracking.store import tracking_uri
@@ -62,6 +65,24 @@ def test_both_jobs_run_on_the_head_that_they_were_submitted_to(
     assert any(path.match("logs/train/*worker*") for path in logs), sorted(map(str, logs))
     token = (head.folder / "token").read_text()
     assert not any(token in text for text in [first.logs, second.logs, *logs.values()])
+
+
+@pytest.mark.slow
+def test_scoring_runs_on_the_head_that_it_was_submitted_to(head: Head, tmp_path: Path) -> None:
+    (domain,) = make_domains(tmp_path / "data", ["food"])
+    catalogue = Catalogue([domain], ["text"])
+    model = build_recommender(ModelConfig(modalities=["text"], dim=16, inner=16), catalogue.dims)
+    save_model(tmp_path / "model", model, ModelCard(kind="pretrained", config=model.config, dims=catalogue.dims))
+    job = head.submit(
+        "python", "launch/score.py", f"{tmp_path}/model", str(domain.folder), "--out", f"{tmp_path}/out", "--top", "3"
+    )
+    assert job.succeeded, job.logs
+    assert "120 items for 40 users in 5 files" in job.logs and "2 workers" in job.logs
+    assert pq.read_table(tmp_path / "out").num_rows == 40
+    again = head.submit(
+        "python", "launch/score.py", f"{tmp_path}/model", str(domain.folder), "--out", f"{tmp_path}/out", "--top", "4"
+    )
+    assert not again.succeeded and "holds what was made from other inputs: n was 3, here it is 4" in again.logs
 
 
 def test_a_mistake_fails_the_job_with_one_line(head: Head) -> None:

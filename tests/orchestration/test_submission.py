@@ -114,6 +114,7 @@ def test_here_relative_places_are_those_of_this_folder(tmp_path: Path, monkeypat
         ("evaluate", ["models:/m/1", "data/food"], r"DATA/NAME: 'data/food' would be looked for"),
         ("evaluate", ["runs/m/model", "/data/food"], r"MODEL: 'runs/m/model' would be looked for"),
         ("evaluate", ["models:/m/1", "/data/food", "--tracking-uri=http://me:secret@mlflow"], "a user name, password or token"),
+        ("score", ["models:/m/1", "/data/food", "--out", "scores"], r"out: 'scores' would be looked for"),
         ("featurize", ["/data/a", "data/b"], r"'data/b' would be looked for"),
     ],
 )  # fmt: skip
@@ -121,6 +122,13 @@ def test_what_can_be_seen_here_is_refused_here(verb: str, arguments: list[str], 
     with pytest.raises(UserError, match=message) as told:
         read(verb, *arguments)
     assert "secret" not in str(told.value)
+
+
+def test_scores_go_to_a_uri_as_it_was_typed() -> None:
+    sent = read("score", "models:/m@champion", "/data/food", "--out=s3://bucket/food", "--include-seen", "-n", "5")
+    assert shlex.split(sent.entrypoint)[3:] == [
+        "score", "--out=s3://bucket/food", "--top=5", "--include-seen", "--", "models:/m@champion", "/data/food",
+    ] and sent.metadata["run"] == "food"  # fmt: skip
 
 
 def test_arguments_that_the_verb_does_not_take_are_refused() -> None:

@@ -5,6 +5,10 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +31,7 @@ from antdist.serving.score import ScoreReport, item_ranges, score
 from antdist.serving.use import embed_domain, find_model
 from tests.worlds import give_features, make_domain
 
+PROJECT = Path(__file__).resolve().parents[2]
 CONFIG = ModelConfig(modalities=["text", "price"], dim=16, inner=16, experts=2, max_length=4)
 
 
@@ -262,6 +267,7 @@ def test_ray_workers_write_the_same_bytes_and_a_crashed_one_is_replaced(
 ) -> None:
     import ray
 
+    monkeypatch.setattr("antdist.serving.score.RANGE_ITEMS", 10)  # the catalogue in three objects
     run(model, domain, tmp_path / "here")
     once = tmp_path / "once"
     monkeypatch.setenv(faults.VARIABLE, json.dumps([{"fault": "kill", "at": "score", "step": 6, "once": str(once)}]))
@@ -272,3 +278,39 @@ def test_ray_workers_write_the_same_bytes_and_a_crashed_one_is_replaced(
     assert parts(tmp_path / "out") == parts(tmp_path / "here")
     assert (tmp_path / "out" / "_score.json").read_bytes() == (tmp_path / "here" / "_score.json").read_bytes()
     assert not list((tmp_path / "out").glob(".*"))
+
+
+def files(out: Path, pattern: str) -> dict[str, tuple[int, int]]:
+    return {path.name: (path.stat().st_ino, path.stat().st_mtime_ns) for path in out.glob(pattern)}
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_a_job_killed_midway_goes_on_and_what_was_finished_is_not_touched(
+    model: Path, domain: Domain, tmp_path: Path
+) -> None:
+    run(model, domain, tmp_path / "straight", n=4)
+    out = tmp_path / "out"
+    command = [sys.executable, "-m", "antdist", "score", str(model), str(domain.folder), "--out", str(out), "-n", "4"]
+    stall = json.dumps([{"fault": "stall", "at": "score", "step": 7}])
+    environment = {key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"}
+    with (tmp_path / "said").open("w") as said:
+        job = subprocess.Popen(
+            command, env={**environment, faults.VARIABLE: stall}, cwd=PROJECT, stdout=said, stderr=said
+        )
+    deadline = time.monotonic() + 240
+    while len(files(out, "_parts/0*.json")) < 9:
+        assert job.poll() is None and time.monotonic() < deadline, (tmp_path / "said").read_text()
+        time.sleep(0.05)
+    os.kill(job.pid, signal.SIGKILL)
+    job.wait()
+    time.sleep(2)  # its workers end with it
+    assert not (out / "_score.json").exists() and not (out / "part-00007.parquet").exists()
+    notes, finished = files(out, "_parts/0*.json"), files(out, "part-*")
+    done = subprocess.run(command, env=environment, cwd=PROJECT, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr
+    assert f"{len(notes)} of them finished before" in done.stdout
+    kept = {name for name in finished if f"{name[5:10]}.json" in notes}
+    assert len(kept) >= 9 and {name: files(out, "part-*")[name] for name in kept} == {n: finished[n] for n in kept}
+    assert files(out, "_parts/0*.json").items() >= notes.items()
+    assert parts(out) == parts(tmp_path / "straight") and not list(out.glob(".*"))
