@@ -18,6 +18,7 @@ NAMES = {
     "loss": "the chunked softmax: extra memory and seconds, up to 1,000,000 candidates",
     "stream": "users/s from shards in the page cache, shuffled, against a webdataset pipeline of samples",
     "ranking": "full ranking by counting, against sorting the masked score matrix",
+    "score": "top 10 of every user, from shards to Parquet: users/s against one user at a time",
     "scaling": "predictions/s of 2 workers over 1, the same work a worker",
     "startup": "antdist --help in a fresh process",
     "prepare": "10 million interactions from CSV to shards: rows/s and peak memory, against pandas",

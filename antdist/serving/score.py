@@ -139,7 +139,7 @@ def score(
     place = out if "://" in out else str(Path(out).resolve())
     output, inputs = Output(place), _inputs(found, domain, n, include_seen)
     output.claim(inputs)
-    parts, finished = _parts(domain), output.finished()
+    parts, finished = domain_parts(domain), output.finished()
     missing = [part for part in parts if part.number not in finished]
     embedded, start = 0.0, time.monotonic()
     if missing:
@@ -185,7 +185,8 @@ def _digest(content: Any) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
-def _parts(domain: Domain) -> list[Part]:
+def domain_parts(domain: Domain) -> list[Part]:
+    """How its users are cut: by whole blocks, into some 64 parts, of a large domain into parts of 64 blocks."""
     manifest = domain.manifest
     blocks = max(1, min(PART_BLOCKS, manifest.blocks // PARTS))
     parts: list[Part] = []
