@@ -7,7 +7,6 @@ small file that says what made it, before the next begins, so a run that is kill
 from __future__ import annotations
 
 import json
-import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
