@@ -9,10 +9,13 @@ from pathlib import Path
 from typing import Any
 
 
-def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Write JSON so that a reader sees the whole file or none."""
+def write_json(path: Path, content: dict[str, Any], *, lasting: bool = True) -> None:
+    """Write JSON so that a reader sees the whole file or none, after a power cut, too; that is left out of what is not
+    `lasting`, as it costs the time of a disk."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     temporary.write_text(json.dumps(content, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+    if lasting:
+        flush_to_disk(temporary)
     temporary.replace(path)
 
 

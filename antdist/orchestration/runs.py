@@ -36,7 +36,7 @@ import yaml
 from antdist.config.load import dump_config
 from antdist.config.schema import PretrainConfig, RayConfig, RelearnConfig
 from antdist.errors import UserError, redact
-from antdist.files import read_json, write_json
+from antdist.files import flush_to_disk, read_json, write_json
 from antdist.progress import QUIET_SECONDS, say, tee
 from antdist.training.live import Live
 
@@ -88,7 +88,7 @@ def _take_up(folder: Path, config: PretrainConfig | RelearnConfig, adjustable: f
     if remote is not None and (there := remote.read(file.name)) is not None:
         begun[remote.uri] = there
     for where, text in begun.items():
-        changed = _changed(yaml.safe_load(text), yaml.safe_load(dump_config(config)))
+        changed = _changed(yaml.safe_load(text), yaml.safe_load(redact(dump_config(config))))
         refused = [told for key, told in changed.items() if key not in adjustable]
         if refused:
             raise UserError(
@@ -101,6 +101,7 @@ def _take_up(folder: Path, config: PretrainConfig | RelearnConfig, adjustable: f
     text = redact(dump_config(config)).encode()  # for people, and to compare at the next start
     partial = file.with_suffix(".partial")
     partial.write_bytes(text)
+    flush_to_disk(partial)
     partial.replace(file)
     if remote is not None:
         remote.write(file.name, text)
@@ -245,7 +246,7 @@ def _led(folder: Path) -> Iterator[None]:
 
 def show_live(folder: Path, live: Live) -> None:
     """On the leader: how it goes, for the driver to show."""
-    write_json(folder / "live.json", asdict(live))
+    write_json(folder / "live.json", asdict(live), lasting=False)
 
 
 @contextlib.contextmanager

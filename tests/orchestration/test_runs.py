@@ -95,6 +95,13 @@ def test_what_a_run_is_may_not_change_and_how_it_runs_may(tmp_path: Path) -> Non
         pass
 
 
+def test_a_key_with_credentials_is_written_without_and_still_the_same_at_the_next_start(tmp_path: Path) -> None:
+    begun = check_config(PretrainConfig, {"data": {"root": "s3://me:hidden@host/data"}})
+    for _ in range(2):
+        with claimed(tmp_path, begun):
+            assert "hidden" not in (tmp_path / "config.yaml").read_text()
+
+
 def test_only_who_may_adjust_goes_on_longer_or_slower_and_it_is_said(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
