@@ -89,8 +89,7 @@ def history_of(domain: Domain, user_id: str) -> list[int]:
     ids = domain.user_ids()
     if user_id not in ids:
         raise _unknown("user", user_id, ids, "--user", domain.name)
-    user, sequences = ids.index(user_id), domain.sequences()
-    return sequences.items[sequences.offsets[user] : sequences.offsets[user + 1]].tolist()
+    return domain.histories(np.array([ids.index(user_id)])).items.tolist()
 
 
 def history_from(domain: Domain, item_ids: Sequence[str]) -> list[int]:

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
-from antdist.config.schema import TrackingConfig
 from antdist.errors import UserError
 from antdist.progress import say
 
@@ -50,15 +49,15 @@ def find_model(model: str, storage: Path, tracking_uri: str | None = None) -> Fo
     """Find MODEL and load it.
 
     Raises:
-        UserError: no such model.
+        UserError: no such model, or no registry to look it up in.
     """
     from antdist.model.io import load_model
-    from antdist.tracking.registry import resolve
-    from antdist.tracking.store import tracking_uri as store
+    from antdist.tracking.overview import registry_uri
+    from antdist.tracking.registry import is_registered, resolve
 
     folder, uri = Path(model), model
     if not folder.is_dir():  # a folder needs no registry
-        resolved = resolve(model, store(TrackingConfig(uri=tracking_uri), storage.resolve()))
+        resolved = resolve(model, registry_uri(storage.resolve(), tracking_uri) if is_registered(model) else "")
         folder, uri = resolved.folder, resolved.uri
     recommender, card = load_model(folder)
     unknown = [modality for modality in card.dims if modality not in card.features]

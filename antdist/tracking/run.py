@@ -256,10 +256,6 @@ class TrackedRun:
         """Note a small text (YAML, JSON, a table) as the artifact `path`."""
         self._append([{"kind": "text", "path": path, "text": redact(text)}])
 
-    def log_dict(self, path: str, content: Mapping[str, Any]) -> None:
-        """Note a mapping as the JSON artifact `path`."""
-        self.log_text(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
-
     def log_artifacts(self, folder: Path, path: str) -> None:
         """Note that the files of `folder` belong below the artifact path. They must stay in place until delivered."""
         self._append([{"kind": "artifacts", "folder": str(folder.resolve()), "path": path}])

@@ -15,6 +15,7 @@ from antdist.errors import UserError
 from antdist.evaluation.ranking import embed_catalogue
 from antdist.model.recommender import Recommender, build_recommender
 from antdist.serving.recommend import describe, history_from, history_of, recommend
+from antdist.serving.use import find_model
 
 CONFIG = ModelConfig(modalities=["text"], dim=16, inner=16, experts=2, max_length=4)
 
@@ -100,3 +101,11 @@ def test_titles_from_the_shards_that_hold_them(domain: Domain) -> None:
     assert [n.text for n in named] == ["title 9", "title 0", None]
     with pytest.raises(UserError, match=others[0].name):
         describe(domain, [5])
+
+
+def test_looking_a_model_up_makes_no_registry(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"typo/mlflow\.db: no registry here. Name the folder of the runs"):
+        find_model("models:/m/1", tmp_path / "typo")
+    with pytest.raises(UserError, match="modls:/m/1: no such folder, and no reference to a model"):
+        find_model("modls:/m/1", tmp_path / "typo")
+    assert not list(tmp_path.iterdir())
