@@ -180,18 +180,34 @@ def synth(out: Path, domains: str, images: bool, json_file: Path | None, **sizes
     "--block-users", type=click.IntRange(1), default=1024, show_default=True, help="Users a block of a shard."
 )
 @click.option("--overwrite", is_flag=True, help="Replace a prepared domain of that name.")
+@click.option("--append", "appending", is_flag=True, help="Add SRC to a prepared domain of that name.")
 @json_option
-def prepare(source: Path | None, form: Any, columns: Sequence[str], json_file: Path | None, **options: Any) -> None:
+def prepare(
+    source: Path | None, form: Any, columns: Sequence[str], appending: bool, json_file: Path | None, **options: Any
+) -> None:
     """Read a domain from SRC, filter, order, split and pack it into OUT/DOMAIN: WebDataset shards and a manifest.
+
+    With --append SRC holds later days: their interactions, and items where there are new ones. Old shards stay untouched.
 
     \b
     Examples:
       antdist prepare exports/shop --domain shop --out data --k-core 5
       antdist prepare --interactions buys.csv --items items.parquet --column user_id=customer --domain shop --out data
       antdist prepare amazon/ --format amazon --domain gifts --out data
+      antdist prepare exports/monday --domain shop --out data --append
     """
+    from antdist.data.append import append
     from antdist.data.prepare import prepare as run
 
+    if appending:
+        for option in ("k_core", "max_sequence", "overwrite"):
+            if options.pop(option):
+                name = f"--{option.replace('_', '-')}"
+                raise UserError(
+                    "does not go with --append: what is there stays as it is", where=name, remedy="leave it out"
+                )
+        tell(append(source, format=form, columns=_mapping(columns, "--column"), **options), json_file)
+        return
     tell(run(source, format=form, columns=_mapping(columns, "--column"), **options), json_file)
 
 

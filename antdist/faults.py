@@ -9,8 +9,9 @@ Nothing happens unless the environment variable `ANTDIST_FAULTS` is set, to a JS
 - `at`: the place. `step`: before an optimizer step, `step` of which are done; `loss`: where its loss is known; `validate`;
   `score`: before part `step` of `antdist score` is in its place; `checkpoint`: before the snapshot; `save`: in the leader's background, before `file` is written (`best`, `weights.safetensors`,
   `moments.safetensors`, `progress.json`, `COMPLETE.json`), before the folder gets its name (`rename`), and before the old
-  checkpoints go (`prune`); `upload`: the same files on the way to `ray.remote_storage`, in the leader's background. Default:
-  `step`.
+  checkpoints go (`prune`); `upload`: the same files on the way to `ray.remote_storage`, in the leader's background; `append`:
+  in `prepare --append`, before `file` is written (`items`, `sequences`, `pending`, `superseded`, `manifest`), before its folder
+  gets its name (`rename`). Default: `step`.
 - `rank`, `step`, `file`: where the fault is to happen; what is left out matches all.
 - `after`: seconds that the process must have passed such places for, where the step is not known beforehand.
 - `once`: a file that is made as the fault happens, and without which it happens again after each restart. On storage that
@@ -33,7 +34,7 @@ from antdist.progress import say
 
 VARIABLE = "ANTDIST_FAULTS"
 KINDS = ("kill", "stall", "raise", "full", "nan")
-PLACES = ("step", "loss", "validate", "checkpoint", "save", "upload", "score")
+PLACES = ("step", "loss", "validate", "checkpoint", "save", "upload", "score", "append")
 KEYS = ("fault", "at", "rank", "step", "file", "after", "seconds", "once")
 STALL_SECONDS = 3600.0
 

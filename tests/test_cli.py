@@ -62,6 +62,15 @@ def test_help_imports_nothing_heavy() -> None:
         (["featurize", "absent", "--batch-size", "0"], "'--batch-size': 0 is not in the range x>=1"),
         (["featurize", "absent", "--workers", "-1"], "'--workers': -1 is not in the range x>=0"),
         (["jobs"], "--address: no cluster is named"),
+        (
+            ["prepare", "s", "--domain", "d", "--out", "o", "--append"],
+            "o/d: no prepared domain to append to. Prepare it",
+        ),
+        (
+            ["prepare", "s", "--domain", "d", "--out", "o", "--append", "--overwrite"],
+            "--overwrite: does not go with --append",
+        ),
+        (["prepare", "s", "--domain", "d", "--out", "o", "--append", "--k-core", "3"], "--k-core: does not go with"),
         (["prepare", "--domain", "d", "--out", "o", "--column", "x"], "--column: 'x' is not of the form OURS=THEIRS"),
     ],
 )

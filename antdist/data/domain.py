@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import re
 import shutil
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,7 @@ from antdist.data.manifest import (
     ItemShard,
     Manifest,
     SequenceShard,
+    check_shard,
     read_manifest,
     write_manifest,
 )
@@ -29,28 +32,34 @@ from antdist.data.shards import (
     HELD_OUT,
     SHORTEST,
     TORN,
+    ItemFacts,
     ItemRecord,
+    Sample,
     ShardWriter,
     UserBlock,
     block_faults,
     block_members,
     decode_block,
+    decode_facts,
     decode_item,
     decode_users,
     item_members,
     npy_array,
     npy_bytes,
     read_samples,
+    without,
 )
 from antdist.data.windows import ranges, starts_of
 from antdist.errors import UserError
-from antdist.files import file_sha256
+from antdist.files import file_sha256, write_json
 
 BLOCK_USERS = 1024
 ITEMS_PER_SHARD = 4096
 ITEM_SHARD_BYTES = 256 << 20
 SEQUENCE_SHARD_BYTES = 64 << 20
 POPULARITY_NAME = "popularity.npy"
+# users with fewer than three interactions, for a later append: their shard, and its description where no append was yet
+PENDING_NAME, PENDING_DESCRIBED = "pending.tar", "pending.json"
 
 __all__ = [
     "SHORTEST",
@@ -97,8 +106,7 @@ class Domain:
 
     def sequences(self) -> Sequences:
         """All users, in memory (20 bytes an interaction)."""
-        shards, count = self.manifest.sequence_shards, self.manifest.items
-        blocks = [block for shard in shards for block in read_blocks(self.folder, shard, count)]
+        blocks = [block for shard in range(len(self.manifest.sequence_shards)) for block in self.blocks(shard)]
         lengths = [np.diff(block.offsets) for block in blocks]
         offsets = np.concatenate([np.zeros(1, np.int64), np.cumsum(np.concatenate([*lengths, np.zeros(0, np.int64)]))])
         items = np.concatenate([np.zeros(0, np.int64), *(block.items for block in blocks)], dtype=np.int64)
@@ -108,11 +116,11 @@ class Domain:
     def histories(self, users: NDArray[np.int64]) -> Sequences:
         """Those of some users, given by increasing index, in memory; reads the shards that hold them, one after the other."""
         lengths, items, times = ([np.zeros(0, np.int64)] for _ in range(3))
-        for shard in self.manifest.sequence_shards:
+        for number, shard in enumerate(self.manifest.sequence_shards):
             first = shard.first_user
             if _among(users, first, shard.users).size == 0:
                 continue
-            for block in read_blocks(self.folder, shard, self.manifest.items):
+            for block in self.blocks(number):
                 wanted = _among(users, first, len(block.offsets) - 1) - first
                 begin, length = block.offsets[wanted], np.diff(block.offsets)[wanted]
                 places = ranges(begin, length)
@@ -122,13 +130,100 @@ class Domain:
                 first += len(block.offsets) - 1
         return Sequences(starts_of(np.concatenate(lengths)), np.concatenate(items), np.concatenate(times))
 
+    @cached_property
+    def superseded(self) -> NDArray[np.int64]:
+        """Places of users that a later shard holds anew, counted over all that the shards hold; ascending.
+
+        Raises:
+            UserError: the file that says so is missing, damaged or not what the manifest says.
+        """
+        file, shards = self.manifest.superseded, self.manifest.sequence_shards
+        if file is None:
+            return np.zeros(0, np.int64)
+        path = _sound(self.folder, file)
+        places = npy_array(path.read_bytes(), "<i8", str(path))
+        due = sum(shard.stored_users - shard.users for shard in shards)
+        if len(places) != due or (places[1:] <= places[:-1]).any():
+            raise UserError(f"{len(places)} users, not {due} in rising order", where=path, remedy=TORN)
+        return places
+
+    @cached_property
+    def _first_places(self) -> list[int]:
+        stored = [shard.stored_users for shard in self.manifest.sequence_shards]
+        return np.concatenate([[0], np.cumsum(stored, dtype=np.int64)]).tolist()
+
+    def superseded_in(self, shard: int) -> Iterator[NDArray[np.int64]]:
+        """For each block of a sequence shard the places in it of its superseded users. Raises UserError if they are not as
+        many as the manifest says."""
+        place = self._first_places[shard]
+        for block in self.manifest.sequence_shards[shard].blocks:
+            first, last = np.searchsorted(self.superseded, [place, place + block.stored_users])
+            if last - first != block.stored_users - block.users:
+                file = self.manifest.superseded
+                raise UserError(
+                    f"{last - first} superseded users, {block.stored_users - block.users} by the manifest",
+                    where=f"{self.folder / file.name if file else self.folder} ({block.key})",
+                    remedy=TORN,
+                )
+            yield self.superseded[first:last] - place
+            place += block.stored_users
+
+    def blocks(self, shard: int) -> Iterator[UserBlock]:
+        """The blocks of a sequence shard in file order, without superseded users.
+
+        Raises:
+            UserError: as `read_blocks`; the superseded users are not those that the manifest counts.
+        """
+        stored = self.manifest.sequence_shards[shard]
+        read = read_blocks(self.folder, stored, self.manifest.items)
+        for gone, stated, block in zip(self.superseded_in(shard), stored.blocks, read, strict=True):
+            yield self._live(block, gone, stored, stated)
+
+    def stored(self, shard: int) -> Iterator[tuple[NDArray[np.int64], list[str], UserBlock]]:
+        """As `blocks`, with the users' places among all that the shards hold, and their ids."""
+        stored, place = self.manifest.sequence_shards[shard], self._first_places[shard]
+        read = read_users(self.folder, stored, self.manifest.items)
+        for gone, stated, (ids, block) in zip(self.superseded_in(shard), stored.blocks, read, strict=True):
+            there = np.delete(np.arange(stated.stored_users), gone)
+            yield place + there, [ids[n] for n in there.tolist()], self._live(block, gone, stored, stated)
+            place += stated.stored_users
+
+    def _live(self, block: UserBlock, gone: NDArray[np.int64], shard: SequenceShard, stated: Block) -> UserBlock:
+        live = without(block, gone)
+        if len(live.items) != stated.interactions:
+            raise UserError(
+                f"{len(live.items)} interactions of users that are not superseded, {stated.interactions} by the manifest",
+                where=f"{self.folder / shard.name} ({stated.key})",
+                remedy=TORN,
+            )
+        return live
+
+    @cached_property
+    def pending(self) -> SequenceShard | None:
+        """The shard of users with too few interactions so far, whom a later append may complete. None: nobody waits, or the
+        domain was prepared without keeping them.
+
+        Raises:
+            UserError: what describes it is malformed, or of another domain.
+        """
+        if self.manifest.earlier:
+            return self.manifest.pending
+        return read_pending(self.folder, self.fingerprint)
+
+    def pending_histories(self) -> Iterator[tuple[list[str], UserBlock]]:
+        """Ids and columns of the blocks of `pending`. Raises UserError as `read_blocks`."""
+        if self.pending is not None:
+            yield from read_users(self.folder, self.pending, self.manifest.items, shortest=1)
+
     def verify_sequences(self) -> int:
         """Check size and digest of every file that training reads; returns how many bytes they are.
 
         Raises:
             UserError: naming the first that is missing or damaged.
         """
-        files = [*self.manifest.sequence_shards, self.manifest.popularity]
+        files: list[File] = [*self.manifest.sequence_shards, self.manifest.popularity]
+        if self.manifest.superseded is not None:
+            files.append(self.manifest.superseded)
         for file in files:
             _sound(self.folder, file)
         return sum(file.bytes for file in files)
@@ -136,11 +231,13 @@ class Domain:
     def user_ids(self) -> list[str]:
         """The users' ids in the source, by user index."""
         ids: list[str] = []
-        for shard in self.manifest.sequence_shards:
+        for number, shard in enumerate(self.manifest.sequence_shards):
             keys = [block.key for block in shard.blocks]
             path = _sound(self.folder, shard)
-            for sample, block in zip(read_samples(path, keys, _is_json), shard.blocks, strict=True):
-                ids += decode_users(sample, path, block.users)
+            samples, superseded = read_samples(path, keys, _is_json), self.superseded_in(number)
+            for sample, block, gone in zip(samples, shard.blocks, superseded, strict=True):
+                stored = decode_users(sample, path, block.stored_users)
+                ids += np.delete(np.array(stored, object), gone).tolist() if len(gone) else stored
         return ids
 
     def items(self, shard: ItemShard | None = None) -> Iterator[ItemRecord]:
@@ -156,12 +253,14 @@ class Domain:
 
     def item_ids(self) -> list[str]:
         """The items' ids in the source, by item index."""
-        ids = []
+        return [facts.item_id for facts in self.item_facts()]
+
+    def item_facts(self) -> Iterator[ItemFacts]:
+        """All items in order of their index, pictures unread. Raises UserError as `items`."""
         for shard in self.manifest.item_shards:
             path = _sound(self.folder, shard)
             for sample in read_samples(path, _item_keys(shard), _is_json):
-                ids.append(decode_item(sample, path, images=False).item_id)
-        return ids
+                yield decode_facts(sample, path)
 
     def popularity(self) -> NDArray[np.int64]:
         """How often each item occurs in the training parts, (items,)."""
@@ -182,7 +281,7 @@ def open_domain(folder: str | Path) -> Domain:
 
 
 def read_blocks(folder: Path, shard: SequenceShard, items: int) -> Iterator[UserBlock]:
-    """The blocks of one sequence shard in file order, their arrays views on the bytes read.
+    """The blocks of one sequence shard as its file has them, in order, their arrays views on the bytes read.
 
     Args:
         items: how many the domain has; a block that names another is refused.
@@ -194,10 +293,23 @@ def read_blocks(folder: Path, shard: SequenceShard, items: int) -> Iterator[User
     path = _sound(folder, shard)
     keys = [block.key for block in shard.blocks]
     for sample, stated in zip(read_samples(path, keys, _is_array), shard.blocks, strict=True):
-        block = decode_block(sample, path, stated.users, stated.interactions)
-        for fault in block_faults(block, items):
-            raise UserError(fault, where=f"{path} ({stated.key})", remedy=TORN)
-        yield block
+        yield _sound_block(sample, path, stated, items)
+
+
+def read_users(
+    folder: Path, shard: SequenceShard, items: int, shortest: int = SHORTEST
+) -> Iterator[tuple[list[str], UserBlock]]:
+    """As `read_blocks`, with the users' ids; users have `shortest` interactions at least."""
+    path = _sound(folder, shard)
+    for sample, stated in zip(read_samples(path, [b.key for b in shard.blocks]), shard.blocks, strict=True):
+        yield decode_users(sample, path, stated.stored_users), _sound_block(sample, path, stated, items, shortest)
+
+
+def _sound_block(sample: Sample, path: Path, stated: Block, items: int, shortest: int = SHORTEST) -> UserBlock:
+    block = decode_block(sample, path, stated.stored_users, stated.stored_interactions)
+    for fault in block_faults(block, items, shortest):
+        raise UserError(fault, where=f"{path} ({stated.key})", remedy=TORN)
+    return block
 
 
 def _among(users: NDArray[np.int64], first: int, count: int) -> NDArray[np.int64]:
@@ -245,6 +357,7 @@ def write_domain(
     user_ids: list[str],
     made: dict[str, Any],
     *,
+    waiting: tuple[Sequences, list[str]] | None = None,
     block_users: int = BLOCK_USERS,
     items_per_shard: int = ITEMS_PER_SHARD,
     blocks_per_shard: int | None = None,
@@ -259,6 +372,7 @@ def write_domain(
         sequences: every user with at least three interactions, in time order.
         user_ids: the users' ids in the source.
         made: how it was made, for the manifest; JSON, without dates or paths, so that equal data has equal bytes.
+        waiting: users with fewer than three interactions, and their ids, kept beside the domain for a later append.
         block_users: users a block.
         items_per_shard: at most; a shard also ends at about 256 MB.
         blocks_per_shard: None: as many as make about 64 MB.
@@ -279,7 +393,7 @@ def write_domain(
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir()
     try:
-        item_shards = _write_items(partial, items, items_per_shard)
+        item_shards = write_items(partial, items, items_per_shard)
         count = sum(shard.items for shard in item_shards)
         assert not len(sequences.items) or 0 <= sequences.items.min() <= sequences.items.max() < count
         manifest = Manifest(
@@ -288,10 +402,14 @@ def write_domain(
             items=count,
             interactions=len(sequences.items),
             item_shards=item_shards,
-            sequence_shards=_write_sequences(partial, sequences, user_ids, block_users, blocks_per_shard),
-            popularity=_write_popularity(partial, sequences, count),
+            sequence_shards=write_sequences(partial, sequences, user_ids, block_users, blocks_per_shard),
+            popularity=write_array(partial / POPULARITY_NAME, training_popularity(sequences, count)),
             made=made,
         )
+        if waiting is not None and waiting[1]:
+            pending = write_pending(partial, in_blocks(*waiting, block_users))
+            document = {"fingerprint": manifest.fingerprint, "shard": pending.model_dump(mode="json")}
+            write_json(partial / PENDING_DESCRIBED, document)
         write_manifest(partial, manifest)
         _put_in_place(partial, folder)
     finally:
@@ -325,26 +443,38 @@ def _put_in_place(partial: Path, folder: Path) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
-def _write_items(folder: Path, items: Iterable[ItemRecord], items_per_shard: int) -> list[ItemShard]:
+def write_items(
+    folder: Path, items: Iterable[ItemRecord], items_per_shard: int, *, first: int = 0, prefix: str = ""
+) -> list[ItemShard]:
+    """Write item shards into a folder, which lies at `prefix` in the domain's; the items' indices begin at `first`."""
     shards: list[ItemShard] = []
-    source, index = iter(items), 0
+    source, index = iter(items), first
     pending = next(source, None)
     while pending is not None:
-        first = index
+        start = index
         name = f"items-{len(shards):05d}.tar"
         with ShardWriter(folder / name) as writer:
-            while pending is not None and index - first < items_per_shard and writer.bytes < ITEM_SHARD_BYTES:
+            while pending is not None and index - start < items_per_shard and writer.bytes < ITEM_SHARD_BYTES:
                 assert pending.index == index, "items come in order of their index"
                 for member, data in item_members(pending):
                     writer.add(member, data)
                 pending, index = next(source, None), index + 1
-        shards.append(ItemShard(name=name, bytes=writer.bytes, sha256=writer.sha256, first=first, items=index - first))
+        file = {"name": prefix + name, "bytes": writer.bytes, "sha256": writer.sha256}
+        shards.append(ItemShard.model_validate({**file, "first": start, "items": index - start}))
     return shards
 
 
-def _write_sequences(
-    folder: Path, sequences: Sequences, user_ids: list[str], block_users: int, blocks_per_shard: int | None
+def write_sequences(
+    folder: Path,
+    sequences: Sequences,
+    user_ids: list[str],
+    block_users: int,
+    blocks_per_shard: int | None,
+    *,
+    first_user: int = 0,
+    prefix: str = "",
 ) -> list[SequenceShard]:
+    """Write sequence shards into a folder, which lies at `prefix` in the domain's; the users' numbers begin at `first_user`."""
     shards: list[SequenceShard] = []
     user, users, blocks_written = 0, len(user_ids), 0
     while user < users:
@@ -361,10 +491,10 @@ def _write_sequences(
                 user, blocks_written = last, blocks_written + 1
         shards.append(
             SequenceShard(
-                name=name,
+                name=prefix + name,
                 bytes=writer.bytes,
                 sha256=writer.sha256,
-                first_user=first,
+                first_user=first_user + first,
                 users=user - first,
                 interactions=sum(block.interactions for block in blocks),
                 blocks=blocks,
@@ -387,7 +517,54 @@ def training_popularity(sequences: Sequences, items: int) -> NDArray[np.int64]:
     return np.bincount(sequences.items[train], minlength=items).astype(np.int64)
 
 
-def _write_popularity(folder: Path, sequences: Sequences, items: int) -> File:
-    data = npy_bytes(training_popularity(sequences, items).astype("<i8"))
-    (folder / POPULARITY_NAME).write_bytes(data)
-    return File(name=POPULARITY_NAME, bytes=len(data), sha256=hashlib.sha256(data).hexdigest())
+def in_blocks(sequences: Sequences, user_ids: list[str], block_users: int) -> Iterator[tuple[list[str], UserBlock]]:
+    """Users, so many together: their ids and columns."""
+    for first in range(0, len(user_ids), block_users):
+        last = min(first + block_users, len(user_ids))
+        yield user_ids[first:last], _cut(sequences, first, last)
+
+
+def write_pending(folder: Path, histories: Iterable[tuple[list[str], UserBlock]], prefix: str = "") -> SequenceShard:
+    """Write the users who wait into `pending.tar`: blocks as those of a sequence shard, of shorter histories."""
+    written: list[Block] = []
+    with ShardWriter(folder / PENDING_NAME) as writer:
+        for ids, block in histories:
+            key = f"block-{len(written):06d}"
+            for member, data in block_members(key, block, ids):
+                writer.add(member, data)
+            written.append(Block(key=key, users=len(ids), interactions=len(block.items)))
+    return SequenceShard(
+        name=prefix + PENDING_NAME,
+        bytes=writer.bytes,
+        sha256=writer.sha256,
+        first_user=0,
+        users=sum(block.users for block in written),
+        interactions=sum(block.interactions for block in written),
+        blocks=written,
+    )
+
+
+def read_pending(folder: Path, fingerprint: str) -> SequenceShard | None:
+    """What `pending.json` says of a freshly prepared domain of this fingerprint; None if nobody waits."""
+    path = folder / PENDING_DESCRIBED
+    if not path.is_file():
+        return None
+    remedy = "remove it, and those who wait are forgotten, or prepare the domain again"
+    try:
+        document = json.loads(path.read_text(encoding="utf-8"))
+        pending = SequenceShard.model_validate(document["shard"])
+        check_shard(pending)
+        belongs = document["fingerprint"] == fingerprint
+    except (ValueError, KeyError, TypeError, RecursionError, OSError) as error:
+        told = " ".join(str(error).split())[:200]
+        raise UserError(f"is not the description of users who wait ({told})", where=path, remedy=remedy) from None
+    if not belongs or pending.stored_users != pending.users:
+        raise UserError("describes the users who wait of another domain", where=path, remedy=remedy)
+    return pending
+
+
+def write_array(path: Path, array: NDArray[np.int64], prefix: str = "") -> File:
+    """Write an `.npy` file of int64, and describe it."""
+    data = npy_bytes(array.astype("<i8"))
+    path.write_bytes(data)
+    return File(name=prefix + path.name, bytes=len(data), sha256=hashlib.sha256(data).hexdigest())

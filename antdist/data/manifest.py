@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import json
+from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from antdist.errors import UserError
+from antdist.files import flush_to_disk
 
 SCHEMA_VERSION = 1
 MANIFEST_NAME = "manifest.json"
@@ -21,19 +23,45 @@ Bytes = Annotated[int, Field(ge=0, le=1 << 40)]  # of one file
 Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 # One plain file name: nothing that could lead out of the domain's folder.
 PLAIN_NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
-FileName = Annotated[str, Field(pattern=PLAIN_NAME, max_length=200)]
+DomainName = Annotated[str, Field(pattern=PLAIN_NAME, max_length=200)]
+# What an append adds lies in a folder of its own; else the name is plain.
+FileName = Annotated[str, Field(pattern=r"^(append-[0-9]{5}/)?" + PLAIN_NAME[1:], max_length=200)]
 
 
 class _Record(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
 
+def _absent(value: Any) -> bool:
+    """Such a field is left out: domains that nothing was appended to have manifests without it."""
+    return not value
+
+
+class Superseded(_Record):
+    """Users of a block that stand, with a longer history, in a shard of a later append."""
+
+    users: Count
+    interactions: Count
+
+
 class Block(_Record):
-    """One sample of a sequence shard: consecutive users in columns."""
+    """One sample of a sequence shard: consecutive users in columns. `users` and `interactions` count those that stand
+    nowhere else."""
 
     key: Annotated[str, Field(pattern=r"^block-[0-9]{6,}$")]
     users: Count
     interactions: Count
+    superseded: Superseded | None = Field(None, exclude_if=_absent)
+
+    @property
+    def stored_users(self) -> int:
+        """Those that the file holds."""
+        return self.users + (self.superseded.users if self.superseded else 0)
+
+    @property
+    def stored_interactions(self) -> int:
+        """Those that the file holds."""
+        return self.interactions + (self.superseded.interactions if self.superseded else 0)
 
 
 class File(_Record):
@@ -52,19 +80,44 @@ class ItemShard(File):
 
 
 class SequenceShard(File):
-    """A tar of blocks: users `first_user` to `first_user + users - 1`."""
+    """A tar of blocks: users `first_user` to `first_user + users - 1`, superseded ones not counted."""
 
     first_user: Count
     users: Count
     interactions: Count
     blocks: list[Block]
 
+    @property
+    def stored_users(self) -> int:
+        """Those that the file holds."""
+        return sum(block.stored_users for block in self.blocks)
+
+    @property
+    def stored_interactions(self) -> int:
+        """Those that the file holds."""
+        return sum(block.stored_interactions for block in self.blocks)
+
+
+class Generation(_Record):
+    """What a domain was before an append, and what that append left out or had to tell (kind and count)."""
+
+    fingerprint: Digest
+    users: Count
+    items: Count
+    interactions: Count
+    notes: dict[str, Count]
+
 
 class Manifest(_Record):
-    """A prepared domain in figures; its digest is the domain's fingerprint."""
+    """A prepared domain in figures; its digest is the domain's fingerprint.
+
+    Of an appended domain besides: `superseded`, the places of users that a later shard holds anew, counted over all that the
+    shards hold, as ascending int64; `pending`, users with too few interactions so far; `earlier`, what the domain was before
+    each append, oldest first.
+    """
 
     schema_version: int = SCHEMA_VERSION
-    domain: FileName
+    domain: DomainName
     users: Count
     items: Count
     interactions: Count
@@ -72,6 +125,9 @@ class Manifest(_Record):
     sequence_shards: list[SequenceShard]
     popularity: File
     made: dict[str, Any] = Field(description="how it was made: format, filters, what was dropped")
+    superseded: File | None = Field(None, exclude_if=_absent)
+    pending: SequenceShard | None = Field(None, exclude_if=_absent)
+    earlier: list[Generation] = Field(default_factory=list, exclude_if=_absent)
 
     @property
     def fingerprint(self) -> str:
@@ -86,7 +142,13 @@ class Manifest(_Record):
     @property
     def files(self) -> list[File]:
         """All files that the manifest vouches for."""
-        return [*self.item_shards, *self.sequence_shards, self.popularity]
+        others = [file for file in (self.superseded, self.pending) if file is not None]
+        return [*self.item_shards, *self.sequence_shards, self.popularity, *others]
+
+    @property
+    def ancestors(self) -> list[str]:
+        """Fingerprints of what the domain grew from, oldest first."""
+        return [generation.fingerprint for generation in self.earlier]
 
     @model_validator(mode="after")
     def _adds_up(self) -> Manifest:
@@ -98,11 +160,29 @@ class Manifest(_Record):
         for items in self.item_shards:
             _fits(items, items.items * SMALLEST_ITEM)
         for shard in self.sequence_shards:
-            _fits(shard, shard.users * SMALLEST_USER + shard.interactions * SMALLEST_INTERACTION)
-            _equal(f"users of {shard.name}", shard.users, sum(block.users for block in shard.blocks))
-            _equal(f"interactions of {shard.name}", shard.interactions, sum(b.interactions for b in shard.blocks))
+            check_shard(shard)
         _equal("interactions", self.interactions, sum(shard.interactions for shard in self.sequence_shards))
+        self._grown_adds_up()
         return self
+
+    def _grown_adds_up(self) -> None:
+        superseded = sum(shard.stored_users - shard.users for shard in self.sequence_shards)
+        if self.superseded is not None:
+            _fits(self.superseded, superseded * SMALLEST_USER)
+        elif superseded:
+            raise ValueError(f"{superseded} users are superseded, but no file says which")
+        if self.pending is not None:
+            check_shard(self.pending)
+            _equal(f"superseded users of {self.pending.name}", 0, self.pending.stored_users - self.pending.users)
+        if any(later < before for before, later in pairwise([*(was.items for was in self.earlier), self.items])):
+            raise ValueError("earlier: a domain never loses items")
+
+
+def check_shard(shard: SequenceShard) -> None:
+    """Raises ValueError if a shard's counts do not add up, or cannot be in a file of its size."""
+    _fits(shard, shard.stored_users * SMALLEST_USER + shard.stored_interactions * SMALLEST_INTERACTION)
+    _equal(f"users of {shard.name}", shard.users, sum(block.users for block in shard.blocks))
+    _equal(f"interactions of {shard.name}", shard.interactions, sum(block.interactions for block in shard.blocks))
 
 
 def _contiguous(what: str, ranges: list[tuple[int, int]], total: int) -> None:
@@ -126,19 +206,28 @@ def _equal(what: str, stated: int, counted: int) -> None:
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
-    """Write `manifest.json` into the folder; the same manifest gives the same bytes."""
+    """Write `manifest.json` into the folder, whole or not at all; the same manifest gives the same bytes."""
     text = json.dumps(manifest.model_dump(mode="json"), sort_keys=True, indent=1, ensure_ascii=True)
-    (folder / MANIFEST_NAME).write_text(text + "\n", encoding="utf-8")
+    partial = folder / f".{MANIFEST_NAME}.partial"
+    partial.write_text(text + "\n", encoding="utf-8")
+    flush_to_disk(partial)
+    partial.replace(folder / MANIFEST_NAME)
+    flush_to_disk(folder)
 
 
-def read_manifest(folder: Path) -> Manifest:
-    """Read and check `manifest.json`.
+def kept_name(fingerprint: str) -> str:
+    """What the manifest of that fingerprint is called in the folder of the append that replaced it."""
+    return f"manifest-{fingerprint[:16]}.json"
+
+
+def read_manifest(folder: Path, name: str = MANIFEST_NAME) -> Manifest:
+    """Read and check `manifest.json`, or an earlier one that an append has kept.
 
     Raises:
         UserError: it is missing, malformed, of another schema version, names a path outside the folder, or its counts
             do not add up.
     """
-    path = Path(folder) / MANIFEST_NAME
+    path = Path(folder) / name
     remedy = "prepare the domain again with `antdist prepare --overwrite`"
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))

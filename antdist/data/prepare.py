@@ -126,9 +126,7 @@ def prepare(
     check_name(domain)
     check_free(folder, overwrite)
     _check_options(format, k_core, max_sequence, drop_unknown)
-    for size in (block_users, items_per_shard, blocks_per_shard):
-        if size is not None and size < 1:
-            raise UserError(f"users a block, items a shard and blocks a shard must be positive, not {size}")
+    check_sizes(block_users, items_per_shard, blocks_per_shard)
     quarantine = Quarantine(max_bad)
     data = read_source(
         source,
@@ -137,19 +135,23 @@ def prepare(
         items=items,
         images=images,
         columns=columns,
-        k_core=k_core,
+        touched_only=k_core is not None,
         quarantine=quarantine,
     )
     tally = data.tally
-    users, places, times = _known_items(data, drop_unknown, quarantine)
+    places_by_id = {item.item_id: place for place, item in enumerate(data.items)}
+    users, places, times = known_items(data, places_by_id, drop_unknown, quarantine)
+    del places_by_id
     kept = select(users, places, k_core, tally)
     if not len(kept):
         raise UserError(
             _emptied(k_core), where=domain, remedy="use a smaller k-core or none, or bring more interactions"
         )
     sequences, codes = order(users[kept], places[kept], times[kept])
-    catalogue = data.items
-    if k_core is not None:
+    catalogue, waiting = data.items, None
+    if k_core is None:
+        waiting = _waiting(data, users, places, times, kept)
+    else:
         sequences, catalogue = _touched(sequences, data.items, k_core, tally)
     if max_sequence is not None:
         sequences = cut(sequences, max_sequence, tally)
@@ -157,11 +159,12 @@ def prepare(
     manifest = write_domain(
         folder,
         domain,
-        _records(catalogue, counts, tally, quarantine),
+        item_records(catalogue, counts, tally, quarantine),
         sequences,
         data.interactions.user_ids.take(codes).to_pylist(),
         # The notes grow while images are read; the manifest, written last, has them all.
         {"format": format, "k_core": k_core, "max_sequence": max_sequence, "notes": tally.counts},
+        waiting=waiting,
         block_users=block_users,
         items_per_shard=items_per_shard,
         blocks_per_shard=blocks_per_shard,
@@ -183,10 +186,12 @@ def read_source(
     items: str | Path | None = None,
     images: str | Path | None = None,
     columns: Mapping[str, str] | None = None,
-    k_core: int | None = None,
+    touched_only: bool = False,
     quarantine: Quarantine | None = None,
+    without_items: bool = False,
 ) -> Source:
-    """Read source files by the reader of their form; see `prepare`."""
+    """Read source files by the reader of their form; see `prepare`. `touched_only`: amazon's items without a review are left
+    out; `without_items`: a tabular source need not have an items file."""
     from antdist.data.readers.amazon import read_amazon
     from antdist.data.readers.atomic import read_atomic
     from antdist.data.readers.tabular import read_tabular
@@ -208,13 +213,19 @@ def read_source(
         reviews = _given(interactions) or _only(
             source, "*.json*", "--interactions", lambda path: not path.name.startswith("meta_")
         )
-        return read_amazon(reviews, metadata, _given(images), touched_only=k_core is not None, quarantine=quarantine)
+        return read_amazon(reviews, metadata, _given(images), touched_only=touched_only, quarantine=quarantine)
     return read_tabular(
         _given(interactions) or _only(source, "interactions.*", "--interactions", lambda _: True),
-        _given(items) or _only(source, "items.*", "--items", lambda _: True),
+        _given(items) or _items_file(source, without_items),
         columns,
         quarantine,
     )
+
+
+def _items_file(source: str | Path | None, may_lack: bool) -> Path | None:
+    if may_lack and (source is None or not any(Path(source).glob("items.*"))):
+        return None
+    return _only(source, "items.*", "--items", lambda _: True)
 
 
 def _given(path: str | Path | None) -> Path | None:
@@ -236,6 +247,13 @@ def _only(source: str | Path | None, pattern: str, option: str, wanted: Callable
     return found[0]
 
 
+def check_sizes(*sizes: int | None) -> None:
+    """Raises UserError unless block and shard sizes are positive, or None."""
+    for size in sizes:
+        if size is not None and size < 1:
+            raise UserError(f"users a block, items a shard and blocks a shard must be positive, not {size}")
+
+
 def _check_options(format: Format, k_core: int | None, max_sequence: int | None, drop_unknown: bool) -> None:
     if format not in FORMATS:
         raise UserError(f"no form is called {format!r}", where="--format", remedy=f"use one of {', '.join(FORMATS)}")
@@ -251,9 +269,11 @@ def _check_options(format: Format, k_core: int | None, max_sequence: int | None,
 # ---------------------------------------------------------------------------------------------------------- filtering
 
 
-def _known_items(data: Source, drop_unknown: bool, quarantine: Quarantine) -> tuple[IntArray, IntArray, NDArray[Any]]:
-    """Users, items (as places in `data.items`) and times of the interactions whose item is known."""
-    at = {item.item_id: place for place, item in enumerate(data.items)}
+def known_items(
+    data: Source, at: Mapping[str, int], drop_unknown: bool, quarantine: Quarantine, among: str = "the items file"
+) -> tuple[IntArray, IntArray, NDArray[Any]]:
+    """Users, items (as `at` numbers them) and times of the interactions whose item is known; `among` says for messages where
+    items are known from."""
     ids = data.interactions.item_ids.to_pylist()
     place_of = np.fromiter((at.get(item_id, -1) for item_id in ids), np.int32, len(ids))
     users, places, times = data.interactions.users, place_of[data.interactions.items], data.interactions.times
@@ -264,10 +284,10 @@ def _known_items(data: Source, drop_unknown: bool, quarantine: Quarantine) -> tu
     if unknown <= allowed(len(places), quarantine.max_bad):
         for code, count in enumerate(np.bincount(data.interactions.items[places < 0])):
             if count:
-                what = f"{count:,} interactions with an item that is not in the items file"
+                what = f"{count:,} interactions with an item that is not in {among}"
                 quarantine.records.append(BadRecord(str(data.interactions.file), None, ids[code], what))
     elif not drop_unknown:
-        what = f"item {first} is not in the items file (so it is with {unknown:,} interactions in all)"
+        what = f"item {first} is not in {among} (so it is with {unknown:,} interactions in all)"
         raise UserError(what, where=data.interactions.find_item(first), remedy="add it, or use --drop-unknown")
     data.tally.add("interactions dropped: item unknown", unknown, f"item {first}")
     known = places >= 0
@@ -294,6 +314,18 @@ def select(users: IntArray, items: IntArray, k_core: int | None, tally: Tally) -
     tally.add(f"users dropped: {why}", dropped)
     tally.add(f"interactions dropped: {why}", len(users) - len(kept))
     return kept
+
+
+def _waiting(
+    data: Source, users: IntArray, items: IntArray, times: NDArray[Any], kept: NDArray[np.int64]
+) -> tuple[Sequences, list[str]] | None:
+    """The users with too few interactions, and their ids; None if there are none."""
+    short = np.ones(len(users), bool)
+    short[kept] = False
+    if not short.any():
+        return None
+    sequences, codes = order(users[short], items[short], times[short])
+    return sequences, data.interactions.user_ids.take(codes).to_pylist()
 
 
 def _distinct(codes: IntArray) -> int:
@@ -347,12 +379,14 @@ def cut(sequences: Sequences, longest: int, tally: Tally) -> Sequences:
 # -------------------------------------------------------------------------------------------------------------- items
 
 
-def _records(items: list[Item], counts: dict[str, int], tally: Tally, quarantine: Quarantine) -> Iterator[ItemRecord]:
-    """The items with their image bytes; counts what is there, and tallies images that cannot be used. Those that are there
-    but broken go into quarantine."""
+def item_records(
+    items: list[Item], counts: dict[str, int], tally: Tally, quarantine: Quarantine, first: int = 0
+) -> Iterator[ItemRecord]:
+    """The items, with indices from `first` on, with their image bytes; counts what is there, and tallies images that cannot be
+    used. Those that are there but broken go into quarantine."""
     seen = 0
     broken: list[BadRecord] = []
-    for index, item in enumerate(track(items, "packing items", len(items))):
+    for index, item in enumerate(track(items, "packing items", len(items)), first):
         images = []
         for path in item.images:
             seen += 1

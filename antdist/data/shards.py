@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from antdist.batch import IntArray
 from antdist.errors import UserError
 
 HELD_OUT = 2  # interactions at a user's end that are not for training: one validates, one tests
@@ -256,14 +257,27 @@ def decode_block(sample: Sample, where: Path, users: int, interactions: int) -> 
     return UserBlock(**columns)
 
 
-def block_faults(block: UserBlock, items: int) -> Iterator[str]:
-    """What is wrong with a block's columns, in words: a domain of `items` items can hold no such users."""
+def without(block: UserBlock, gone: IntArray) -> UserBlock:
+    """The block without the users at these places in it."""
+    if not len(gone):
+        return block
+    lengths = np.diff(block.offsets)
+    stays = np.ones(len(lengths), bool)
+    stays[gone] = False
+    kept = np.repeat(stays, lengths)
+    offsets = np.concatenate([[0], np.cumsum(lengths[stays])]).astype(np.int64)
+    return UserBlock(offsets, block.items[kept], block.times[kept])
+
+
+def block_faults(block: UserBlock, items: int, shortest: int = SHORTEST) -> Iterator[str]:
+    """What is wrong with a block's columns, in words: a domain of `items` items can hold no such users, who have `shortest`
+    interactions at least."""
     lengths = np.diff(block.offsets)
     if not len(block.offsets) or block.offsets[0] != 0 or (lengths < 0).any() or block.offsets[-1] != len(block.items):
         yield "column offsets does not rise from 0 to the number of interactions"
         return
-    if (lengths < SHORTEST).any():
-        yield f"{int((lengths < SHORTEST).sum())} users have fewer than {SHORTEST} interactions"
+    if (lengths < shortest).any():
+        yield f"{int((lengths < shortest).sum())} users have fewer than {shortest} interactions"
     if ((block.items < 0) | (block.items >= items)).any():
         yield f"column items names items outside 0 to {items - 1}"
 

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 
 from antdist.batch import GlobalBatch, IntArray
 from antdist.config.schema import StreamConfig
-from antdist.data.domain import Domain, read_blocks
+from antdist.data.domain import Domain
 from antdist.data.order import CanonicalStream, canonical_streams, quotas, shuffled, taken
 from antdist.data.windows import Windows, concatenate, prefix_windows, starts_of, user_windows
 from antdist.errors import UserError
@@ -138,7 +138,7 @@ class Stream:
         if kept := self._kept.get((domain.name, shard)):
             return kept
         blocks, first_user = [], int(self.user_offsets[d]) + shards[shard].first_user
-        for block in read_blocks(domain.folder, shards[shard], domain.manifest.items):
+        for block in domain.blocks(shard):
             blocks.append((block.offsets, block.items, first_user))
             first_user += len(block.offsets) - 1
         if len(shards) <= self.config.streams * self.config.window_shards:

@@ -12,11 +12,28 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from antdist.data.domain import Domain, Sequences, open_domain, training_popularity
+from antdist.data.domain import (
+    PENDING_DESCRIBED,
+    PENDING_NAME,
+    Domain,
+    Sequences,
+    open_domain,
+    training_popularity,
+)
 from antdist.data.images import BadImage, modest
-from antdist.data.manifest import MANIFEST_NAME, File, ItemShard, SequenceShard
+from antdist.data.manifest import MANIFEST_NAME, File, ItemShard, kept_name, read_manifest
 from antdist.data.quarantine import QUARANTINE_NAME
-from antdist.data.shards import Sample, UserBlock, block_faults, decode_block, decode_item, decode_users, read_samples
+from antdist.data.shards import (
+    SHORTEST,
+    Sample,
+    UserBlock,
+    block_faults,
+    decode_block,
+    decode_item,
+    decode_users,
+    read_samples,
+    without,
+)
 from antdist.errors import UserError
 from antdist.files import file_sha256
 from antdist.progress import track
@@ -64,6 +81,7 @@ class _Findings:
     users: int = 0
     interactions: int = 0
     ids: set[str] = field(default_factory=set)
+    user_hashes: list[NDArray[np.int64]] = field(default_factory=list)
 
 
 def verify(folder: str | Path) -> VerifyReport:
@@ -74,7 +92,9 @@ def verify(folder: str | Path) -> VerifyReport:
     """
     domain = open_domain(folder)
     manifest, found = domain.manifest, _Findings([])
-    files = [(domain.folder / file.name, file.bytes, file.sha256) for file in manifest.files]
+    files = [
+        (domain.folder / file.name, file.bytes, file.sha256) for file in [*manifest.files, *_beside(domain, found)]
+    ]
     features = list(_feature_parts(domain, found.problems))
     for path, size, digest in track(files + features, "checking digests", len(files) + len(features)):
         found.problems += _file_problems(path, size, digest)
@@ -82,9 +102,11 @@ def verify(folder: str | Path) -> VerifyReport:
     for item_shard in track(manifest.item_shards, "checking items", len(manifest.item_shards)):
         _check_items(domain, item_shard, found)
     popularity = np.zeros(manifest.items, np.int64)
-    for shard in track(manifest.sequence_shards, "checking sequences", len(manifest.sequence_shards)):
-        popularity += _check_sequences(domain, shard, found)
+    for number in track(range(len(manifest.sequence_shards)), "checking sequences", len(manifest.sequence_shards)):
+        popularity += _check_sequences(domain, number, found)
     _check_popularity(domain, popularity, found)
+    _check_pending(domain, found)
+    _check_twice(domain, found)
     return VerifyReport(
         folder=str(folder),
         domain=domain.name,
@@ -113,12 +135,36 @@ def _file_problems(path: Path, size: int, digest: str) -> Iterator[str]:
         yield f"{path}: the content is not what was written (SHA-256 differs)"
 
 
+def _beside(domain: Domain, found: _Findings) -> list[File]:
+    """The users who wait beside a domain that nothing was appended to."""
+    try:
+        return [domain.pending] if domain.pending is not None and not domain.manifest.earlier else []
+    except UserError as error:
+        found.problems.append(str(error))
+        return []
+
+
 def _strangers(domain: Domain) -> Iterator[str]:
-    """Files beside the shards that the manifest does not know: a mixture of two preparations, perhaps."""
-    known = {MANIFEST_NAME, QUARANTINE_NAME, *(file.name for file in domain.manifest.files)}
-    for path in sorted(domain.folder.iterdir()):
-        if path.is_file() and path.name not in known:
-            yield f"{path}: the manifest does not know this file"
+    """Files beside the shards that neither the manifest nor an earlier one knows: a mixture of two preparations, perhaps. The
+    folder of an append that died before its manifest is no harm."""
+    known = {MANIFEST_NAME, QUARANTINE_NAME, PENDING_NAME, PENDING_DESCRIBED}
+    known |= {file.name for file in domain.manifest.files}
+    folders = [domain.folder]
+    for number, fingerprint in enumerate(domain.manifest.ancestors, 1):
+        folders.append(domain.folder / f"append-{number:05d}")
+        kept = f"{folders[-1].name}/{kept_name(fingerprint)}"
+        known |= {kept, f"{folders[-1].name}/{QUARANTINE_NAME}"}
+        try:
+            earlier = read_manifest(domain.folder, kept)
+            known |= {file.name for file in earlier.files}
+            if earlier.fingerprint != fingerprint:
+                yield f"{domain.folder / kept}: is not the manifest before append {number} (the fingerprint differs)"
+        except UserError as error:
+            yield str(error)
+    for folder in folders:
+        for path in sorted(folder.iterdir()) if folder.is_dir() else []:
+            if path.is_file() and path.relative_to(domain.folder).as_posix() not in known:
+                yield f"{path}: the manifest does not know this file"
 
 
 def _feature_parts(domain: Domain, problems: list[str]) -> Iterator[tuple[Path, int, str]]:
@@ -179,28 +225,70 @@ def _check_item(sample: Sample, path: Path, found: _Findings) -> None:
     found.images += len(item.images)
 
 
-def _check_sequences(domain: Domain, shard: SequenceShard, found: _Findings) -> NDArray[np.int64]:
-    """Check a shard's blocks; returns how often each item occurs in their training parts."""
-    path, popularity = domain.folder / shard.name, np.zeros(domain.manifest.items, np.int64)
+def _check_sequences(domain: Domain, number: int, found: _Findings) -> NDArray[np.int64]:
+    """Check a shard's blocks; returns how often each item occurs in the training parts of those who are not superseded."""
+    shard, popularity = domain.manifest.sequence_shards[number], np.zeros(domain.manifest.items, np.int64)
+    path = domain.folder / shard.name
     try:
+        superseded = list(domain.superseded_in(number))
         samples = read_samples(path, [block.key for block in shard.blocks])
-        for sample, block in zip(samples, shard.blocks, strict=True):
+        for sample, block, gone in zip(samples, shard.blocks, superseded, strict=True):
             try:
-                columns = decode_block(sample, path, block.users, block.interactions)
+                columns = decode_block(sample, path, block.stored_users, block.stored_interactions)
                 faults = list(block_faults(columns, domain.manifest.items)) or list(_disorder(columns))
-                decode_users(sample, path, block.users)
+                ids = decode_users(sample, path, block.stored_users)
             except UserError as error:
                 found.problems.append(str(error))
                 continue
             found.problems += [f"{path} ({block.key}): {fault}" for fault in faults]
             if not faults:
-                sequences = Sequences(columns.offsets, columns.items.astype(np.int64), columns.times)
+                live = without(columns, gone)
+                if len(live.items) != block.interactions:
+                    what = (
+                        f"{len(live.items)} interactions of users that are not superseded, {block.interactions} stated"
+                    )
+                    found.problems.append(f"{path} ({block.key}): {what}")
+                sequences = Sequences(live.offsets, live.items.astype(np.int64), live.times)
                 popularity += training_popularity(sequences, domain.manifest.items)
                 found.users += block.users
-                found.interactions += block.interactions
+                found.interactions += len(live.items)
+                found.user_hashes.append(_hashes(np.delete(np.array(ids, object), gone).tolist()))
     except UserError as error:
         found.problems.append(str(error))
     return popularity
+
+
+def _check_pending(domain: Domain, found: _Findings) -> None:
+    try:
+        for ids, block in domain.pending_histories():
+            found.user_hashes.append(_hashes(ids))
+            if (np.diff(block.offsets) >= SHORTEST).any() or any(_disorder(block)):
+                what = "users who wait have three interactions, or some out of order"
+                found.problems.append(f"{domain.folder / domain.pending.name if domain.pending else ''}: {what}")
+    except UserError as error:
+        if str(error) not in found.problems:
+            found.problems.append(str(error))
+
+
+def _hashes(ids: list[str]) -> NDArray[np.int64]:
+    return np.array([hash(user) for user in ids], np.int64)
+
+
+def _check_twice(domain: Domain, found: _Findings) -> None:
+    """That each user stands in the domain once. Looked for by hash: eight bytes a user; ids are read again for those few."""
+    hashes, counts = np.unique(np.concatenate([np.zeros(0, np.int64), *found.user_hashes]), return_counts=True)
+    doubtful, seen = set(hashes[counts > 1].tolist()), set[str]()
+    if not doubtful:
+        return
+    try:
+        users = [*domain.user_ids(), *(user for ids, _ in domain.pending_histories() for user in ids)]
+    except UserError:
+        return  # a shard is at fault already
+    for user in users:
+        if hash(user) in doubtful and user in seen:
+            found.problems.append(f"{domain.folder}: user {user} stands in the domain twice")
+        elif hash(user) in doubtful:
+            seen.add(user)
 
 
 def _disorder(block: UserBlock) -> Iterator[str]:

@@ -191,13 +191,11 @@ def _own_data(config: Config, names: list[str]) -> Workload:
 
 
 def _lengths(domains: list[Domain], users: list[float]) -> FloatArray:
-    """Interactions of users that stand for all: of each domain's first shard, as many as the domain has of an epoch's users."""
-    from antdist.data.domain import read_blocks
-
+    """Interactions of users that stand for all: of each domain's first shard with users, as many as the domain has of an epoch's."""
     chosen = []
     for domain, share in zip(domains, users, strict=True):
-        blocks = read_blocks(domain.folder, domain.manifest.sequence_shards[0], domain.manifest.items)
-        lengths = np.sort(np.concatenate([np.diff(block.offsets) for block in blocks]))
+        first = next(number for number, shard in enumerate(domain.manifest.sequence_shards) if shard.users)
+        lengths = np.sort(np.concatenate([np.diff(block.offsets) for block in domain.blocks(first)]))
         places = np.linspace(0, len(lengths) - 1, max(1, round(QUANTILES * share / sum(users))))
         chosen.append(lengths[places.round().astype(np.int64)].astype(np.float64))
     return np.concatenate(chosen)

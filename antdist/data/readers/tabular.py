@@ -16,14 +16,17 @@ ITEM_ROLES = ("text", "title", "category", "brand", "price", "image")
 
 
 def read_tabular(
-    interactions: Path, items: Path, columns: Mapping[str, str] | None = None, quarantine: Quarantine | None = None
+    interactions: Path,
+    items: Path | None,
+    columns: Mapping[str, str] | None = None,
+    quarantine: Quarantine | None = None,
 ) -> Source:
     """Read a domain from two tables.
 
     Args:
         interactions: columns `user_id`, `item_id`, `timestamp` (a number).
         items: columns `item_id` and, where there are any, `text` (or `title`, `category`, `brand`), `price` and `image`
-            (a path or several: a list, or separated by `|`; relative to the file's folder).
+            (a path or several: a list, or separated by `|`; relative to the file's folder). None: no items.
         columns: the file's name of a column where it differs, `{"user_id": "customer"}`.
         quarantine: takes bad lines; None: the first one is refused.
 
@@ -35,14 +38,15 @@ def read_tabular(
     for role in columns:
         if role not in known:
             raise UserError(f"no column is called {role!r}", where="--column", remedy=f"use one of {', '.join(known)}")
-    check_file(items)
+    if items is not None:
+        check_file(items)
     check_file(interactions)
     names = choose_columns(
         interactions, present_columns(interactions), {role: columns.get(role, role) for role in ROLES}
     )
     tally, quarantine = Tally(), quarantine or Quarantine()
     found = read_interactions(interactions, names, quarantine)
-    return Source(found, read_items(items, columns, tally, quarantine), tally)
+    return Source(found, [] if items is None else read_items(items, columns, tally, quarantine), tally)
 
 
 def read_items(path: Path, columns: Mapping[str, str], tally: Tally, quarantine: Quarantine) -> list[Item]:
