@@ -90,11 +90,13 @@ class Stream:
 
     def check(self, state: StreamState) -> None:
         """Raise UserError, saying what differs, unless `state` was made by a stream of the same order."""
-        differences = list(_differences(state.order, self.order))
+        grown = {domain.name: domain.manifest.ancestors for domain in self.domains}
+        differences = list(_differences(state.order, self.order, grown))
         if differences:
             raise UserError(
                 f"the training state belongs to another stream of examples: {'; '.join(differences)}",
-                remedy="resume with the data and configuration of the first start, or start a new run",
+                remedy="resume with the data and configuration of the first start, or go on from the model on these data in a "
+                "new run: name=NEW continue=MODEL",
             )
         if not (state.epoch >= 0 and 0 <= state.batch <= self.steps_per_epoch):
             raise UserError(
@@ -299,8 +301,8 @@ def _check_domains(domains: Sequence[Domain]) -> None:
             )
 
 
-def _differences(saved: dict[str, Any], here: dict[str, Any]) -> Iterator[str]:
-    """What differs, in words, saved value first."""
+def _differences(saved: dict[str, Any], here: dict[str, Any], grown: dict[str, list[str]]) -> Iterator[str]:
+    """What differs, in words, saved value first; `grown` has the manifests that each domain has grown from."""
     then, now = dict(saved.get("domains", [])), dict(here["domains"])
     for name in sorted(then.keys() | now.keys()):
         if name not in now:
@@ -308,7 +310,8 @@ def _differences(saved: dict[str, Any], here: dict[str, Any]) -> Iterator[str]:
         elif name not in then:
             yield f"domain {name!r} is new"
         elif then[name] != now[name]:
-            yield f"domain {name!r} was prepared anew (manifest {then[name][:12]} then, {now[name][:12]} now)"
+            became = "has grown" if then[name] in grown[name] else "was prepared anew"
+            yield f"domain {name!r} {became} (manifest {then[name][:12]} then, {now[name][:12]} now)"
     if list(then) != list(now) and then.keys() == now.keys():
         yield f"the domains stand in another order ({', '.join(then)} then, {', '.join(now)} now)"
     other = sorted((saved.keys() | here.keys()) - {"domains", "quotas"})

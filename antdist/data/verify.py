@@ -174,11 +174,13 @@ def _feature_parts(domain: Domain, problems: list[str]) -> Iterator[tuple[Path, 
             continue  # the note of one part, `text-00000.json`; the table's own has it too
         try:
             meta = json.loads(path.read_text(encoding="utf-8"))
-            if meta["fingerprint"] != domain.fingerprint:
+            if meta["fingerprint"] not in (domain.fingerprint, *domain.manifest.ancestors):
                 problems.append(f"{path}: key fingerprint: made for another manifest; featurize the domain again")
             covered = sum(part["items"] for part in meta["parts"])
             if meta["parts"] and covered != domain.manifest.items:
-                problems.append(f"{path}: key parts: {covered} items of the domain's {domain.manifest.items}")
+                problems.append(
+                    f"{path}: key parts: {covered} items of the domain's {domain.manifest.items}; featurize it again"
+                )
             files = []
             for part in meta["parts"]:
                 for prefix, suffix in (("", ""), ("present_", ".present")):

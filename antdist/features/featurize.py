@@ -1,7 +1,8 @@
 """Run frozen encoders over a domain's item shards: one shard is one unit of work and one part of the feature table.
 
 With workers, Ray Data hands the units to actors that load each encoder once; every part lies finished on disk, with a
-small file that says what made it, before the next begins, so a run that is killed goes on where it stopped.
+small file that says what made it, before the next begins, so a run that is killed goes on where it stopped. Of a domain that
+`prepare --append` has grown only the shards of new items are encoded.
 """
 
 from __future__ import annotations
@@ -255,7 +256,7 @@ def _what_is_left(domains: Sequence[Domain], orders: Mapping[Path, list[Order]])
         features_folder(domain).mkdir(exist_ok=True)
         mine = [order for order in orders[domain.folder] if _empty_table(order) is None]
         for shard in range(len(domain.manifest.item_shards)):
-            found = {order.modality: _finished_part(order, shard) for order in mine}
+            found = {order.modality: _finished_part(domain, order, shard) for order in mine}
             finished |= {(n.order.domain, n.order.modality, shard): n for n in found.values() if n is not None}
             missing = [order for order in mine if found[order.modality] is None]
             if missing:
@@ -271,14 +272,15 @@ def _empty_table(order: Order) -> FeatureMeta | None:
     return meta if meta is not None and not meta.parts else None
 
 
-def _meta_of(order: Order) -> FeatureMeta | None:
-    """The finished table, if it is this order's."""
+def _meta_of(order: Order, ancestors: Sequence[str] = ()) -> FeatureMeta | None:
+    """The finished table, if it is this order's, or was for one of the `ancestors` of the domain's manifest."""
     path = order.folder / f"{order.modality}.json"
     try:
         meta = FeatureMeta.model_validate_json(path.read_bytes())
     except (OSError, ValidationError):
         return None
-    made_by = Order(order.domain, meta.fingerprint, meta.modality, meta.encoder, meta.dtype).made_by()
+    fingerprint = order.fingerprint if meta.fingerprint in ancestors else meta.fingerprint
+    made_by = Order(order.domain, fingerprint, meta.modality, meta.encoder, meta.dtype).made_by()
     return meta if made_by == order.made_by() else None
 
 
@@ -286,13 +288,17 @@ def _note_path(order: Order, shard: int) -> Path:
     return order.folder / f"{order.modality}-{shard:05d}.json"
 
 
-def _finished_part(order: Order, shard: int) -> PartNote | None:
-    """The note of a part that answers this order and whose files are whole, by size and digest."""
+def _finished_part(domain: Domain, order: Order, shard: int) -> PartNote | None:
+    """The note of a part that answers this order and whose files are whole, by size and digest. What was made before an append
+    counts: that leaves the old item shards as they are."""
+    items = domain.manifest.item_shards[shard]
     try:
         content = json.loads(_note_path(order, shard).read_text(encoding="utf-8"))
-        if content["made_by"] != order.made_by():
+        made_by, part = content["made_by"], Part(**content["part"])
+        if made_by["fingerprint"] in domain.manifest.ancestors:
+            made_by = {**made_by, "fingerprint": order.fingerprint}
+        if made_by != order.made_by() or (part.first, part.items) != (items.first, items.items):
             return None
-        part = Part(**content["part"])
         note = PartNote(order, shard, part, content["dim"], content["pictures"], content["faults"], 0.0)
     except (OSError, ValueError, KeyError, TypeError, ValidationError):
         return None
@@ -499,7 +505,10 @@ def _report(domain: Domain, meta: FeatureMeta, fresh: Sequence[PartNote]) -> Tab
 
 
 def _price_table(domain: Domain, encoder: PriceEncoder, dtype: Dtype) -> TableReport:
-    """The scale of prices needs all of a domain's (its bounds, its ranks), and all of it next to no time: done here."""
+    """The scale of prices needs all of a domain's (its bounds, its ranks), and all of it next to no time: done here.
+
+    It is fitted on the items that the domain was first prepared with (the first that have prices): appended items are placed on
+    it, so that the features of the old ones, which models have learned, do not move."""
     start = time.monotonic()
     folder = features_folder(domain)
     folder.mkdir(exist_ok=True)
@@ -507,15 +516,21 @@ def _price_table(domain: Domain, encoder: PriceEncoder, dtype: Dtype) -> TableRe
     meta = _meta_of(order)
     if meta is not None and all(part_is_whole(folder, part) for part in meta.parts):
         return _report(domain, meta, [])
+    before = _meta_of(order, domain.manifest.ancestors)
+    known = {part.first: part for part in before.parts if part_is_whole(folder, part)} if before else {}
     (folder / "price.json").unlink(missing_ok=True)
-    prices = (np.nan if facts.price is None else facts.price for facts in item_facts(domain))
-    scaled = encoder.scaled(np.fromiter(prices, np.float64, domain.manifest.items))
-    parts = []
-    if np.isfinite(scaled).any():
-        for number, shard in enumerate(domain.manifest.item_shards):
+    source = (np.nan if facts.price is None else facts.price for facts in item_facts(domain))
+    prices = np.fromiter(source, np.float64, domain.manifest.items)
+    scaled = encoder.scaled(prices, prices[: _first_priced(domain, prices)])
+    parts, fresh = [], []
+    for number, shard in enumerate(domain.manifest.item_shards if np.isfinite(scaled).any() else []):
+        part = known.get(shard.first)
+        if part is None or part.items != shard.items:
             values, present = encoder.encode(scaled[shard.first : shard.first + shard.items])
             rounded = values.astype(dtype)
-            parts.append(write_part(folder, "price", number, first=shard.first, values=rounded, present=present))
+            part = write_part(folder, "price", number, first=shard.first, values=rounded, present=present)
+            fresh.append((number, part))
+        parts.append(part)
     meta = FeatureMeta(
         modality="price",
         encoder=order.encoder,
@@ -529,5 +544,11 @@ def _price_table(domain: Domain, encoder: PriceEncoder, dtype: Dtype) -> TableRe
     write_meta(folder, meta)
     _sweep(folder, meta)
     seconds = time.monotonic() - start
-    notes = [PartNote(order, number, part, meta.dim, 0, [], seconds / len(parts)) for number, part in enumerate(parts)]
+    notes = [PartNote(order, number, part, meta.dim, 0, [], seconds / len(fresh)) for number, part in fresh]
     return _report(domain, meta, notes)
+
+
+def _first_priced(domain: Domain, prices: NDArray[np.float64]) -> int:
+    """How many items the domain had when it first had a price."""
+    sizes = [*(was.items for was in domain.manifest.earlier), domain.manifest.items]
+    return next((size for size in sizes if np.isfinite(prices[:size]).any()), domain.manifest.items)

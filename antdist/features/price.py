@@ -26,7 +26,7 @@ NORMALISED_RANGE = 1000.0
 
 @dataclass(frozen=True)
 class PriceEncoder:
-    """The sinusoid with its scale.
+    """The sinusoid with its scale, which is fitted on a domain's prices.
 
     `scale` maps a domain's prices: `raw` as they are; `minmax` linearly from its lowest and highest price to [0, 1];
     `log` their logarithms likewise (free prices count as the lowest that is not); `quantile` to their rank in the domain,
@@ -59,12 +59,15 @@ class PriceEncoder:
     def description(self) -> dict[str, str | int | float | None]:
         return {"name": f"sinusoid ({self.scale})", "scale": self.scale, "range": self.upper, "c": self.frequency}
 
-    def scaled(self, prices: NDArray[np.float64]) -> NDArray[np.float64]:
-        """All prices of one domain (n,), NaN where missing, on the encoder's scale."""
+    def scaled(self, prices: NDArray[np.float64], fitted_on: NDArray[np.float64] | None = None) -> NDArray[np.float64]:
+        """All prices of one domain (n,), NaN where missing, on the encoder's scale, which is that of `fitted_on`, None: of all
+        of them."""
+        fitted_on = prices if fitted_on is None else fitted_on
         present = np.isfinite(prices)
         scaled = np.full(len(prices), np.nan)
         if present.any():
-            scaled[present] = self.upper * rescale(prices[present], self.scale)
+            scale = rescale(prices[present], self.scale, fitted_on[np.isfinite(fitted_on)])
+            scaled[present] = self.upper * scale
         return scaled
 
     def encode(self, scaled: NDArray[np.float64]) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
@@ -75,19 +78,25 @@ class PriceEncoder:
         return values, present
 
 
-def rescale(prices: NDArray[np.float64], scale: Scale) -> NDArray[np.float64]:
-    """Prices (n,), all present, on the scale; the normalised ones in [0, 1], 0.5 where all prices are equal."""
+def rescale(
+    prices: NDArray[np.float64], scale: Scale, fitted_on: NDArray[np.float64] | None = None
+) -> NDArray[np.float64]:
+    """Prices (n,), all present, on the scale of the prices `fitted_on` (m,), m at least 1, None: of their own. The normalised
+    ones in [0, 1], 0.5 where all prices fitted on are equal; prices beyond those count as the nearest."""
     if scale == "raw":
         return prices
+    fitted_on = prices if fitted_on is None else fitted_on
     if scale == "quantile":
-        ordered = np.sort(prices)
+        ordered = np.sort(fitted_on)
         middle = (np.searchsorted(ordered, prices, "left") + np.searchsorted(ordered, prices, "right") - 1) / 2
-        return middle / (len(prices) - 1) if len(prices) > 1 else np.full(1, 0.5)
+        return (middle / (len(ordered) - 1)).clip(0, 1) if len(ordered) > 1 else np.full(len(prices), 0.5)
     if scale == "log":
-        paid = prices[prices > 0]
-        prices = np.log(np.maximum(prices, paid.min())) if len(paid) else np.zeros(len(prices))
-    low, high = prices.min(), prices.max()
-    return (prices - low) / (high - low) if high > low else np.full(len(prices), 0.5)
+        paid = fitted_on[fitted_on > 0]
+        if not len(paid):
+            return np.full(len(prices), 0.5)
+        prices, fitted_on = (np.log(np.maximum(some, paid.min())) for some in (prices, fitted_on))
+    low, high = fitted_on.min(), fitted_on.max()
+    return ((prices - low) / (high - low)).clip(0, 1) if high > low else np.full(len(prices), 0.5)
 
 
 def sinusoid(prices: NDArray[np.float64], frequency: float = FREQUENCY) -> NDArray[np.float32]:

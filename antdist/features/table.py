@@ -271,7 +271,8 @@ def open_table(domain: Domain, modality: str) -> FeatureTable:
     """Open the feature table of a domain; cheap: sizes and shapes are checked, digests are not.
 
     Raises:
-        UserError: no table, a meta file that cannot be read, a table of another manifest or number of items, a part
+        UserError: no table, a meta file that cannot be read, a table of another manifest (one that the domain has grown from
+            without new items is as good), a part
             missing, cut short or of another shape than the meta file says.
     """
     folder = features_folder(domain)
@@ -282,12 +283,19 @@ def open_table(domain: Domain, modality: str) -> FeatureTable:
     meta = _read_meta(path, again)
     if meta.modality != modality:
         raise UserError(f"this file describes {meta.modality} features, not {modality}", where=path, remedy=again)
-    if meta.fingerprint != domain.fingerprint:
+    if meta.fingerprint not in (domain.fingerprint, *domain.manifest.ancestors):
         raise UserError(
             f"the {modality} features of domain {domain.name} were made for another manifest "
             f"(fingerprint {meta.fingerprint[:12]}, the domain has {domain.fingerprint[:12]})",
             where=path,
             remedy=again,
+        )
+    if meta.fingerprint != domain.fingerprint and meta.items < domain.manifest.items:
+        raise UserError(
+            f"the {modality} features of domain {domain.name} lack {domain.manifest.items - meta.items} items that were appended "
+            "since",
+            where=path,
+            remedy=f"{again} as before: only those are encoded",
         )
     ends = [part.first + part.items for part in meta.parts]
     if meta.items != domain.manifest.items or (

@@ -17,6 +17,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from antdist.config.schema import StreamConfig
+from antdist.data import domain as domain_module
 from antdist.data import order as order_module
 from antdist.data import stream as stream_module
 from antdist.data.deal import assign, select
@@ -114,9 +115,9 @@ def test_starting_late_reads_only_the_shards_that_it_needs(world, monkeypatch):
     stream, read = make(world[0][:1], window_shards=1, window_blocks=1), []
     shards = len(world[0][0].manifest.sequence_shards)
     monkeypatch.setattr(
-        stream_module,
+        domain_module,
         "read_blocks",
-        lambda folder, shard, items, real=stream_module.read_blocks: (
+        lambda folder, shard, items, real=domain_module.read_blocks: (
             read.append(shard.name) or real(folder, shard, items)
         ),
     )
@@ -130,13 +131,13 @@ def test_starting_late_reads_only_the_shards_that_it_needs(world, monkeypatch):
 @pytest.fixture
 def read(monkeypatch):
     """Which shards were read, and by which thread."""
-    shards, real = [], stream_module.read_blocks
+    shards, real = [], domain_module.read_blocks
 
     def recorded(folder, shard, items):
         shards.append((shard.name, threading.current_thread().name.partition("_")[0]))
         return real(folder, shard, items)
 
-    monkeypatch.setattr(stream_module, "read_blocks", recorded)
+    monkeypatch.setattr(domain_module, "read_blocks", recorded)
     return shards
 
 
@@ -152,9 +153,9 @@ def test_one_window_is_read_ahead_by_a_thread(world, read, monkeypatch):
     stream, order = one_by_one(world[0][0], batch_size=1)
     ahead = threading.Event()
     monkeypatch.setattr(
-        stream_module,
+        domain_module,
         "read_blocks",
-        lambda *args, real=stream_module.read_blocks: [list(real(*args)), len(read) > 1 and ahead.set()][0],
+        lambda *args, real=domain_module.read_blocks: [list(real(*args)), len(read) > 1 and ahead.set()][0],
     )
     batches = stream.batches(0)
     next(batches)

@@ -36,6 +36,7 @@ import yaml
 
 from antdist.config.load import dump_config, load_config
 from antdist.config.schema import PretrainConfig, RelearnConfig, StreamConfig
+from antdist.data.append import append
 from antdist.data.domain import Sequences, open_domain, write_domain
 from antdist.data.images import BadImage, modest
 from antdist.data.prepare import prepare, read_source
@@ -283,7 +284,8 @@ def _reseal(folder: Path, random: Random) -> None:
         return
     path = folder / "manifest.json"
     content = json.loads(path.read_text())
-    for file in [*content["item_shards"], *content["sequence_shards"], content["popularity"]]:
+    others = [content[key] for key in ("superseded", "pending") if content.get(key)]
+    for file in [*content["item_shards"], *content["sequence_shards"], content["popularity"], *others]:
         data = (folder / file["name"]).read_bytes()
         file.update(bytes=len(data), sha256=hashlib.sha256(data).hexdigest())
     path.write_text(json.dumps(content))
@@ -310,6 +312,40 @@ def _shard_structure(name: str, data: bytes, random: Random) -> bytes:
     if name.endswith(".tar"):
         return mutations.mutate_tar(mutations.tar_members(data), random)
     return mutations.mutate_npy(data, random) if name.endswith(".npy") else data
+
+
+def _grown(folder: Path) -> Files:
+    """A domain that was appended to twice, with users who wait."""
+    lengths = [3, 7, 4, 9, 5, 3]
+    offsets = np.concatenate([[0], np.cumsum(lengths)])
+    sequences = Sequences(offsets, np.arange(offsets[-1]) % 5, np.arange(offsets[-1]))
+    items, users = some_items(5), [f"u{n}" for n in range(len(lengths))]
+    made = {"format": "tabular", "max_sequence": 9}
+    write_domain(folder / "d", "d", items, sequences, users, made, block_users=2, blocks_per_shard=1)
+    for step in (1, 2):
+        source = folder / f"source{step}"
+        source.mkdir()
+        rows = [{"user_id": f"u{n * step}", "item_id": f"n{n % 3}", "timestamp": 100 * step + n} for n in range(8)]
+        (source / "interactions.jsonl").write_bytes(_json_lines(rows))
+        (source / "items.jsonl").write_bytes(_json_lines([{"item_id": f"n{n}"} for n in range(2 + step)]))
+        append(source, domain="d", out=folder, block_users=2, drop_unknown=True)
+    return _folder_files(folder / "d")
+
+
+def _grown_structure(name: str, data: bytes, random: Random) -> bytes:
+    return (_manifest_structure if name.endswith(".json") else _shard_structure)(name, data, random)
+
+
+def _reseal_grown(folder: Path, random: Random) -> None:
+    with contextlib.suppress(
+        ValueError, TypeError, KeyError, OSError, AttributeError
+    ):  # the manifest may be what was mutated
+        _reseal(folder, random)
+
+
+def _use_grown(folder: Path, random: Random) -> None:
+    list(open_domain(folder).pending_histories())
+    _use_domain(folder, random)
 
 
 def _featured(folder: Path) -> Files:
@@ -355,7 +391,10 @@ def domain_targets(folder: Path) -> list[Target]:
     manifest_alone = {"manifest.json": prepared["manifest.json"]}
     shards = {name: data for name, data in prepared.items() if name != "manifest.json"}
     tables = {name: data for name, data in featured.items() if name.startswith("features/")}
-    fixed = {"manifest": prepared, "shards": prepared, "features": featured}
+    grown = _grown(folder / "grown")
+    newest = {name: data for name, data in grown.items() if name == "manifest.json" or name.startswith("append-00002/")}
+    newest = {name: data for name, data in newest.items() if not name.startswith("append-00002/manifest-")}
+    fixed = {"manifest": prepared, "shards": prepared, "features": featured, "grown": grown}
     for name, files in fixed.items():
         for file, data in files.items():
             path = folder / "fixed" / name / file
@@ -364,6 +403,7 @@ def domain_targets(folder: Path) -> list[Target]:
     return [
         Target("manifest", manifest_alone, _manifest_structure, _use_domain),
         Target("shards", shards, _shard_structure, _use_domain, _reseal),
+        Target("grown", newest, _grown_structure, _use_grown, _reseal_grown),
         Target("features", tables, _feature_structure, _use_features, _reseal_features),
     ]
 

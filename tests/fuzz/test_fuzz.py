@@ -13,11 +13,11 @@ from tests.fuzz.fuzz import fuzz, lines_there
 
 
 def test_readers_manifest_shards_features_and_configuration_give_clean_errors_alone() -> None:
-    outcome = fuzz(330, seed=7)
+    outcome = fuzz(360, seed=7)
     assert outcome.findings == []
-    assert outcome.inputs == 330
+    assert outcome.inputs == 360
     targets = {name for name, _ in outcome.ended}
-    assert len(targets) == 11
+    assert len(targets) == 12
     assert all(outcome.ended[name, "refused"] for name in targets)
     assert sum(outcome.ended[name, "accepted"] for name in targets) > 50
 
