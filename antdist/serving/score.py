@@ -374,15 +374,8 @@ def schema() -> pa.Schema:
 
 
 def histories(domain: Domain, shard: int) -> Iterator[tuple[list[str], UserBlock]]:
-    from antdist.data.domain import read_blocks
-
-    ids = domain.user_ids()
-    stored = domain.manifest.sequence_shards[shard]
-    first = stored.first_user
-    for block in read_blocks(domain.folder, stored, domain.manifest.items):
-        users = len(block.offsets) - 1
-        yield ids[first : first + users], block
-        first += users
+    """Ids and whole histories of a shard's users, a block at a time."""
+    return ((ids, block) for _, ids, block in domain.stored(shard))
 
 
 def _shared_tensor(vectors: NDArray[np.float32]) -> Any:

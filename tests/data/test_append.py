@@ -26,6 +26,7 @@ from antdist.data.prepare import prepare
 from antdist.data.stream import Stream
 from antdist.data.verify import verify
 from antdist.errors import UserError
+from antdist.serving.score import histories as users_to_score
 from tests.domains import numbered_domain
 
 Row = tuple[str, str, int]  # user, item, time
@@ -254,6 +255,9 @@ def test_orders_of_two_epochs_see_each_user_once(tmp_path: Path) -> None:
     assert any(shard.users == 0 for shard in grown.manifest.sequence_shards)
     assert ledger(grown) == expected_targets(grown)
     assert sum(ledger(grown).values()) == grown.manifest.interactions - 3 * grown.manifest.users
+    scored = [pair for shard in range(len(grown.manifest.sequence_shards)) for pair in users_to_score(grown, shard)]
+    assert [user for ids, _ in scored for user in ids] == grown.user_ids()
+    np.testing.assert_array_equal(np.concatenate([block.items for _, block in scored]), grown.sequences().items)
     assert verify(grown.folder).ok
 
 
