@@ -94,7 +94,7 @@ def postgres_programs() -> Path | None:
 
 @dataclass(frozen=True)
 class Database:
-    """A database of its own; the password is in the environment, not in the URI."""
+    """A database of its own, as SQLAlchemy names it; the password is in the environment, not in the URI."""
 
     uri: str
     environment: Mapping[str, str]
@@ -128,7 +128,7 @@ def postgres_server(programs: Path) -> Iterator[Callable[[], Database]]:
             with contextlib.closing(_connect(port, password)) as connection:
                 connection.autocommit = True
                 connection.cursor().execute(f"CREATE DATABASE {name}")
-            return Database(f"postgresql://antdist@127.0.0.1:{port}/{name}", environment)
+            return Database(f"postgresql+psycopg2://antdist@127.0.0.1:{port}/{name}", environment)
 
         # SIGQUIT: at once, its children first
         with _serving(command, lambda: _takes_connections(port, password), signal.SIGQUIT, **options):

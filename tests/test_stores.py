@@ -35,13 +35,13 @@ def test_a_bucket_is_reached_by_environment_alone(s3: Bucket) -> None:
 def test_a_database_takes_those_with_its_password_alone(database: Database) -> None:
     import psycopg2
 
-    password = database.environment["PGPASSWORD"]
-    with contextlib.closing(psycopg2.connect(database.uri, password=password)) as connection:
+    password, uri = database.environment["PGPASSWORD"], database.uri.replace("+psycopg2", "")
+    with contextlib.closing(psycopg2.connect(uri, password=password)) as connection:
         cursor = connection.cursor()
         cursor.execute("SELECT current_database(), count(*) FROM pg_tables WHERE schemaname = 'public'")
         assert cursor.fetchone() == (database.uri.rpartition("/")[2], 0)
     with pytest.raises(psycopg2.OperationalError, match="password authentication failed"):
-        psycopg2.connect(database.uri, password="guessed")
+        psycopg2.connect(uri, password="guessed")
     assert listening(int(database.uri.rpartition("/")[0].rpartition(":")[2])) == {"127.0.0.1"}
 
 

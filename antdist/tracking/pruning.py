@@ -11,7 +11,7 @@ from typing import Any
 from antdist.errors import UserError
 from antdist.tracking.overview import Version, registered
 from antdist.tracking.registry import MODEL
-from antdist.tracking.store import connect, in_a_line, told_clearly
+from antdist.tracking.store import StoreAway, connect, in_a_line, moving_files, told_clearly
 
 
 @dataclass(frozen=True)
@@ -111,11 +111,11 @@ def _model_place(version: Version) -> str:
 def _remove_files(uri: str, artifacts: str, place: str, version: Version) -> None:
     from mlflow.exceptions import MlflowException
     from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
-    from requests import RequestException
 
     try:
-        get_artifact_repository(artifacts, tracking_uri=uri).delete_artifacts(place)
-    except (MlflowException, RequestException, OSError, NotImplementedError) as error:
+        with moving_files(uri):
+            get_artifact_repository(artifacts, tracking_uri=uri).delete_artifacts(place)
+    except (MlflowException, StoreAway, OSError, NotImplementedError) as error:
         raise UserError(
             f"its files cannot be removed ({in_a_line(error)})",
             where=version.uri,

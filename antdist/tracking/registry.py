@@ -21,7 +21,16 @@ from urllib.request import url2pathname
 from antdist.errors import UserError
 from antdist.files import file_sha256
 from antdist.tracking.run import clean_key
-from antdist.tracking.store import StoreAway, connect, in_a_line, patiently, redact, refused, told_clearly
+from antdist.tracking.store import (
+    StoreAway,
+    connect,
+    in_a_line,
+    moving_files,
+    patiently,
+    redact,
+    refused,
+    told_clearly,
+)
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -32,6 +41,7 @@ VALIDATION = "validation_recall_at_10"
 FORMS = "models:/NAME@ALIAS, models:/NAME/VERSION, models:/NAME/latest, runs:/ID/PATH or a folder"
 # MLflow leaves this note in a folder that it has loaded a model from, even in a local artifact store.
 MLFLOW_NOTE = "registered_model_meta"
+FETCH_TRIALS = 3  # it was there a moment ago
 
 
 @dataclass(frozen=True)
@@ -134,9 +144,10 @@ def _register(
     if version is None:
         # A run may register several times (after each session): each content has its own place.
         path = f"{MODEL}/{digest[:12]}"
-        client.log_artifacts(run_id, str(folder), path)
-        if training_state is not None:
-            client.log_artifacts(run_id, str(training_state), told["training_state"])
+        with moving_files(uri):
+            client.log_artifacts(run_id, str(folder), path)
+            if training_state is not None:
+                client.log_artifacts(run_id, str(training_state), told["training_state"])
         source = f"{client.get_run(run_id).info.artifact_uri}/{path}"
         _ensure_model(client, name)
         version = client.create_model_version(name, source, run_id, tags=dict(told))
@@ -293,7 +304,7 @@ def _find(model: str, uri: str) -> _Found | Path:
         parts = re.fullmatch(r"runs:/(?P<run>\w+)/(?P<path>[^/].*?)/?", model)
         if parts is None or ".." in parts["path"].split("/"):
             raise UserError("not a reference to a run's artifacts", where=model, remedy=f"write it as {FORMS}")
-        with told_clearly(uri):
+        with told_clearly(uri), moving_files(uri):
             return _find_artifacts(connect(uri), model, parts["run"], parts["path"])
     folder = Path(model)
     if re.match(r"\w+:", model) or not folder.is_dir():
@@ -387,7 +398,8 @@ def _fetch(uri: str, source: str, digest: str | None, name: str, cache: Path | N
         return _checked(Path(url2pathname(urlsplit(source).path)), digest, name)
     cache.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=cache, prefix="fetching-") as temporary:
-        arrived = _checked(_download(uri, source, Path(temporary), name), digest, name)
+        arrived = patiently(lambda: _download(uri, source, Path(temporary), name), uri, FETCH_TRIALS)
+        _checked(arrived, digest, name)
         kept = cache / (digest or folder_digest(arrived))
         if kept.is_dir() and not _holds(kept, kept.name):
             shutil.rmtree(kept)  # an older download, damaged since
@@ -409,7 +421,8 @@ def _download(uri: str, source: str, folder: Path, name: str) -> Path:
     from mlflow.exceptions import MlflowException
 
     try:
-        return Path(mlflow.artifacts.download_artifacts(source, dst_path=str(folder), tracking_uri=uri))
+        with moving_files(uri):
+            return Path(mlflow.artifacts.download_artifacts(source, dst_path=str(folder), tracking_uri=uri))
     except (MlflowException, OSError) as error:
         raise (UserError if refused(error) else StoreAway)(
             f"the files cannot be fetched ({in_a_line(error)})",

@@ -39,6 +39,7 @@ from antdist.tracking.store import (
     artifact_location,
     check_reachable,
     connect,
+    moving_files,
     patiently,
     redact,
     refused,
@@ -429,7 +430,8 @@ class TrackedRun:
         if first["kind"] == "text":
             self._client.log_text(self._stored, first["text"], first["path"])
         elif first["kind"] == "artifacts":
-            self._client.log_artifacts(self._stored, first["folder"], first["path"])
+            with moving_files(self.uri):
+                self._client.log_artifacts(self._stored, first["folder"], first["path"])
         elif first["kind"] == "status":
             self._client.set_terminated(self._stored, first["status"], end_time=first["timestamp"])
         else:

@@ -12,6 +12,7 @@ import shlex
 import sqlite3
 import ssl
 import sys
+import threading
 import time
 import urllib.error
 import urllib.request
@@ -30,7 +31,13 @@ SCHEMES = ("http", "https", "sqlite", "databricks")
 # Answers that trying again will not change.
 REFUSALS = {"INVALID_PARAMETER_VALUE", "BAD_REQUEST", "RESOURCE_DOES_NOT_EXIST", "RESOURCE_ALREADY_EXISTS"}
 WAITS = (1.0, 2.0, 4.0, 8.0, 15.0, 30.0, 30.0, 30.0)  # seconds between trials of what cannot wait in an outbox
+REQUEST_SECONDS = 30
+FILE_SECONDS = 1200  # a server that passes a file on answers nothing until its own store has it
+CHUNK_BYTES = 4 * 2**20  # of a download; each of MLflow's threads, two a core and 20 at most, holds a few
+TIMEOUT = "MLFLOW_HTTP_REQUEST_TIMEOUT"
 _log = logging.getLogger(__name__)
+_files = threading.Lock()
+_files_moving, _timeout_else = 0, ""
 T = TypeVar("T")
 
 
@@ -175,8 +182,10 @@ def connect(uri: str) -> MlflowClient:
     # MLflow's own retries send again what the server may have done already: twice a version. What is worth retrying waits
     # in the outbox, or is tried again by `patiently`, which looks first.
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
-    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "30")
+    os.environ.setdefault(TIMEOUT, str(REQUEST_SECONDS))
     os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
+    os.environ.setdefault("MLFLOW_MULTIPART_DOWNLOAD_CHUNK_SIZE", str(CHUNK_BYTES))
+    os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
     from mlflow import MlflowClient
 
     logging.getLogger("mlflow.store.db.utils").setLevel(logging.WARNING)
@@ -210,8 +219,40 @@ def in_a_line(error: Exception) -> str:
     return next(iter(redact(str(error)).strip().splitlines()), type(error).__name__)
 
 
-def patiently(work: Callable[[], T], uri: str) -> T:
-    """`work()`, tried again for about two minutes while the store is away. It must do no harm when it is done twice.
+@contextlib.contextmanager
+def moving_files(uri: str) -> Iterator[None]:
+    """Around what sends, fetches, lists or removes artifacts: requests may take as long as files do, and what the packages
+    of artifact stores raise, each its own errors, is a StoreAway. MLflow's errors and Python's stay what they are."""
+    from mlflow.exceptions import MlflowException
+
+    _let_requests_last(1)
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, (MlflowException, OSError, UserError)) or type(error).__module__ == "builtins":
+            raise
+        raise StoreAway(
+            f"the artifact store refused or failed: {in_a_line(error)}",
+            where=redact(uri),
+            remedy="check that it is up, and that this machine has its address and keys, then run the command again",
+        ) from None
+    finally:
+        _let_requests_last(-1)
+
+
+def _let_requests_last(more: int) -> None:
+    """MLflow's client knows but one time limit, and only by the environment: the long one while files move."""
+    global _files_moving, _timeout_else
+    with _files:
+        if not _files_moving:
+            _timeout_else = os.environ.get(TIMEOUT, str(REQUEST_SECONDS))
+        _files_moving += more
+        os.environ[TIMEOUT] = str(max(FILE_SECONDS, int(_timeout_else))) if _files_moving else _timeout_else
+
+
+def patiently(work: Callable[[], T], uri: str, trials: int | None = None) -> T:
+    """`work()`, tried again for about two minutes, or `trials` times, while the store is away. It must do no harm when it is
+    done twice.
 
     Raises:
         UserError: as `told_clearly`.
@@ -220,10 +261,10 @@ def patiently(work: Callable[[], T], uri: str) -> T:
     from requests import RequestException
 
     with told_clearly(uri):
-        for wait in WAITS:
+        for wait in WAITS[:trials]:
             try:
                 return work()
-            except (MlflowException, RequestException) as error:
+            except (MlflowException, RequestException, StoreAway) as error:
                 if refused(error):
                     raise
                 _log.warning("the tracking store failed, trying again in %g s: %s", wait, redact(str(error)))

@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 import fsspec
 import pytest
+from s3fs import S3FileSystem
 
 from antdist.errors import UserError
 from antdist.faults import corrupt
@@ -19,6 +20,7 @@ from antdist.training import remote as module
 from antdist.training.checkpoint import best_weights, describe, load_latest, save_checkpoint, steps_in, write_tensors
 from antdist.training.remote import Remote
 from tests.ranks import on_ranks
+from tests.stores import Bucket
 from tests.training.test_checkpoint import state
 from tests.training.test_loop import NAMES, assert_same, run
 from tests.worlds import make_domains
@@ -59,9 +61,14 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-@pytest.mark.parametrize("kind", ["file", "memory", "folder"])
-def test_what_was_copied_is_brought_byte_for_byte_and_the_retention_holds_there_too(tmp_path: Path, kind: str) -> None:
+@pytest.mark.parametrize("kind", ["file", "memory", "folder", "s3"])
+def test_what_was_copied_is_brought_byte_for_byte_and_the_retention_holds_there_too(
+    tmp_path: Path, kind: str, request: pytest.FixtureRequest
+) -> None:
     place = {"file": f"file://{tmp_path}/there", "memory": f"memory://{uuid.uuid4()}", "folder": f"{tmp_path}/there"}
+    if kind == "s3":
+        bucket: Bucket = request.getfixturevalue("s3")
+        place["s3"] = f"{bucket.uri}/deep"
     copy, here = Remote(f"{place[kind]}/runs/one/"), tmp_path / "here"
     for step, best in ((2, None), (4, 1), (6, 1), (11, 2), (13, 2), (15, 3)):
         save(here, step, best)
@@ -79,7 +86,8 @@ def test_what_was_copied_is_brought_byte_for_byte_and_the_retention_holds_there_
     found = load_latest(tmp_path / "new" / "checkpoints")
     assert found is not None and found.state.updates == 15
     if kind != "memory":
-        files = contents(tmp_path / "there" / "runs" / "one")
+        files = bucket.contents("deep") if kind == "s3" else contents(tmp_path / "there")
+        files = {name.partition("runs/one/")[2]: content for name, content in files.items()}
         assert {name for name in files if not name.startswith(("best/", "checkpoints/step-"))} == set()
         assert not [name for name in files if name.endswith(".partial")]
 
@@ -173,13 +181,14 @@ def test_a_checkpoint_that_is_damaged_here_is_not_copied(tmp_path: Path) -> None
 # -- a training ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize(("ranks", "kind"), [(1, "file"), (2, "file"), (1, "s3"), (2, "s3")])
 def test_a_run_whose_folder_is_gone_goes_on_from_its_copy_bit_for_bit(
-    data: Path, tmp_path: Path, straight: dict[str, Any], ranks: int
+    data: Path, tmp_path: Path, straight: dict[str, Any], ranks: int, kind: str, request: pytest.FixtureRequest
 ) -> None:
     """Law 3; the leader brings it, and all ranks go on from there."""
     options: dict[str, Any] = {"noise": True, "checkpoint_every": 1}
-    elsewhere = {**options, "remote": f"file://{tmp_path}/there"}
+    uri = f"file://{tmp_path}/there" if kind == "file" else f"{request.getfixturevalue('s3').uri}/runs/lost"
+    elsewhere = {**options, "remote": uri}
     if ranks == 1:
         run(data, tmp_path / "lost", **elsewhere, stop_after=5)
         shutil.rmtree(tmp_path / "lost")
@@ -193,6 +202,8 @@ def test_a_run_whose_folder_is_gone_goes_on_from_its_copy_bit_for_bit(
     assert_same({**straight, "curve": straight["curve"][5:]}, resumed)
     assert resumed["history"] == straight["history"]
     # at the end the copy is what the folder is
+    if kind == "s3":
+        S3FileSystem(use_listings_cache=False).get(uri, f"{tmp_path}/there", recursive=True)
     steps = steps_in(tmp_path / "lost" / "checkpoints")[-1:]
     assert steps_in(tmp_path / "there" / "checkpoints")[-1:] == steps
     mine, theirs = contents(tmp_path / "lost"), contents(tmp_path / "there")
