@@ -181,7 +181,9 @@ def test_a_checkpoint_that_is_damaged_here_is_not_copied(tmp_path: Path) -> None
 # -- a training ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("ranks", "kind"), [(1, "file"), (2, "file"), (1, "s3"), (2, "s3")])
+@pytest.mark.parametrize(
+    ("ranks", "kind"), [(1, "file"), (2, "file"), (1, "s3"), pytest.param(2, "s3", marks=pytest.mark.slow)]
+)
 def test_a_run_whose_folder_is_gone_goes_on_from_its_copy_bit_for_bit(
     data: Path, tmp_path: Path, straight: dict[str, Any], ranks: int, kind: str, request: pytest.FixtureRequest
 ) -> None:
@@ -289,6 +291,7 @@ def test_storage_that_cannot_be_used_is_told_before_anything_starts(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "s3fs", None)
+    monkeypatch.delitem(fsspec.registry._registry, "s3", raising=False)
     (tmp_path / "file").touch()
     for uri, message in (
         (
@@ -304,6 +307,18 @@ def test_storage_that_cannot_be_used_is_told_before_anything_starts(
             Remote(uri).check()
     Remote(f"file://{tmp_path}/new/folder").check()
     assert list((tmp_path / "new" / "folder").iterdir()) == [], "the probe stays"
+
+
+def test_a_bucket_that_is_not_there_or_not_ours_is_told(s3: Bucket, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(UserError, match=r"ray.remote_storage s3://nobody-s/x: it cannot be written: .*does not exist"):
+        Remote("s3://nobody-s/x").check()
+    Remote(f"{s3.uri}/new").check()
+    assert s3.contents() == {}, "the probe stays"
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.delenv(name)
+    S3FileSystem.clear_instance_cache()
+    with pytest.raises(UserError, match=r"it cannot be written: .*Unable to locate credentials"):
+        Remote(s3.uri).check()
 
 
 class Silent(fsspec.AbstractFileSystem):
