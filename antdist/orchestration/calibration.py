@@ -47,6 +47,7 @@ DIMS = {"text": 768, "image": 1024, "price": 64}  # the authors' features
 WARMING, TURNS = 6, 10  # steps of each size: for memory, for time
 COPIED = 1 << 26  # bytes of the tensor that tells the memory's bandwidth
 PAPERS = ModelConfig()
+CONTAINER = Path("/sys/fs/cgroup/memory.max")
 AGAIN = "measure it again with `antdist plan --calibrate --json FILE`"
 
 
@@ -218,7 +219,10 @@ def _bandwidth(device: torch.device) -> float:
 
 
 def _host_memory() -> int:
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    """Bytes of the machine's memory; in a container those that it may take."""
+    whole = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    allowed = CONTAINER.read_text(encoding="ascii").strip() if CONTAINER.is_file() else "max"
+    return whole if allowed == "max" else min(whole, int(allowed))
 
 
 def step_of(batch: Batch, loss: LossConfig, model: ModelConfig, dims: dict[str, int]) -> Step:

@@ -15,7 +15,7 @@ from antdist.cli import cli
 from antdist.config.load import check_config
 from antdist.config.schema import ModelConfig, PretrainConfig, TrainingConfig
 from antdist.errors import UserError
-from antdist.orchestration.calibration import Calibration, calibrate, line_through, read_calibration
+from antdist.orchestration.calibration import Calibration, _host_memory, calibrate, line_through, read_calibration
 from antdist.orchestration.plan import (
     BUCKET,
     MACHINES,
@@ -233,6 +233,14 @@ def test_the_verb_plans_three_workloads_and_writes_them(tmp_path: Path) -> None:
     assert done.output.count("first bottleneck") == 3 and "assumed, not measured" in done.output
     for plan in document["plans"]:
         assert plan["hours"] > 0 and plan["bottleneck"] and plan["setting"] and plan["checkpoint bytes"] > 0
+
+
+def test_in_a_container_the_memory_is_what_it_may_take(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("antdist.orchestration.calibration.CONTAINER", tmp_path / "memory.max")
+    whole = _host_memory()
+    for told, memory in (("max", whole), (f"{1 << 30}", 1 << 30), (f"{whole + 1}", whole)):
+        (tmp_path / "memory.max").write_text(f"{told}\n")
+        assert _host_memory() == memory
 
 
 def test_refusals(calibration: Calibration, tmp_path: Path) -> None:
