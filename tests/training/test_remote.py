@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 import fsspec
 import pytest
+from fsspec.registry import _registry as known_storage
 from s3fs import S3FileSystem
 
 from antdist.errors import UserError
@@ -291,7 +292,7 @@ def test_storage_that_cannot_be_used_is_told_before_anything_starts(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "s3fs", None)
-    monkeypatch.delitem(fsspec.registry._registry, "s3", raising=False)
+    monkeypatch.delitem(known_storage, "s3", raising=False)
     (tmp_path / "file").touch()
     for uri, message in (
         (
