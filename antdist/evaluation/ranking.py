@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 # Scores closer than this are the same score. Matrix products of other shapes round a float32 cosine differently
 # (1e-7), so without it an item with the very features of the target would tie or not by how the work was cut.
 TIE = 1e-6
+
+RANGE_ITEMS = 1 << 20  # items of a large catalogue that are embedded together: a gigabyte of vectors
 
 
 @dataclass(frozen=True)
@@ -193,25 +195,68 @@ def rank_targets(
         rows = by_length[first : first + chunk_users]
         asked = queries.select(rows)
         vectors = unit(encode_histories(model, item_embeddings, asked.items, asked.offsets), "user vectors")
-        ranks[rows] = 1 + _rivals(vectors, catalogue, asked, chunk_items).cpu().numpy()
+        targets = catalogue[torch.from_numpy(asked.targets).to(catalogue.device)]
+        ranks[rows] = 1 + _rivals(vectors, targets, catalogue, asked, chunk_items).cpu().numpy()
     seen = queries.seen
     return Ranks(queries.users, np.where(seen, size + 1, ranks), seen)
 
 
-def _rivals(vectors: Tensor, catalogue: Tensor, queries: Queries, chunk: int) -> Tensor:
-    """(U,) how many candidates other than the target score at least as high as it."""
+def rank_in_ranges(
+    model: Recommender,
+    catalogue: Catalogue,
+    first: int,
+    size: int,
+    queries: Queries,
+    *,
+    range_items: int = RANGE_ITEMS,
+    chunk_users: int = 512,
+    chunk_items: int = 4096,
+) -> Ranks:
+    """`rank_targets` among the `size` items of a catalogue from global id `first` on, which are embedded here: where they
+    are many, `range_items` at a time, so that a catalogue of any size is ranked.
+
+    Raises:
+        UserError: as `embed_catalogue` and `rank_targets`.
+    """
+    if size <= range_items or not len(queries):
+        embeddings = embed_catalogue(model, catalogue, np.arange(first, first + min(size, range_items)))
+        return rank_targets(model, embeddings, queries, chunk_users=chunk_users, chunk_items=chunk_items)
+    named, places = np.unique(np.concatenate([queries.items, queries.targets]), return_inverse=True)
+    known = embed_catalogue(model, catalogue, first + named)
+    items, targets = places[: len(queries.items)], torch.from_numpy(places[len(queries.items) :]).to(known.device)
+    by_length = np.argsort(np.diff(queries.offsets), kind="stable")
+    groups = []
+    for begin in range(0, len(queries), chunk_users):
+        rows = by_length[begin : begin + chunk_users]
+        asked = queries.select(rows)
+        read = replace(queries, items=items).select(rows)
+        vectors = unit(encode_histories(model, known, read.items, read.offsets), "user vectors")
+        groups.append((rows, asked, vectors, unit(known[targets[torch.from_numpy(rows)]], "item embeddings")))
+    ranks = np.ones(len(queries), np.int64)
+    for start in range(0, size, range_items):
+        ids = np.arange(first + start, first + min(start + range_items, size))
+        some = unit(embed_catalogue(model, catalogue, ids), "item embeddings")
+        for rows, asked, vectors, wanted in groups:
+            ranks[rows] += _rivals(vectors, wanted, some, asked, chunk_items, start).cpu().numpy()
+    return Ranks(queries.users, np.where(queries.seen, size + 1, ranks), queries.seen)
+
+
+def _rivals(
+    vectors: Tensor, targets: Tensor, catalogue: Tensor, queries: Queries, chunk: int, begin: int = 0
+) -> Tensor:
+    """(U,) how many candidates other than the target score at least as high as it, of the items from `begin` on whose
+    embeddings `catalogue` (N, d) are. `targets` (U, d) are those of the targets."""
     device = vectors.device
     rows, items = _no_candidates(queries)
-    bounds = np.searchsorted(items, np.arange(0, len(catalogue) + chunk, chunk)).tolist()
+    bounds = np.searchsorted(items, begin + np.minimum(np.arange(0, len(catalogue) + chunk, chunk), len(catalogue)))
     row, item = torch.from_numpy(rows).to(device), torch.from_numpy(items).to(device)
     count = torch.zeros(len(vectors), dtype=torch.int64, device=device)
     with torch.autocast(device.type, enabled=False), exact_products(device):
-        targets = catalogue[torch.from_numpy(queries.targets).to(device)]
         threshold = (vectors * targets).sum(1, keepdim=True) - TIE
         for number, first in enumerate(range(0, len(catalogue), chunk)):
             scores = vectors @ catalogue[first : first + chunk].T
-            here = slice(bounds[number], bounds[number + 1])
-            scores[row[here], item[here] - first] = -torch.inf
+            here = slice(*bounds[number : number + 2].tolist())
+            scores[row[here], item[here] - begin - first] = -torch.inf
             count += (scores >= threshold).count_nonzero(1)
     return count
 

@@ -75,9 +75,8 @@ def open_inputs(
 
 def rank_together(model: Recommender, catalogue: Catalogue, domain: int, mine: Queries, world: World) -> Ranks:
     """Rank a domain's queries, each rank its own share of them; all users' ranks on every rank. Collective."""
-    from antdist.evaluation.ranking import embed_catalogue, merge, rank_targets
+    from antdist.evaluation.ranking import merge, rank_in_ranges
     from antdist.training.world import gather_objects
 
-    ids = np.arange(catalogue.offsets[domain], catalogue.offsets[domain + 1])
-    embeddings = embed_catalogue(model, catalogue, ids)
-    return merge(gather_objects(world, rank_targets(model, embeddings, mine)))
+    first, end = catalogue.offsets[domain : domain + 2].tolist()
+    return merge(gather_objects(world, rank_in_ranges(model, catalogue, first, end - first, mine)))

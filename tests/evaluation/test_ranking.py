@@ -17,7 +17,14 @@ from antdist.config.schema import ModelConfig
 from antdist.data.domain import Domain, ItemRecord, Sequences, open_domain, write_domain
 from antdist.errors import UserError
 from antdist.evaluation import ranking
-from antdist.evaluation.ranking import Queries, embed_catalogue, merge, rank_targets, validation_queries
+from antdist.evaluation.ranking import (
+    Queries,
+    embed_catalogue,
+    merge,
+    rank_in_ranges,
+    rank_targets,
+    validation_queries,
+)
 from antdist.features.table import Catalogue, FeatureMeta, features_folder, write_meta, write_part
 from antdist.model.recommender import build_recommender
 
@@ -229,6 +236,29 @@ def test_the_real_model_one_user_at_a_time() -> None:
             scores.append(unit(states[-1:].double().numpy())[0] @ unit(embeddings.double().numpy()).T)
     assert ranks.ranks.tolist() == oracle(np.round(scores, 6), queries).tolist()
     assert len(set(ranks.ranks.tolist())) > 10
+
+
+@pytest.mark.parametrize("range_items", [1, 7, 20, 39, 40])
+def test_a_catalogue_embedded_in_ranges_ranks_as_one_embedded_whole(range_items: int) -> None:
+    """Of the second of two domains; with ties in other ranges, repeats in histories, targets that were seen."""
+    rng = np.random.default_rng(5)
+    values = torch.from_numpy(rng.normal(size=(52, 6))).float() * 20
+    values[[12, 13, 30, 51]] = values[44].clone()
+    catalogue = Features(values)
+    model = build_recommender(ModelConfig(modalities=["text"], dim=16, inner=16, experts=2, max_length=5), {"text": 6})
+    embedded: list[int] = []
+    model.tower.register_forward_hook(lambda module, given, made: embedded.append(len(made.item)))
+    queries = ranking.test_queries(random_sequences(rng, 60, 40), 5)
+    whole = rank_targets(model, embed_catalogue(model, catalogue, np.arange(12, 52)), queries)
+    embedded.clear()
+    got = rank_in_ranges(model, catalogue, 12, 40, queries, range_items=range_items, chunk_users=13, chunk_items=8)
+    for name, value in vars(whole).items():
+        assert getattr(got, name).tolist() == value.tolist()
+    named = len(set(queries.items.tolist()) | set(queries.targets.tolist()))
+    assert sum(embedded) == 40 + (named if range_items < 40 else 0)
+    assert max(embedded) <= max(named, range_items)
+    nobody = rank_in_ranges(model, catalogue, 12, 40, queries.select(np.zeros(0, np.int64)), range_items=range_items)
+    assert len(nobody.ranks) == 0
 
 
 def test_one_domain_of_a_catalogue_of_two(tmp_path: Path) -> None:
