@@ -49,6 +49,19 @@ def test_what_is_no_result_is_told(tmp_path: Path) -> None:
         load_ranks(path)
 
 
+@pytest.mark.parametrize(
+    "change", [{"ranks": np.ones((1, 5))}, {"ranks": np.ones((2, 4))}, {"seen": np.zeros(4, bool)}]
+)
+def test_results_whose_parts_do_not_fit_are_told(tmp_path: Path, change: dict[str, np.ndarray]) -> None:
+    run, path = make_run((0, 7)), tmp_path / "ranks.npz"
+    fitting = {"ranks": np.ones((2, 5)), "users": np.arange(5), "seen": np.zeros(5, bool)}
+    np.savez(path, **{**fitting, "key": np.array(run.key.model_dump_json())})
+    assert len(load_ranks(path).ranks) == 2
+    np.savez(path, **{**fitting, **change, "key": np.array(run.key.model_dump_json())})
+    with pytest.raises(UserError, match="shapes of per-user results disagree"):
+        load_ranks(path)
+
+
 def test_no_flipped_bit_ends_in_a_traceback(tmp_path: Path) -> None:
     path = tmp_path / "ranks.npz"
     save_ranks(path, make_run((0,), users=40))
