@@ -157,6 +157,12 @@ def test_run_again_it_does_what_is_missing_or_damaged_and_nothing_else(
     assert scored == [3, 5, 7]
     assert parts(tmp_path) == before and (tmp_path / "_score.json").read_bytes() == summary
 
+    (tmp_path / "part-00001.parquet").unlink()
+    monkeypatch.setenv(faults.VARIABLE, json.dumps([{"fault": "raise", "at": "score"}]))
+    with pytest.raises(RuntimeError):
+        run(model, domain, tmp_path)
+    assert not (tmp_path / "_score.json").exists()  # no longer true
+
 
 def test_stopped_midway_there_is_no_summary_and_no_half_file(
     model: Path, domain: Domain, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -52,6 +52,19 @@ def test_over_pieces_and_groups_it_is_the_naive_sort_ties_included(data: st.Data
         assert (score[~there] == -np.inf).all()
 
 
+def test_of_many_equal_scores_the_first_items_are_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Most groups of columns hold some of the highest and some of the second highest scores."""
+    monkeypatch.setattr(top, "GROUP", 4)
+    scores = np.random.default_rng(0).integers(0, 4, (200, 203)).astype(np.float32)
+    scores[:100] = np.where(scores[:100] == 3, 2, scores[:100])
+    scores[np.arange(100), np.random.default_rng(1).integers(0, 203, 100)] = 3
+    for n in (1, 3, 10):
+        best, columns = top._top(torch.from_numpy(scores), n)
+        order = np.argsort(-scores, axis=1, kind="stable")[:, :n]
+        np.testing.assert_array_equal(columns.numpy(), order)
+        np.testing.assert_array_equal(best.numpy(), np.take_along_axis(scores, order, 1))
+
+
 def test_no_more_scores_exist_than_of_a_piece(monkeypatch: pytest.MonkeyPatch) -> None:
     widths = []
     real = top._top
