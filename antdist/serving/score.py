@@ -47,7 +47,7 @@ PARTS, PART_BLOCKS = 64, 64  # parts that a small domain is cut into, and blocks
 
 @dataclass(frozen=True)
 class Part:
-    """Blocks `first` to `last - 1` of a sequence shard."""
+    """Blocks `first` to `last - 1` of a sequence shard, by `histories`."""
 
     number: int
     shard: int
@@ -118,8 +118,8 @@ def score(
     device: str = "auto",
     threads: int | None = None,
 ) -> ScoreReport:
-    """Write the n items of highest cosine for every user of the domain: all histories whole, all items of its catalogue,
-    those included that no training saw.
+    """Write the n items of highest cosine for every user of the domain, those included who wait for a third interaction: all
+    histories whole, all items of its catalogue, those included that no training saw.
 
     Args:
         found: the model (`antdist.serving.use.find_model`).
@@ -171,6 +171,7 @@ def _inputs(found: FoundModel, domain: Domain, n: int, include_seen: bool) -> di
         "model.weights": file_sha256(found.folder / WEIGHTS),
         "model.config": _digest([card.config.model_dump(mode="json"), card.dims]),
         "domain": domain.fingerprint,
+        "waiting users": domain.pending.sha256 if domain.pending else "none",
         "n": str(n),
         "include_seen": str(include_seen),
     }
@@ -187,10 +188,10 @@ def _digest(content: Any) -> str:
 
 def domain_parts(domain: Domain) -> list[Part]:
     """How its users are cut: by whole blocks, into some 64 parts, of a large domain into parts of 64 blocks."""
-    manifest = domain.manifest
+    manifest, waiting = domain.manifest, domain.pending
     blocks = max(1, min(PART_BLOCKS, manifest.blocks // PARTS))
     parts: list[Part] = []
-    for number, shard in enumerate(manifest.sequence_shards):
+    for number, shard in enumerate([*manifest.sequence_shards, *([waiting] if waiting else [])]):
         for first in range(0, len(shard.blocks), blocks):
             mine = shard.blocks[first : first + blocks]
             users = sum(block.users for block in mine)
@@ -374,7 +375,10 @@ def schema() -> pa.Schema:
 
 
 def histories(domain: Domain, shard: int) -> Iterator[tuple[list[str], UserBlock]]:
-    """Ids and whole histories of a shard's users, a block at a time."""
+    """Ids and whole histories of a shard's users, a block at a time; after the last shard come the users who wait for a
+    third interaction."""
+    if shard == len(domain.manifest.sequence_shards):
+        return domain.pending_histories()
     return ((ids, block) for _, ids, block in domain.stored(shard))
 
 

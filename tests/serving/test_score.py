@@ -20,7 +20,9 @@ import torch
 
 from antdist import faults
 from antdist.config.schema import ModelConfig
+from antdist.data.append import append
 from antdist.data.domain import Domain, open_domain
+from antdist.data.prepare import prepare
 from antdist.errors import UserError
 from antdist.features.table import Catalogue
 from antdist.model.io import FeatureSource, ModelCard, save_model
@@ -189,6 +191,44 @@ def test_items_and_users_that_came_after_training(model: Path, tmp_path: Path) -
     assert len(found) == 130 and "user-129" in found
     shown = {item for best in found.values() for item, _ in best[:10]}
     assert shown & {f"food-{item}" for item in range(30, 45)}
+
+
+def test_an_appended_domain_and_the_users_who_wait(tmp_path: Path) -> None:
+    """Users whom a later shard holds anew are scored once, with all that they did; those of one interaction, too."""
+    source = tmp_path / "source"
+    source.mkdir()
+    interactions, items = source / "interactions.csv", source / "items.csv"
+    interactions.write_text(
+        "user_id,item_id,timestamp\n"
+        + "".join(f"{user},{item},{n}\n" for user in "uvw" for n, item in enumerate("abcd"))
+        + "p,a,5\np,b,6\nq,c,7\n"
+    )
+    items.write_text("item_id\n" + "".join(f"{item}\n" for item in "abcdef"))
+    prepare(source, domain="food", out=tmp_path / "data", block_users=2)
+    model = save(tmp_path / "model", featured(open_domain(tmp_path / "data" / "food")))
+    interactions.write_text("user_id,item_id,timestamp\nv,e,20\np,g,22\nr,a,23\n")
+    items.write_text("item_id\ng\nh\n")
+    append(source, domain="food", out=tmp_path / "data", block_users=2)
+    grown = featured(open_domain(tmp_path / "data" / "food"))
+
+    report = run(model, grown, tmp_path / "out", n=8)
+    expected = one_at_a_time(model, grown, 8)
+    assert sorted(expected) == ["p", "u", "v", "w"]
+    found, item_ids = find_model(str(model), Path("runs")), grown.item_ids()
+    embeddings = embed_domain(found.model, found.card, grown)
+    for user, item in (("q", "c"), ("r", "a")):
+        best = recommend(found.model, embeddings, [item_ids.index(item)], 8)
+        expected[user] = [(item_ids[index], score) for index, score in best]
+    assert_same(rows(tmp_path / "out"), expected)
+    assert report.users == 6 and pq.read_table(tmp_path / "out").num_rows == 6
+    assert [item for item, _ in expected["p"] if item in "abg"] == []
+    assert {"h"} < {item for item, _ in expected["q"]}
+
+
+def featured(domain: Domain) -> Domain:
+    for modality, dim in (("text", 12), ("price", 6)):
+        give_features(domain, modality, dim)
+    return domain
 
 
 @pytest.mark.parametrize("change", [{"n": 11}, {"include_seen": True}, {"model": 1}, {"features": 1}, {"users": 90}])
