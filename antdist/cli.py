@@ -369,11 +369,13 @@ def pretrain(config_file: Path | None, overrides: Sequence[str], json_file: Path
     """Pre-train on the auxiliary domains; ends with a registered model version.
 
     The same command goes on after a crash or training.stop_after; resume=MODEL goes on from the registry.
+    continue=MODEL begins another run with MODEL's weights and optimizer state, on domains that have grown or are others.
 
     \b
     Examples:
       antdist pretrain --config configs/pretrain.yaml data.root=data 'data.domains=[books, music]' ray.workers=4
       antdist pretrain --config configs/pretrain.yaml resume=models:/pretrain/latest
+      antdist pretrain --config configs/pretrain.yaml name=december continue=models:/pretrain@champion
       antdist pretrain --config configs/pretrain.yaml training.stop_after=20 profile=true   (a trace for Perfetto)
     """
     from antdist.config.load import load_config

@@ -237,9 +237,16 @@ PROFILE = "true: each worker writes a trace of some steps to profile/ in the run
 class PretrainConfig(Component):
     """A pre-training run (spec, section 5)."""
 
+    model_config = ConfigDict(validate_by_name=True, validate_by_alias=True)  # `continue` is a keyword of Python
+
     name: str = Field("pretrain", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
     seed: Annotated[int, Field(ge=0)] = 0
     resume: str | None = Field(None, description="MODEL whose training state this run goes on from")
+    parent: str | None = Field(
+        None,
+        alias="continue",
+        description="MODEL whose weights and optimizer state this new run begins with, on data that have grown or are others",
+    )
     profile: bool = Field(False, description=PROFILE)
     data: DataConfig = Field(default_factory=lambda: DataConfig())
     model: ModelConfig = Field(default_factory=lambda: ModelConfig())
@@ -248,6 +255,12 @@ class PretrainConfig(Component):
     training: TrainingConfig = Field(default_factory=lambda: TrainingConfig())
     ray: RayConfig = Field(default_factory=lambda: RayConfig())
     tracking: TrackingConfig = Field(default_factory=lambda: TrackingConfig())
+
+    @model_validator(mode="after")
+    def _one_start(self) -> PretrainConfig:
+        if self.resume is not None and self.parent is not None:
+            raise ValueError("resume goes on with a run, continue begins another: give one of the two")
+        return self
 
 
 Variant = Literal["learn_input_norm", "keep_price_bias", "redraw_positions"]

@@ -24,7 +24,7 @@ class CheckReport:
     checked: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     figures: dict[str, Any] = field(default_factory=dict)
-    start: ResolvedModel | None = None  # what `from` or `resume` names, looked up
+    start: ResolvedModel | None = None  # what `from`, `resume` or `continue` names, looked up
 
     def lines(self) -> list[str]:
         told = [f"ok    {line}" for line in self.checked] + [f"note  {line}" for line in self.notes]
@@ -40,6 +40,7 @@ class CheckReport:
 
 def check_pretrain(config: PretrainConfig) -> CheckReport:
     """Raises UserError at the first thing that would stop the run."""
+    from antdist.orchestration.continuing import check_continues
     from antdist.orchestration.pretraining import find_state, pretrain_inputs
 
     report = CheckReport()
@@ -48,7 +49,9 @@ def check_pretrain(config: PretrainConfig) -> CheckReport:
     _tell_inputs(inputs, config, report)
     report.start = find_state(config, _tracking(config), report.notes.append)
     if report.start is not None:
-        report.checked.append(f"training state of {config.resume}")
+        report.checked.append(f"training state of {config.resume or config.parent}")
+        if config.parent is not None:
+            report.notes += check_continues(config, report.start, inputs)
     return report
 
 

@@ -13,6 +13,7 @@ from antdist.errors import Preempted, UserError
 from antdist.files import read_json, write_json
 from antdist.orchestration.cards import model_card
 from antdist.orchestration.checks import check_pretrain
+from antdist.orchestration.continuing import last_checkpoint, origin_of
 from antdist.orchestration.inputs import Inputs, open_domains, open_inputs, rank_together
 from antdist.orchestration.origins import bring, look_up
 from antdist.orchestration.runs import (
@@ -74,7 +75,8 @@ def pretrain(config: PretrainConfig) -> Pretrained:
     """Pre-train on the auxiliary domains (spec, section 5), register the best epoch's model with its training state.
 
     Started again under the same name, it goes on from the last checkpoint; with `resume=MODEL` it goes on from what the
-    registry holds, in the MLflow run that it came from.
+    registry holds, in the MLflow run that it came from; with `continue=MODEL` it begins with weights and optimizer state of another
+    run, as a run of its own (`antdist.orchestration.continuing`).
 
     Raises:
         Preempted: SIGTERM came; the state is saved.
@@ -95,28 +97,31 @@ def run_folder(config: PretrainConfig) -> Path:
 
 def _pretrain(config: PretrainConfig, folder: Path, uri: str, start: ResolvedModel | None) -> Pretrained:
     domains = open_domains(config.data, config.data.domains, "data.domains")
-    lineage = Lineage({domain.name: domain.fingerprint for domain in domains})
     known = take_up_tracked(folder, config, uri)
-    run_id = known["run_id"] if known else start.run_id if start else None
+    origin = origin_of(config, start, domains) if start else {key: (known or {}).get(key) for key in ("parent", "tags")}
+    lineage = Lineage({domain.name: domain.fingerprint for domain in domains}, parent=origin["parent"])
+    resumed = start.run_id if start and config.resume else None
     tracked = start_run(
         uri,
         config.tracking.experiment,
         config.name,
         folder,
         config=config.model_dump(mode="json", by_alias=True),
-        tags=lineage.tags(),
-        run_id=run_id,
+        tags={**lineage.tags(), **(origin["tags"] or {})},
+        run_id=known["run_id"] if known else resumed,
         offline_ok=config.tracking.offline_ok,
     )
-    note_tracked(folder, config, {"run_id": tracked.run_id})
+    note_tracked(folder, config, {"run_id": tracked.run_id, **origin})
     tracked.finish(status=None)
-    state = bring(config.resume, start, folder) if config.resume and start else None
+    model = config.resume or config.parent
+    state = bring(model, start, folder) if model and start else None
     settings = {
         "config": for_workers(config),
         "uri": uri,
         "run_id": tracked.run_id,
         "folder": str(folder),
         "state": None if state is None else str(state),
+        "parent": origin["parent"],
     }
     (folder / "outcome.json").unlink(missing_ok=True)
     with ending_runs(uri, [folder]), ray_session(config.ray), following(folder), stoppable(folder / STOP):
@@ -140,6 +145,7 @@ def _pretrain(config: PretrainConfig, folder: Path, uri: str, start: ResolvedMod
         lineage,
         validation=outcome["best"],
         training_state=collect_training_state(folder),
+        tags=origin["tags"],
     )
     undelivered = tracked.finish("FINISHED")
     if undelivered:
@@ -161,7 +167,7 @@ def pretrain_worker(settings: dict[str, Any]) -> None:
         if world.leader:
             tracked = TrackedRun(settings["uri"], settings["run_id"], folder, resumed=True)
         try:
-            outcome = _train(config, world, folder, tracked, settings["state"])
+            outcome = _train(config, world, folder, tracked, settings["state"], settings["parent"])
         except Preempted as preempted:
             outcome = {"preempted": str(preempted)}
         except Diverged as error:  # on all ranks alike: a restart by Ray would only repeat it
@@ -174,10 +180,15 @@ def pretrain_worker(settings: dict[str, Any]) -> None:
 
 
 def _train(
-    config: PretrainConfig, world: World, folder: Path, tracked: TrackedRun | None, state: str | None
+    config: PretrainConfig,
+    world: World,
+    folder: Path,
+    tracked: TrackedRun | None,
+    state: str | None,
+    parent: str | None = None,
 ) -> dict[str, Any]:
     from antdist.model.recommender import build_recommender, centre
-    from antdist.training.checkpoint import load_latest
+    from antdist.training.loop import beginning_with
 
     inputs = pretrain_inputs(config)
     check_features(inputs.catalogue)
@@ -185,6 +196,9 @@ def _train(
     if config.model.initial_shift == "mean":
         centre(model, inputs.catalogue.means())
     evaluate = _evaluator(config, inputs, world)
+    start = last_checkpoint(Path(state)) if state is not None and world.leader else None
+    if start is not None and config.parent is not None:
+        start = beginning_with(start, inputs.stream)
     progress = learn(
         model,
         inputs,
@@ -196,7 +210,7 @@ def _train(
         name=config.name,
         evaluate=evaluate,
         tracked=tracked,
-        start=load_latest(Path(state) / "checkpoints") if state is not None and world.leader else None,
+        start=start,
         remote=remote_of(folder, config.ray) if world.leader else None,
         profile=config.profile,
     )
@@ -210,6 +224,7 @@ def _train(
         made={
             "name": config.name,
             "fingerprints": {domain.name: domain.fingerprint for domain in inputs.domains},
+            **({"parent": parent} if parent else {}),
             "epoch": progress.best_epoch,
             "validation Recall@10": progress.best,
         },
@@ -236,27 +251,22 @@ def pretrain_inputs(config: PretrainConfig) -> Inputs:
 
 
 def find_state(config: PretrainConfig, uri: str, tell: Callable[[str], None]) -> ResolvedModel | None:
-    """The training state that `resume` names; None without one, and where the run has checkpoints of its own, as after a
-    restart.
+    """The training state that `resume` or `continue` names; None without one, and where the run has checkpoints of its own, as
+    after a restart.
 
     Raises:
         UserError: as `look_up`; a state without a whole checkpoint.
     """
-    from antdist.training.checkpoint import load_latest, steps_in
+    from antdist.training.checkpoint import steps_in
 
-    folder = run_folder(config)
-    if config.resume is None:
+    folder, model = run_folder(config), config.resume or config.parent
+    if model is None:
         return None
     if steps_in(folder / "checkpoints"):
-        tell(f"{config.name} has checkpoints of its own in {folder}, so {config.resume} is not read")
+        tell(f"{config.name} has checkpoints of its own in {folder}, so {model} is not read")
         return None
-    state = look_up(
-        config.resume, uri, folder, resolve_training_state, offline_ok=config.tracking.offline_ok, tell=tell
-    )
-    if load_latest(state.folder / "checkpoints") is None:
-        raise UserError(
-            "its training state holds no whole checkpoint", where=config.resume, remedy="resume another version"
-        )
+    state = look_up(model, uri, folder, resolve_training_state, offline_ok=config.tracking.offline_ok, tell=tell)
+    last_checkpoint(state.folder)
     return state
 
 

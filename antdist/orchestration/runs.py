@@ -189,7 +189,7 @@ def for_workers(config: PretrainConfig | RelearnConfig) -> dict[str, Any]:
         folders["remote_storage"] = absolute(config.ray.remote_storage)
     ray = config.ray.model_copy(update=folders)
     settings = config.model_copy(update={"data": data, "ray": ray}).model_dump(by_alias=True)
-    for key in ("resume", "from"):
+    for key in ("resume", "continue", "from"):
         if settings.get(key) and Path(settings[key]).is_dir():
             settings[key] = str(Path(settings[key]).resolve())
     return settings
@@ -317,7 +317,8 @@ def _bar() -> Iterator[Callable[[Live], None]]:
 
 
 def collect_training_state(folder: Path) -> Path:
-    """The newest checkpoint and the best weights in a folder of their own, to be registered with the model."""
+    """The newest checkpoint, the best weights and the model's card in a folder of their own, to be registered with the model."""
+    from antdist.model.io import CARD
     from antdist.training.checkpoint import PREFIX, steps_in
 
     state = folder / "training_state"
@@ -326,4 +327,5 @@ def collect_training_state(folder: Path) -> Path:
     shutil.copytree(folder / "checkpoints" / newest, state / "checkpoints" / newest)
     if (folder / "best").is_dir():
         shutil.copytree(folder / "best", state / "best")
+    shutil.copyfile(folder / "model" / CARD, state / CARD)
     return state

@@ -132,7 +132,8 @@ def _settled(config: Run, here: bool) -> Run:
     if config.ray.remote_storage is not None:
         folders["remote_storage"] = _place("ray.remote_storage", config.ray.remote_storage, here)
     changes: dict[str, Any] = {"data": data, "ray": config.ray.model_copy(update=folders)}
-    for key, field in (("resume", "resume"), ("from", "parent")):
+    parent = "from" if isinstance(config, RelearnConfig) else "continue"
+    for key, field in (("resume", "resume"), (parent, "parent")):
         if model := getattr(config, field, None):
             changes[field] = _model(key, model, here)
     return config.model_copy(update=changes)

@@ -16,7 +16,7 @@ import math
 import shutil
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -26,7 +26,7 @@ from torch import Tensor
 from antdist import faults
 from antdist.batch import GlobalBatch
 from antdist.config.schema import TrainingConfig
-from antdist.data.stream import StreamState
+from antdist.data.stream import Stream, StreamState
 from antdist.errors import Preempted, UserError
 from antdist.files import flush_to_disk
 from antdist.products import exact_products
@@ -182,9 +182,8 @@ def _resume(job: Job) -> Progress:
         else:
             forget_from(job.folder / SKIPPED, progress.step)
             ranks = f"{job.world.size} worker{'s' if job.world.size > 1 else ''}"
-            say(
-                f"{job.name}: goes on at step {progress.step}, epoch {progress.epoch + 1}, {ranks}, from {found.folder}"
-            )
+            where = f"at step {progress.step}, epoch {progress.epoch + 1}, {ranks}, from {found.folder}"
+            say(f"{job.name}: {'goes on' if progress.step else 'begins'} {where}")
     barrier(job.world)
     return progress
 
@@ -202,6 +201,12 @@ def _find(job: Job) -> tuple[Checkpoint | None, UserError | None]:
     except UserError as error:
         return None, error
     return found, None
+
+
+def beginning_with(found: Checkpoint, stream: Stream) -> Checkpoint:
+    """A checkpoint's weights, moments and their counter, at the very beginning of another run over `stream`."""
+    document = {"progress": asdict(Progress()), "stream": asdict(stream.state(0, 0))}
+    return replace(found, progress=document)
 
 
 def _finished(config: TrainingConfig, progress: Progress) -> str | None:
