@@ -106,6 +106,8 @@ def test_here_relative_places_are_those_of_this_folder(tmp_path: Path, monkeypat
         ("pretrain", ["data.root=/shared/data"], r"ray.storage: 'runs' would be looked for"),
         ("pretrain", [*PLACES, "ray.remote_storage=copies"], r"ray.remote_storage: 'copies' would be looked for"),
         ("pretrain", [*PLACES, "resume=runs/old/model"], r"resume: 'runs/old/model' would be looked for"),
+        ("pretrain", [*PLACES, "continue=runs/old"], r"continue: 'runs/old' would be looked for"),
+        ("pretrain", [*PLACES, "continue=models:/a/1", "resume=models:/a/1"], "give one of the two"),
         ("pretrain", [*PLACES, "ray.address=head:6379"], r"ray.address: a job works on the cluster that it is submitted to"),
         ("pretrain", [*PLACES, "training.precision=fp16"], "training.precision: fp16 needs a GPU"),
         ("pretrain", [*PLACES, "tracking.uri=http://me:secret@mlflow"], "a user name, password or token stands in a URI"),
