@@ -24,7 +24,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from antdist.batch import IntArray
-from antdist.errors import UserError
+from antdist.errors import UserError, redact
 from antdist.features.local_ray import ray_data_session
 from antdist.features.table import table_if_any
 from antdist.files import file_sha256
@@ -152,7 +152,7 @@ def score(
                 finished[note["number"]] = note
     report = _finish(output, found, domain, inputs, [finished[part.number] for part in parts])
     return ScoreReport(
-        out=out,
+        out=redact(out),
         users=report["users"],
         rows=report["rows"],
         parts=len(parts),
@@ -216,7 +216,7 @@ def _finish(
         )
     output.sweep()
     summary = {
-        "model": found.uri,
+        "model": redact(found.uri),
         "domain": domain.name,
         "inputs": inputs,
         "users": sum(note["users"] for note in notes),
