@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, NoReturn, Protocol
 import click
 
 from antdist import __version__
-from antdist.errors import Preempted, UserError
+from antdist.errors import Preempted, UserError, redact
 
 if TYPE_CHECKING:
     from antdist.orchestration.cluster import Cluster
@@ -119,11 +119,25 @@ def write_document(document: dict[str, Any], json_file: Path | None) -> None:
         json_file.write_text(json.dumps(document, indent=1, default=str) + "\n", encoding="utf-8")
 
 
+class Place(click.Path):
+    """A folder, or a URI, which stays as it is."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        return value if isinstance(value, str) and "://" in value else super().convert(value, param, ctx)
+
+
+def _a_folder(context: click.Context, option: click.Parameter, path: Path) -> Path:
+    """What is prepared is written to a folder."""
+    if ":/" in str(path):  # a path has but one slash of a URI's two
+        raise UserError("is a URI", where=path, remedy="write to a folder, and copy that folder there")
+    return path
+
+
 # -- data ------------------------------------------------------------------------------------------------------------
 
 
 @cli.command()
-@click.argument("out", type=click.Path(path_type=Path, file_okay=False))
+@click.argument("out", type=click.Path(path_type=Path, file_okay=False), callback=_a_folder)
 @click.option(
     "--domains", default="4", show_default=True, help="How many, or their names with commas; the last is the target."
 )
@@ -157,7 +171,7 @@ def synth(out: Path, domains: str, images: bool, json_file: Path | None, **sizes
     "--format", "form", type=click.Choice(["tabular", "amazon", "atomic"]), default="tabular", show_default=True
 )
 @click.option("--domain", required=True, help="Name of the domain: the folder made below --out.")
-@click.option("--out", required=True, type=click.Path(path_type=Path, file_okay=False))
+@click.option("--out", required=True, type=click.Path(path_type=Path, file_okay=False), callback=_a_folder)
 @click.option(
     "--interactions", type=click.Path(path_type=Path), help="Instead of SRC: the file of interactions (or reviews)."
 )
@@ -222,16 +236,17 @@ def _mapping(pairs: Sequence[str], option: str) -> dict[str, str]:
 
 
 @cli.command()
-@click.argument("domain", type=click.Path(path_type=Path))
+@click.argument("domain", type=Place(path_type=Path))
 @json_option
-def verify(domain: Path, json_file: Path | None) -> None:
-    """Check every size, digest, count and reference of the prepared domain DATA/NAME, and of its features.
+def verify(domain: str | Path, json_file: Path | None) -> None:
+    """Check every size, digest, count and reference of the prepared domain DATA/NAME (or URI), and of its features.
 
     Exits with 1 if anything is wrong.
 
     \b
-    Example:
+    Examples:
       antdist verify data/shop
+      antdist verify s3://bucket/data/shop
     """
     from antdist.data.verify import verify as run
 
@@ -242,7 +257,7 @@ def verify(domain: Path, json_file: Path | None) -> None:
 
 
 @cli.command()
-@click.argument("domains", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.argument("domains", nargs=-1, required=True, type=Place(path_type=Path))
 @click.option("--text", metavar="ENCODER", help="hashed, minilm, or a transformers encoder: a name or a folder.")
 @click.option("--image", metavar="ENCODER", help="histogram, or a transformers vision model: a name or a folder.")
 @click.option("--price", type=click.Choice(["raw", "minmax", "log", "quantile"]), help="The scale of prices.")
@@ -269,7 +284,7 @@ def verify(domain: Path, json_file: Path | None) -> None:
     help="Ray actors; 0: this process alone, without Ray.",
 )
 @json_option
-def featurize(domains: Sequence[Path], json_file: Path | None, **options: Any) -> None:
+def featurize(domains: Sequence[str | Path], json_file: Path | None, **options: Any) -> None:
     """Run frozen encoders over the items of prepared domains, into their feature tables; goes on where it stopped.
 
     Domains that will be trained together belong in one call: hashed text is fitted on all of them.
@@ -542,7 +557,7 @@ def registry_options(command: Callable[..., Any]) -> Callable[..., Any]:
 
 def model_options(command: Callable[..., Any]) -> Callable[..., Any]:
     """MODEL, DATA/NAME and where the registry is."""
-    command = click.argument("domain", metavar="DATA/NAME", type=click.Path(path_type=Path))(registry_options(command))
+    command = click.argument("domain", metavar="DATA/NAME", type=Place(path_type=Path))(registry_options(command))
     return click.argument("model")(command)
 
 
@@ -551,7 +566,7 @@ def model_options(command: Callable[..., Any]) -> Callable[..., Any]:
 @click.option("--split", type=click.Choice(["validation", "test"]), default="test", show_default=True)
 @json_option
 def evaluate(
-    model: str, domain: Path, split: Any, storage: Path, tracking_uri: str | None, json_file: Path | None
+    model: str, domain: str | Path, split: Any, storage: Path, tracking_uri: str | None, json_file: Path | None
 ) -> None:
     """Rank the whole catalogue of DATA/NAME for its validation or test users.
 
@@ -566,7 +581,7 @@ def evaluate(
     figures = evaluate_model(open_model(model, domain, storage, tracking_uri), split)
     for name, value in figures.items():
         click.echo(f"{name:12} {value:.4f}" if "@" in name else f"{name:12} {int(value):,}")
-    write_document({"model": model, "domain": str(domain), "split": split, **figures}, json_file)
+    write_document({"model": model, "domain": redact(str(domain)), "split": split, **figures}, json_file)
 
 
 @cli.command()
@@ -577,7 +592,7 @@ def evaluate(
 @json_option
 def recommend(
     model: str,
-    domain: Path,
+    domain: str | Path,
     user: str | None,
     history: str | None,
     top: int,
@@ -618,7 +633,7 @@ def recommend(
 @json_option
 def score(
     model: str,
-    domain: Path,
+    domain: str | Path,
     out: str,
     storage: Path,
     tracking_uri: str | None,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from pathlib import Path
 
 # A password may hold "/" and "@", so everything up to the last "@" of the word goes; file:/// and sqlite:/// have none.
 _USERINFO = re.compile(r"(://)(?!/)[^\s\"']*@")
@@ -23,11 +22,11 @@ class UserError(Exception):
 
     Args:
         what: what is wrong, a sentence without its full stop.
-        where: the file (with line), configuration key or argument it is about.
+        where: the file (with line), configuration key or argument it is about: whatever `str` tells.
         remedy: what to do about it, a sentence without its full stop.
     """
 
-    def __init__(self, what: str, *, where: str | Path | None = None, remedy: str | None = None) -> None:
+    def __init__(self, what: str, *, where: object = None, remedy: str | None = None) -> None:
         self.what, self.where = redact(what), None if where is None else redact(str(where))
         self.remedy = remedy and redact(remedy)
         place = f"{self.where}: " if self.where else ""

@@ -18,7 +18,7 @@ from pathlib import Path
 from torch import Tensor
 
 from antdist.config.schema import LossConfig, ModelConfig, StreamConfig, TrainingConfig
-from antdist.data.domain import Domain, open_domain
+from antdist.data.domain import Domain
 from antdist.orchestration.runs import show_live
 from antdist.products import exact_products
 from antdist.tracking.run import start_run
@@ -125,7 +125,7 @@ def run(options: Options) -> Report:
     bares: list[float] = []
     differences: list[float] = []
     with tempfile.TemporaryDirectory() as folder:
-        domain = open_domain(write_world(Path(folder), shape).folder)
+        domain = write_world(Path(folder), shape)
         for repeat in range(options.repeats):
             place = Path(folder) / f"run-{repeat}"
             place.mkdir()

@@ -127,7 +127,8 @@ def _soak(options: Options, folder: Path) -> Report:
     if options.short:
         shape, every = Shape(80, 50, 7.0), 0.2
         size = {"batch_size": 60, "checkpoint_every": 3, "dim": 8}
-    domain = write_world(folder, shape, block_users=64).folder
+    write_world(folder, shape, block_users=64)
+    domain = folder / "world"
     faulty = Run(domain, folder / "faulty", epochs=1_000_000, **size)
     chance, struck, begun = random.Random(options.repeats), list[Struck](), time.time()
     deadline = begun + 60 * options.minutes

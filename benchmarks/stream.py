@@ -2,6 +2,7 @@
 
 `antdist.data.stream.Stream` in both modes, against a pipeline as it is usually written with webdataset over the same
 shards: each user a sample of its own, shards and users shuffled (a buffer of 10,000), batches collated to ids and offsets.
+The stream in `sequence` mode also from a URI whose shards lie in the node's cache.
 A window of the stream is a user's training items: in `sequence` mode once, in `prefix` mode each of its prefixes.
 """
 
@@ -17,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from antdist.config.schema import StreamConfig
+from antdist.data.cache import Cache
 from antdist.data.domain import Domain, ItemRecord, Sequences, open_domain, write_domain
 from antdist.data.stream import Stream
 from benchmarks.report import Line, Options, Report, ratio, taking_turns
@@ -74,11 +76,13 @@ def run(options: Options) -> Report:
     users, items = (20_000, 500) if options.short else (1_000_000, 50_000)
     with tempfile.TemporaryDirectory() as folder:
         domain = write_users(Path(folder), users, items)
+        cached = open_domain(f"file://{folder}/users", Cache(Path(folder) / "cache", 10**12))
+        cached.sequences()  # fetches all
         shards = [str(domain.folder / shard.name) for shard in domain.manifest.sequence_shards]
         predictions = LENGTH - 3
         epochs = itertools.count()
 
-        def ours(mode: str) -> float:
+        def ours(mode: str, domain: Domain = domain) -> float:
             config = StreamConfig.model_validate({"mode": mode, "batch_size": BATCH})
             stream, seen = Stream([domain], config, max_length=50, seed=0), 0
             for batch in stream.batches(next(epochs)):
@@ -97,6 +101,7 @@ def run(options: Options) -> Report:
         seconds = taking_turns(
             {
                 "sequence": lambda: count("sequence", ours("sequence")),
+                "sequence from the cache": lambda: count("sequence from the cache", ours("sequence", cached)),
                 "prefix": lambda: count("prefix", ours("prefix")),
                 "webdataset": lambda: count("webdataset", theirs()),
             },
@@ -106,12 +111,13 @@ def run(options: Options) -> Report:
     return Report(
         "stream",
         f"{users:,} users of {LENGTH} items in {len(shards)} shards that lie in the page cache, one process, one epoch a "
-        f"repeat, shuffled, batches of about {BATCH} predictions: the stream in both modes, against a webdataset pipeline "
-        f"that makes each user a sample (as in sequence mode), shuffles in a buffer of {BUFFER:,} and collates",
+        f"repeat, shuffled, batches of about {BATCH} predictions: the stream in both modes, from a folder and from a URI whose "
+        f"shards lie in the node's cache, against a webdataset pipeline that makes each user a sample (as in sequence mode), shuffles in a buffer of {BUFFER:,} and collates",
         [
             *(Line(name, found, "users/s") for name, found in rates.items()),
             ratio("sequence over webdataset", rates["sequence"], rates["webdataset"]),
             ratio("prefix over webdataset", rates["prefix"], rates["webdataset"]),
+            ratio("from the cache over from the folder", rates["sequence from the cache"], rates["sequence"]),
         ],
         ["a user in prefix mode gives five windows"],
     )

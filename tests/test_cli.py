@@ -71,6 +71,8 @@ def test_help_imports_nothing_heavy() -> None:
             "--overwrite: does not go with --append",
         ),
         (["prepare", "s", "--domain", "d", "--out", "o", "--append", "--k-core", "3"], "--k-core: does not go with"),
+        (["verify", "file:///no/d"], "file:///no/d: no prepared domain here: manifest.json is missing"),
+        (["prepare", "world", "--domain", "d", "--out", "s3://b/data"], "is a URI. Write to a folder"),
         (["prepare", "--domain", "d", "--out", "o", "--column", "x"], "--column: 'x' is not of the form OURS=THEIRS"),
     ],
 )
@@ -97,6 +99,8 @@ def test_the_data_verbs_from_a_generated_world_to_checked_features(tmp_path: Pat
     done = run("featurize", *folders, *encoders, "--workers", "0")
     assert done.returncode == 0, done.stderr
     assert run("verify", folders[0]).returncode == 0
+    far = run("featurize", f"file://{folders[0]}", "--price", "log")
+    assert far.returncode == 2 and "is written to its folder, and this is a URI" in far.stderr
     again = run("prepare", str(world / names[0]), "--domain", names[0], "--out", str(data))
     assert again.returncode == 2 and "--overwrite" in again.stderr
     shard = data / names[0] / "sequences-00000.tar"
@@ -123,6 +127,7 @@ def test_validate_checks_before_anything_runs(tmp_path: Path) -> None:
         (["data.domains=[aa]", "training.precision=fp16"], "training.precision: fp16 needs a GPU"),
         (["data.domains=[aa]", "loss.log_q=true", "loss.negatives=catalogue"], "loss.log_q"),
         (["data.domains=[aa]", "training.deepspeed={optimizer: {}}"], "training.deepspeed.optimizer"),
+        ([f"data.root=file://{tmp_path}/data", "data.domains=[zz]"], "no prepared domain 'zz' in file:///"),
         (["target=aa", "strategy=relearn"], "from: strategy relearn starts from a pre-trained model"),
         (["data.domains=[aa]", "tracking.uri=http://127.0.0.1:9"], "the tracking server does not answer"),
     ]:

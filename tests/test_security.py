@@ -17,7 +17,8 @@ from antdist.config.load import load_config
 from antdist.config.schema import PretrainConfig
 from antdist.errors import UserError
 from antdist.orchestration.runs import claimed
-from antdist.training.remote import Remote, Unreachable
+from antdist.storage import Unreachable
+from antdist.training.remote import Remote
 
 PROJECT = Path(__file__).resolve().parents[1]
 SOURCES = sorted(path for room in ("antdist", "launch") for path in (PROJECT / room).rglob("*.py"))

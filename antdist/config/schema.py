@@ -181,9 +181,17 @@ class AdaptationTrainingConfig(TrainingConfig):
 class DataConfig(Component):
     """Prepared domains below one folder."""
 
-    root: str = Field("data", description="folder that holds a folder a domain")
+    root: str = Field(
+        "data", description="folder that holds a folder a domain; or any fsspec URI (s3://BUCKET/FOLDER) to one"
+    )
     domains: list[str] = Field(default_factory=list, description="auxiliary domains of the pre-training")
     feature_dtype: Literal["float32", "float16"] = "float32"
+    cache: Annotated[str, Field(min_length=1)] | None = Field(
+        None,
+        description="where root is a URI: folder on each node's own disk for what was fetched, shared by all runs there; "
+        "null: in the folder for temporary files (TMPDIR)",
+    )
+    cache_gb: Annotated[float, Field(gt=0)] = Field(50.0, description="the most that lies in it, in 10^9 bytes")
 
 
 class RayConfig(Component):

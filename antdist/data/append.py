@@ -418,8 +418,8 @@ def _write(
 ) -> Manifest:
     """The folder of this append, with the old manifest under another name, then the new one in its place: a process that dies
     on the way leaves the domain as it was."""
-    was, name = old.manifest, f"append-{len(old.manifest.earlier) + 1:05d}"
-    partial, prefix = old.folder / f".{name}.partial", f"{name}/"
+    was, folder, name = old.manifest, old.own_folder(), f"append-{len(old.manifest.earlier) + 1:05d}"
+    partial, prefix = folder / f".{name}.partial", f"{name}/"
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir()
     try:
@@ -456,16 +456,16 @@ def _write(
         )
         if quarantine.records:
             write_quarantine(partial, quarantine.records)
-        shutil.copyfile(old.folder / MANIFEST_NAME, partial / kept_name(old.fingerprint))
+        shutil.copyfile(folder / MANIFEST_NAME, partial / kept_name(old.fingerprint))
         for path in [*partial.iterdir(), partial]:
             flush_to_disk(path)
         faults.at("append", file="rename")
-        shutil.rmtree(old.folder / name, ignore_errors=True)  # left by an append that died before its manifest
-        partial.rename(old.folder / name)
+        shutil.rmtree(folder / name, ignore_errors=True)  # left by an append that died before its manifest
+        partial.rename(folder / name)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     faults.at("append", file="manifest")
-    write_manifest(old.folder, manifest)
+    write_manifest(folder, manifest)
     return manifest
 
 

@@ -7,7 +7,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from antdist.data.cache import Cache
 from antdist.data.manifest import (
     MANIFEST_NAME,
     PLAIN_NAME,
@@ -28,6 +29,7 @@ from antdist.data.manifest import (
     read_manifest,
     write_manifest,
 )
+from antdist.data.places import Place, RemotePath, near, open_file, place_of
 from antdist.data.shards import (
     HELD_OUT,
     SHORTEST,
@@ -51,7 +53,7 @@ from antdist.data.shards import (
 )
 from antdist.data.windows import ranges, starts_of
 from antdist.errors import UserError
-from antdist.files import file_sha256, write_json
+from antdist.files import write_json
 
 BLOCK_USERS = 1024
 ITEMS_PER_SHARD = 4096
@@ -90,10 +92,10 @@ class Domain:
     """An open domain; reads its shards through webdataset.
 
     A shard is read only if its size and digest are the manifest's: a damaged one is named, whatever the damage would
-    have been taken for. (The digest of 64 MB takes about 0.04 s.)
+    have been taken for. (The digest of 64 MB takes about 0.04 s.) Those of a remote domain come through the node's cache.
     """
 
-    folder: Path
+    folder: Place
     manifest: Manifest
 
     @property
@@ -104,9 +106,25 @@ class Domain:
     def fingerprint(self) -> str:
         return self.manifest.fingerprint
 
+    @property
+    def address(self) -> str:
+        """By which any process opens it: an absolute path, or a URI."""
+        return self.folder.uri if isinstance(self.folder, RemotePath) else str(self.folder.resolve())
+
+    def own_folder(self) -> Path:
+        """The folder to write to. Raises UserError: it lies under a URI, where nothing is written."""
+        if isinstance(self.folder, RemotePath):
+            raise UserError(
+                "what is made of a domain is written to its folder, and this is a URI",
+                where=self.folder,
+                remedy="work on a copy in a folder, and copy what is new there",
+            )
+        return self.folder
+
     def sequences(self) -> Sequences:
         """All users, in memory (20 bytes an interaction)."""
-        blocks = [block for shard in range(len(self.manifest.sequence_shards)) for block in self.blocks(shard)]
+        shards = near(self.folder, self.manifest.sequence_shards)
+        blocks = [block for number, _ in enumerate(shards) for block in self.blocks(number)]
         lengths = [np.diff(block.offsets) for block in blocks]
         offsets = np.concatenate([np.zeros(1, np.int64), np.cumsum(np.concatenate([*lengths, np.zeros(0, np.int64)]))])
         items = np.concatenate([np.zeros(0, np.int64), *(block.items for block in blocks)], dtype=np.int64)
@@ -116,10 +134,10 @@ class Domain:
     def histories(self, users: NDArray[np.int64]) -> Sequences:
         """Those of some users, given by increasing index, in memory; reads the shards that hold them, one after the other."""
         lengths, items, times = ([np.zeros(0, np.int64)] for _ in range(3))
-        for number, shard in enumerate(self.manifest.sequence_shards):
+        stored = self.manifest.sequence_shards
+        numbers = [n for n, shard in enumerate(stored) if _among(users, shard.first_user, shard.users).size]
+        for number, shard in zip(numbers, near(self.folder, [stored[n] for n in numbers]), strict=True):
             first = shard.first_user
-            if _among(users, first, shard.users).size == 0:
-                continue
             for block in self.blocks(number):
                 wanted = _among(users, first, len(block.offsets) - 1) - first
                 begin, length = block.offsets[wanted], np.diff(block.offsets)[wanted]
@@ -140,8 +158,9 @@ class Domain:
         file, shards = self.manifest.superseded, self.manifest.sequence_shards
         if file is None:
             return np.zeros(0, np.int64)
-        path = _sound(self.folder, file)
-        places = npy_array(path.read_bytes(), "<i8", str(path))
+        path = self.folder / file.name
+        with open_file(self.folder, file) as stream:
+            places = npy_array(stream.read(), "<i8", str(path))
         due = sum(shard.stored_users - shard.users for shard in shards)
         if len(places) != due or (places[1:] <= places[:-1]).any():
             raise UserError(f"{len(places)} users, not {due} in rising order", where=path, remedy=TORN)
@@ -216,7 +235,8 @@ class Domain:
             yield from read_users(self.folder, self.pending, self.manifest.items, shortest=1)
 
     def verify_sequences(self) -> int:
-        """Check size and digest of every file that training reads; returns how many bytes they are.
+        """Check size and digest of every file that training reads; of remote ones the size, as their digests are checked
+        when they are fetched. Returns how many bytes they are.
 
         Raises:
             UserError: naming the first that is missing or damaged.
@@ -224,19 +244,21 @@ class Domain:
         files: list[File] = [*self.manifest.sequence_shards, self.manifest.popularity]
         if self.manifest.superseded is not None:
             files.append(self.manifest.superseded)
-        for file in files:
-            _sound(self.folder, file)
+        if isinstance(self.folder, RemotePath):
+            self.folder.check_sizes(files)
+        else:
+            for file in files:
+                open_file(self.folder, file).close()
         return sum(file.bytes for file in files)
 
     def user_ids(self) -> list[str]:
         """The users' ids in the source, by user index."""
         ids: list[str] = []
-        for number, shard in enumerate(self.manifest.sequence_shards):
+        for number, shard in enumerate(near(self.folder, self.manifest.sequence_shards)):
             keys = [block.key for block in shard.blocks]
-            path = _sound(self.folder, shard)
-            samples, superseded = read_samples(path, keys, _is_json), self.superseded_in(number)
+            samples, superseded = _samples(self.folder, shard, keys, _is_json), self.superseded_in(number)
             for sample, block, gone in zip(samples, shard.blocks, superseded, strict=True):
-                stored = decode_users(sample, path, block.stored_users)
+                stored = decode_users(sample, self.folder / shard.name, block.stored_users)
                 ids += np.delete(np.array(stored, object), gone).tolist() if len(gone) else stored
         return ids
 
@@ -246,10 +268,9 @@ class Domain:
         Raises:
             UserError: a shard is missing, torn or not the manifest's.
         """
-        for part in self.manifest.item_shards if shard is None else [shard]:
-            path = _sound(self.folder, part)
-            for sample in read_samples(path, _item_keys(part)):
-                yield decode_item(sample, path)
+        for part in near(self.folder, self.manifest.item_shards if shard is None else [shard]):
+            for sample in _samples(self.folder, part, _item_keys(part)):
+                yield decode_item(sample, self.folder / part.name)
 
     def item_ids(self) -> list[str]:
         """The items' ids in the source, by item index."""
@@ -257,30 +278,34 @@ class Domain:
 
     def item_facts(self) -> Iterator[ItemFacts]:
         """All items in order of their index, pictures unread. Raises UserError as `items`."""
-        for shard in self.manifest.item_shards:
-            path = _sound(self.folder, shard)
-            for sample in read_samples(path, _item_keys(shard), _is_json):
-                yield decode_facts(sample, path)
+        for shard in near(self.folder, self.manifest.item_shards):
+            for sample in _samples(self.folder, shard, _item_keys(shard), _is_json):
+                yield decode_facts(sample, self.folder / shard.name)
 
     def popularity(self) -> NDArray[np.int64]:
         """How often each item occurs in the training parts, (items,)."""
-        path = _sound(self.folder, self.manifest.popularity)
-        counts = npy_array(path.read_bytes(), "<i8", str(path))
+        path = self.folder / self.manifest.popularity.name
+        with open_file(self.folder, self.manifest.popularity) as stream:
+            counts = npy_array(stream.read(), "<i8", str(path))
         if len(counts) != self.manifest.items:
             raise UserError(f"{len(counts)} entries for {self.manifest.items} items", where=path, remedy=TORN)
         return counts
 
 
-def open_domain(folder: str | Path) -> Domain:
-    """Open a prepared domain; reads its manifest alone.
+def open_domain(folder: str | Path, cache: Cache | None = None) -> Domain:
+    """Open a prepared domain by its folder or URI; reads its manifest alone.
+
+    Args:
+        cache: for the files of a remote one; None: the node's default.
 
     Raises:
         UserError: the folder is no prepared domain, or its manifest is malformed.
     """
-    return Domain(Path(folder), read_manifest(Path(folder)))
+    place = place_of(folder, cache)
+    return Domain(place, read_manifest(place))
 
 
-def read_blocks(folder: Path, shard: SequenceShard, items: int) -> Iterator[UserBlock]:
+def read_blocks(folder: Place, shard: SequenceShard, items: int) -> Iterator[UserBlock]:
     """The blocks of one sequence shard as its file has them, in order, their arrays views on the bytes read.
 
     Args:
@@ -290,22 +315,22 @@ def read_blocks(folder: Path, shard: SequenceShard, items: int) -> Iterator[User
         UserError: the shard is missing, torn or not the manifest's, or a block holds what no domain could; it names the
             shard, and the block.
     """
-    path = _sound(folder, shard)
+    path = folder / shard.name
     keys = [block.key for block in shard.blocks]
-    for sample, stated in zip(read_samples(path, keys, _is_array), shard.blocks, strict=True):
+    for sample, stated in zip(_samples(folder, shard, keys, _is_array), shard.blocks, strict=True):
         yield _sound_block(sample, path, stated, items)
 
 
 def read_users(
-    folder: Path, shard: SequenceShard, items: int, shortest: int = SHORTEST
+    folder: Place, shard: SequenceShard, items: int, shortest: int = SHORTEST
 ) -> Iterator[tuple[list[str], UserBlock]]:
     """As `read_blocks`, with the users' ids; users have `shortest` interactions at least."""
-    path = _sound(folder, shard)
-    for sample, stated in zip(read_samples(path, [b.key for b in shard.blocks]), shard.blocks, strict=True):
+    path = folder / shard.name
+    for sample, stated in zip(_samples(folder, shard, [b.key for b in shard.blocks]), shard.blocks, strict=True):
         yield decode_users(sample, path, stated.stored_users), _sound_block(sample, path, stated, items, shortest)
 
 
-def _sound_block(sample: Sample, path: Path, stated: Block, items: int, shortest: int = SHORTEST) -> UserBlock:
+def _sound_block(sample: Sample, path: Place, stated: Block, items: int, shortest: int = SHORTEST) -> UserBlock:
     block = decode_block(sample, path, stated.stored_users, stated.stored_interactions)
     for fault in block_faults(block, items, shortest):
         raise UserError(fault, where=f"{path} ({stated.key})", remedy=TORN)
@@ -329,21 +354,12 @@ def _item_keys(shard: ItemShard) -> list[str]:
     return [f"{index:09d}" for index in range(shard.first, shard.first + shard.items)]
 
 
-def _sound(folder: Path, file: File) -> Path:
-    """The file's path, if its size and digest are the manifest's."""
-    path = folder / file.name
-    try:
-        size = path.stat().st_size
-        if size != file.bytes:
-            raise UserError(f"the file has {size} bytes, {file.bytes} by the manifest", where=path, remedy=TORN)
-        digest = file_sha256(path)
-    except FileNotFoundError:
-        raise UserError("the file is missing", where=path, remedy=TORN) from None
-    except OSError as error:
-        raise UserError(f"the file cannot be read ({error.strerror})", where=path, remedy=TORN) from None
-    if digest != file.sha256:
-        raise UserError("the file is damaged: its SHA-256 is not the manifest's", where=path, remedy=TORN)
-    return path
+def _samples(
+    folder: Place, shard: File, keys: list[str], select: Callable[[str], bool] | None = None
+) -> Iterator[Sample]:
+    """The samples of a shard, once its size and digest have been found right."""
+    with open_file(folder, shard) as stream:
+        yield from read_samples(stream, folder / shard.name, keys, select)
 
 
 # ---------------------------------------------------------------------------------------------------------- writing
@@ -544,7 +560,7 @@ def write_pending(folder: Path, histories: Iterable[tuple[list[str], UserBlock]]
     )
 
 
-def read_pending(folder: Path, fingerprint: str) -> SequenceShard | None:
+def read_pending(folder: Place, fingerprint: str) -> SequenceShard | None:
     """What `pending.json` says of a freshly prepared domain of this fingerprint; None if nobody waits."""
     path = folder / PENDING_DESCRIBED
     if not path.is_file():

@@ -6,12 +6,15 @@ import hashlib
 import json
 from itertools import pairwise
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from antdist.errors import UserError
 from antdist.files import flush_to_disk
+
+if TYPE_CHECKING:
+    from antdist.data.places import Place
 
 SCHEMA_VERSION = 1
 MANIFEST_NAME = "manifest.json"
@@ -220,14 +223,14 @@ def kept_name(fingerprint: str) -> str:
     return f"manifest-{fingerprint[:16]}.json"
 
 
-def read_manifest(folder: Path, name: str = MANIFEST_NAME) -> Manifest:
+def read_manifest(folder: Place, name: str = MANIFEST_NAME) -> Manifest:
     """Read and check `manifest.json`, or an earlier one that an append has kept.
 
     Raises:
-        UserError: it is missing, malformed, of another schema version, names a path outside the folder, or its counts
-            do not add up.
+        UserError: it is missing or out of reach, malformed, of another schema version, names a path outside the folder, or
+            its counts do not add up.
     """
-    path = Path(folder) / name
+    path = folder / name
     remedy = "prepare the domain again with `antdist prepare --overwrite`"
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path, PurePosixPath
 from types import TracebackType
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
@@ -140,44 +140,45 @@ def block_members(key: str, block: UserBlock, user_ids: list[str]) -> list[tuple
 # ---------------------------------------------------------------------------------------------------------- reading
 
 
-def member_names(path: Path) -> list[str]:
-    """Names of a tar's members in order, from the headers alone.
+def member_names(stream: BinaryIO, where: object) -> list[str]:
+    """Names of a tar's members in order, from the headers alone; `stream` is left anywhere.
 
     Raises:
-        UserError: the file is missing, cut short or no tar, or holds a member that is not a plain file with a plain
+        UserError: the file is cut short or no tar, or holds a member that is not a plain file with a plain
             relative name (absolute, `..`, link, device): such a shard was not written by antdist.
     """
     names = []
     try:
-        with tarfile.open(path, "r:") as tar:
+        with tarfile.open(fileobj=stream, mode="r:") as tar:
             for member in tar:
                 if not member.isreg():
                     what = f"holds {member.name!r}, which is a link, folder or device"
-                    raise UserError(what, where=path, remedy="do not use this shard; prepare the domain again")
-                check_member_name(member.name, path)
+                    raise UserError(what, where=where, remedy="do not use this shard; prepare the domain again")
+                check_member_name(member.name, where)
                 names.append(member.name)
-    except FileNotFoundError:
-        raise UserError("the shard is missing", where=path, remedy=TORN) from None
     except (tarfile.TarError, OSError) as error:
-        raise UserError(f"the shard is cut short or no tar file ({error})", where=path, remedy=TORN) from None
+        raise UserError(f"the shard is cut short or no tar file ({error})", where=where, remedy=TORN) from None
     return names
 
 
-def check_member_name(name: str, path: Path) -> None:
+def check_member_name(name: str, where: object) -> None:
     """Refuse a member name that could lead out of a folder."""
     if name.startswith("/") or "\\" in name or ".." in PurePosixPath(name).parts:
         what = f"holds a member named {name!r}, which leaves the folder"
-        raise UserError(what, where=path, remedy="do not use this shard; prepare the domain again")
+        raise UserError(what, where=where, remedy="do not use this shard; prepare the domain again")
 
 
-def read_samples(path: Path, keys: list[str], select: Callable[[str], bool] | None = None) -> Iterator[Sample]:
-    """The samples of one shard through webdataset, in file order: `{"__key__": ..., extension: bytes, ...}`.
+def read_samples(
+    stream: BinaryIO, where: object, keys: list[str], select: Callable[[str], bool] | None = None
+) -> Iterator[Sample]:
+    """The samples of one open shard through webdataset, in file order: `{"__key__": ..., extension: bytes, ...}`.
 
     Members are checked first (`member_names`), so a shard that is torn, or does not hold exactly the samples `keys`,
     is told before its first sample is used.
 
     Args:
-        path: the tar file.
+        stream: the tar file, which may be read twice.
+        where: it lies, for people.
         keys: the samples that it must hold, in order.
         select: which members to read, by name; None: all.
 
@@ -186,23 +187,23 @@ def read_samples(path: Path, keys: list[str], select: Callable[[str], bool] | No
     """
     from webdataset.tariterators import group_by_keys, tar_file_expander
 
-    names = member_names(path)
+    names = member_names(stream, where)
     found = [key for key, _ in groupby(name.partition(".")[0] for name in names)]
     if found != keys:
-        raise UserError(_difference(found, keys), where=path, remedy=TORN)
+        raise UserError(_difference(found, keys), where=where, remedy=TORN)
     if len(set(names)) < len(names):
-        raise UserError("the shard holds a member twice", where=path, remedy=TORN)
+        raise UserError("the shard holds a member twice", where=where, remedy=TORN)
     try:
-        with path.open("rb") as stream:
-            source = [{"url": str(path), "stream": stream}]
-            samples = iter(group_by_keys(tar_file_expander(source, select_files=select)))
-            for key in keys:
-                sample = next(samples, None)
-                if sample is None or sample["__key__"] != key:
-                    raise UserError(f"the shard gives no sample {key}", where=path, remedy=TORN)
-                yield sample
+        stream.seek(0)
+        source = [{"url": str(where), "stream": stream}]
+        samples = iter(group_by_keys(tar_file_expander(source, select_files=select)))
+        for key in keys:
+            sample = next(samples, None)
+            if sample is None or sample["__key__"] != key:
+                raise UserError(f"the shard gives no sample {key}", where=where, remedy=TORN)
+            yield sample
     except (tarfile.TarError, OSError, ValueError) as error:
-        raise UserError(f"the shard cannot be read ({error})", where=path, remedy=TORN) from None
+        raise UserError(f"the shard cannot be read ({error})", where=where, remedy=TORN) from None
 
 
 def _difference(found: list[str], keys: list[str]) -> str:
@@ -234,7 +235,7 @@ def npy_array(data: bytes, dtype: str, where: str) -> NDArray[Any]:
         raise UserError(f"a column cannot be read ({error})", where=where, remedy=TORN) from None
 
 
-def decode_block(sample: Sample, where: Path, users: int, interactions: int) -> UserBlock:
+def decode_block(sample: Sample, where: object, users: int, interactions: int) -> UserBlock:
     """The columns of a block; sizes are checked against the manifest's.
 
     Raises:
@@ -282,7 +283,7 @@ def block_faults(block: UserBlock, items: int, shortest: int = SHORTEST) -> Iter
         yield f"column items names items outside 0 to {items - 1}"
 
 
-def decode_users(sample: Sample, where: Path, users: int) -> list[str]:
+def decode_users(sample: Sample, where: object, users: int) -> list[str]:
     """The ids of a block's users.
 
     Raises:
@@ -298,7 +299,7 @@ def decode_users(sample: Sample, where: Path, users: int) -> list[str]:
     raise UserError(what, where=f"{where} ({sample['__key__']})", remedy=TORN)
 
 
-def decode_item(sample: Sample, where: Path, *, images: bool = True) -> ItemRecord:
+def decode_item(sample: Sample, where: object, *, images: bool = True) -> ItemRecord:
     """An item from its members; `images` False: without its images, which then need not be in the sample.
 
     Raises:
@@ -322,7 +323,7 @@ class ItemFacts:
     images: int
 
 
-def decode_facts(sample: Sample, where: Path) -> ItemFacts:
+def decode_facts(sample: Sample, where: object) -> ItemFacts:
     """An item's JSON. Raises UserError: it is malformed."""
     try:
         fields = json.loads(sample["json"])
@@ -337,7 +338,7 @@ def decode_facts(sample: Sample, where: Path) -> ItemFacts:
         raise _unfit(sample, where, error) from None
 
 
-def _unfit(sample: Sample, where: Path, error: Exception) -> UserError:
+def _unfit(sample: Sample, where: object, error: Exception) -> UserError:
     what = f"the item's members do not fit together ({error!r})"
     return UserError(what, where=f"{where} ({sample['__key__']})", remedy=TORN)
 

@@ -24,6 +24,7 @@ from antdist.batch import GlobalBatch, IntArray
 from antdist.config.schema import StreamConfig
 from antdist.data.domain import Domain
 from antdist.data.order import CanonicalStream, canonical_streams, quotas, shuffled, taken
+from antdist.data.places import RemotePath, bring
 from antdist.data.windows import Windows, concatenate, prefix_windows, starts_of, user_windows
 from antdist.errors import UserError
 
@@ -115,6 +116,16 @@ class Stream:
                 remedy="raise stream.batch_size, or lower ray.workers or training.accumulation",
             )
 
+    def bytes_in_reach(self) -> int:
+        """Bytes of the remote shards that may be in use together: of each canonical stream the window that is used and the
+        one that is read ahead. Where the cache has room for them, each is fetched once a pass, for all ranks of a node."""
+        total = 0
+        for domain in self.domains:
+            if isinstance(domain.folder, RemotePath):
+                sizes = sorted((shard.bytes for shard in domain.manifest.sequence_shards), reverse=True)
+                total += sum(sizes[: 2 * self.config.streams * self.config.window_shards])
+        return total
+
     def batches(self, epoch: int, start: int = 0) -> Generator[GlobalBatch, None, None]:
         """The batches of an epoch from number `start` on; `GlobalBatch.index` is the number.
 
@@ -146,6 +157,12 @@ class Stream:
         if len(shards) <= self.config.streams * self.config.window_shards:
             self._kept[domain.name, shard] = blocks
         return blocks
+
+    def _bring(self, d: int, shards: Sequence[int]) -> None:
+        """Have the shards of a remote domain fetched side by side."""
+        domain = self.domains[d]
+        there = domain.manifest.sequence_shards
+        bring(domain.folder, [there[shard] for shard in shards if (domain.name, shard) not in self._kept])
 
     def _spans(self, epoch: int, start: int) -> Iterator[tuple[int, list[tuple[int, int, int]]]]:
         """For each batch its number and, by domain, which of the domain's units (counted over all epochs) it takes."""
@@ -258,7 +275,9 @@ class _CanonicalReader:
             self.next = window + 1, self.domain.background.submit(self._read, window + 1)
 
     def _read(self, window: int) -> dict[int, list[Block]]:
-        return {shard: self.domain.stream._blocks(self.domain.d, shard) for shard in self.layout.windows[window]}
+        stream, d, shards = self.domain.stream, self.domain.d, self.layout.windows[window]
+        stream._bring(d, shards)
+        return {shard: stream._blocks(d, shard) for shard in shards}
 
     def _load_group(self, group: int) -> None:
         layout = self.layout.groups[group]

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from antdist.data.cache import Cache
 from antdist.data.domain import (
     PENDING_DESCRIBED,
     PENDING_NAME,
@@ -21,7 +22,8 @@ from antdist.data.domain import (
     training_popularity,
 )
 from antdist.data.images import BadImage, modest
-from antdist.data.manifest import MANIFEST_NAME, File, ItemShard, kept_name, read_manifest
+from antdist.data.manifest import MANIFEST_NAME, File, ItemShard, SequenceShard, kept_name, read_manifest
+from antdist.data.places import Place, RemotePath, file_names, open_unchecked
 from antdist.data.quarantine import QUARANTINE_NAME
 from antdist.data.shards import (
     SHORTEST,
@@ -84,20 +86,19 @@ class _Findings:
     user_hashes: list[NDArray[np.int64]] = field(default_factory=list)
 
 
-def verify(folder: str | Path) -> VerifyReport:
-    """Check a prepared domain, its feature tables included where there are any.
+def verify(place: str | Path, cache: Cache | None = None) -> VerifyReport:
+    """Check a prepared domain, by its folder or URI (with a `cache` as `open_domain` has it), its feature tables included
+    where there are any.
 
     Raises:
         UserError: there is no manifest, or it is malformed; everything else is a problem in the report.
     """
-    domain = open_domain(folder)
+    domain = open_domain(place, cache)
     manifest, found = domain.manifest, _Findings([])
-    files = [
-        (domain.folder / file.name, file.bytes, file.sha256) for file in [*manifest.files, *_beside(domain, found)]
-    ]
+    files: list[tuple[Place, File]] = [(domain.folder, file) for file in [*manifest.files, *_beside(domain, found)]]
     features = list(_feature_parts(domain, found.problems))
-    for path, size, digest in track(files + features, "checking digests", len(files) + len(features)):
-        found.problems += _file_problems(path, size, digest)
+    for folder, file in track(files + features, "checking digests", len(files) + len(features)):
+        found.problems += _file_problems(folder, file)
     found.problems += _strangers(domain)
     for item_shard in track(manifest.item_shards, "checking items", len(manifest.item_shards)):
         _check_items(domain, item_shard, found)
@@ -108,11 +109,11 @@ def verify(folder: str | Path) -> VerifyReport:
     _check_pending(domain, found)
     _check_twice(domain, found)
     return VerifyReport(
-        folder=str(folder),
+        folder=str(domain.folder),
         domain=domain.name,
         fingerprint=domain.fingerprint,
         files=1 + len(files) + len(features),
-        bytes=sum(size for _, size, _ in files + features),
+        bytes=sum(file.bytes for _, file in files + features),
         items=found.items,
         images=found.images,
         users=found.users,
@@ -124,14 +125,22 @@ def verify(folder: str | Path) -> VerifyReport:
 # -------------------------------------------------------------------------------------------------------------- files
 
 
-def _file_problems(path: Path, size: int, digest: str) -> Iterator[str]:
+def _file_problems(folder: Place, file: File) -> Iterator[str]:
+    if isinstance(folder, RemotePath):
+        try:
+            folder.check_sizes([file])
+            folder.open(file).close()
+        except UserError as error:
+            yield str(error)
+        return
+    path = folder / file.name
     if not path.is_file():
         yield f"{path}: the file is missing"
         return
     actual = path.stat().st_size
-    if actual != size:
-        yield f"{path}: {actual} bytes, {size} were written"
-    elif file_sha256(path) != digest:
+    if actual != file.bytes:
+        yield f"{path}: {actual} bytes, {file.bytes} were written"
+    elif file_sha256(path) != file.sha256:
         yield f"{path}: the content is not what was written (SHA-256 differs)"
 
 
@@ -149,11 +158,11 @@ def _strangers(domain: Domain) -> Iterator[str]:
     folder of an append that died before its manifest is no harm."""
     known = {MANIFEST_NAME, QUARANTINE_NAME, PENDING_NAME, PENDING_DESCRIBED}
     known |= {file.name for file in domain.manifest.files}
-    folders = [domain.folder]
+    folders = [""]
     for number, fingerprint in enumerate(domain.manifest.ancestors, 1):
-        folders.append(domain.folder / f"append-{number:05d}")
-        kept = f"{folders[-1].name}/{kept_name(fingerprint)}"
-        known |= {kept, f"{folders[-1].name}/{QUARANTINE_NAME}"}
+        folders.append(f"append-{number:05d}/")
+        kept = f"{folders[-1]}{kept_name(fingerprint)}"
+        known |= {kept, f"{folders[-1]}{QUARANTINE_NAME}"}
         try:
             earlier = read_manifest(domain.folder, kept)
             known |= {file.name for file in earlier.files}
@@ -162,16 +171,18 @@ def _strangers(domain: Domain) -> Iterator[str]:
         except UserError as error:
             yield str(error)
     for folder in folders:
-        for path in sorted(folder.iterdir()) if folder.is_dir() else []:
-            if path.is_file() and path.relative_to(domain.folder).as_posix() not in known:
-                yield f"{path}: the manifest does not know this file"
+        for name in file_names(domain.folder / folder if folder else domain.folder):
+            if f"{folder}{name}" not in known:
+                yield f"{domain.folder / f'{folder}{name}'}: the manifest does not know this file"
 
 
-def _feature_parts(domain: Domain, problems: list[str]) -> Iterator[tuple[Path, int, str]]:
+def _feature_parts(domain: Domain, problems: list[str]) -> Iterator[tuple[Place, File]]:
     """The files that feature tables consist of. The features' room lies to the right of this one: its JSON is read bare."""
-    for path in sorted((domain.folder / "features").glob("*.json")):
-        if not path.stem.isalpha():
+    folder = domain.folder / "features"
+    for name in file_names(folder):
+        if not name.endswith(".json") or not name.removesuffix(".json").isalpha():
             continue  # the note of one part, `text-00000.json`; the table's own has it too
+        path = folder / name
         try:
             meta = json.loads(path.read_text(encoding="utf-8"))
             if meta["fingerprint"] not in (domain.fingerprint, *domain.manifest.ancestors):
@@ -185,9 +196,8 @@ def _feature_parts(domain: Domain, problems: list[str]) -> Iterator[tuple[Path, 
             for part in meta["parts"]:
                 for prefix, suffix in (("", ""), ("present_", ".present")):
                     fields = {"bytes": part[f"{prefix}bytes"], "sha256": part[f"{prefix}sha256"]}
-                    file = File.model_validate({"name": f"{part['name']}{suffix}.npy", **fields})
-                    files.append((path.with_name(file.name), file.bytes, file.sha256))
-            yield from files
+                    files.append(File.model_validate({"name": f"{part['name']}{suffix}.npy", **fields}))
+            yield from ((folder, file) for file in files)
         except (KeyError, TypeError, ValueError, AttributeError, RecursionError, OSError) as error:
             said = " ".join(str(error).split())
             problems.append(f"{path}: is not the description of a feature table ({type(error).__name__}: {said})")
@@ -200,13 +210,14 @@ def _check_items(domain: Domain, shard: ItemShard, found: _Findings) -> None:
     path = domain.folder / shard.name
     keys = [f"{index:09d}" for index in range(shard.first, shard.first + shard.items)]
     try:
-        for sample in read_samples(path, keys):
-            _check_item(sample, path, found)
+        with open_unchecked(domain.folder, shard) as stream:
+            for sample in read_samples(stream, path, keys):
+                _check_item(sample, path, found)
     except UserError as error:
         found.problems.append(str(error))
 
 
-def _check_item(sample: Sample, path: Path, found: _Findings) -> None:
+def _check_item(sample: Sample, path: Place, found: _Findings) -> None:
     place = f"{path} ({sample['__key__']})"
     try:
         item = decode_item(sample, path)
@@ -233,8 +244,7 @@ def _check_sequences(domain: Domain, number: int, found: _Findings) -> NDArray[n
     path = domain.folder / shard.name
     try:
         superseded = list(domain.superseded_in(number))
-        samples = read_samples(path, [block.key for block in shard.blocks])
-        for sample, block, gone in zip(samples, shard.blocks, superseded, strict=True):
+        for sample, block, gone in zip(_blocks(domain, shard), shard.blocks, superseded, strict=True):
             try:
                 columns = decode_block(sample, path, block.stored_users, block.stored_interactions)
                 faults = list(block_faults(columns, domain.manifest.items)) or list(_disorder(columns))
@@ -291,6 +301,11 @@ def _check_twice(domain: Domain, found: _Findings) -> None:
             found.problems.append(f"{domain.folder}: user {user} stands in the domain twice")
         elif hash(user) in doubtful:
             seen.add(user)
+
+
+def _blocks(domain: Domain, shard: SequenceShard) -> Iterator[Sample]:
+    with open_unchecked(domain.folder, shard) as stream:
+        yield from read_samples(stream, domain.folder / shard.name, [block.key for block in shard.blocks])
 
 
 def _disorder(block: UserBlock) -> Iterator[str]:

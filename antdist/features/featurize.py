@@ -30,7 +30,6 @@ from antdist.features.table import (
     Dtype,
     FeatureMeta,
     Part,
-    features_folder,
     part_is_whole,
     write_meta,
     write_part,
@@ -146,11 +145,13 @@ def featurize(
     """
     if text is None and image is None and price is None:
         raise UserError("no features asked for", where="featurize", remedy="give --text, --image or --price")
+    for domain in domains:
+        domain.own_folder()
     start = time.monotonic()
     prices = PriceEncoder(cast("Scale", price), price_range, price_frequency) if price is not None else None
     encoders: dict[str, Encoder] = {}
     if text == "hashed":
-        path = projection or domains[0].folder.parent / PROJECTION_NAME
+        path = projection or domains[0].own_folder().parent / PROJECTION_NAME
         encoders["text"] = _hashed(domains, path, text_dim)
     elif text is not None:
         encoders["text"] = find_text_encoder(
@@ -164,14 +165,16 @@ def featurize(
         )
 
     orders = {
-        domain.folder: [
+        domain.own_folder(): [
             _order(domain, modality, encoder.description(), dtype) for modality, encoder in encoders.items()
         ]
         for domain in domains
     }
     units, finished = _what_is_left(domains, orders)
     fresh = _encode_all(units, encoders, workers, threads, device)
-    tables = [_finish(domain, order, finished, fresh, max_bad) for domain in domains for order in orders[domain.folder]]
+    tables = [
+        _finish(domain, order, finished, fresh, max_bad) for domain in domains for order in orders[domain.own_folder()]
+    ]
     if prices is not None:
         tables += [_price_table(domain, prices, dtype) for domain in domains]
     return FeaturizeReport(tables, time.monotonic() - start, workers)
@@ -213,7 +216,7 @@ class Order:
 
 
 def _order(domain: Domain, modality: str, encoder: Description, dtype: Dtype) -> Order:
-    return Order(str(domain.folder.resolve()), domain.fingerprint, modality, encoder, dtype)
+    return Order(domain.address, domain.fingerprint, modality, encoder, dtype)
 
 
 @dataclass(frozen=True)
@@ -253,14 +256,14 @@ def _what_is_left(domains: Sequence[Domain], orders: Mapping[Path, list[Order]])
     units: list[Unit] = []
     finished: Notes = {}
     for domain in domains:
-        features_folder(domain).mkdir(exist_ok=True)
-        mine = [order for order in orders[domain.folder] if _empty_table(order) is None]
+        (domain.own_folder() / "features").mkdir(exist_ok=True)
+        mine = [order for order in orders[domain.own_folder()] if _empty_table(order) is None]
         for shard in range(len(domain.manifest.item_shards)):
             found = {order.modality: _finished_part(domain, order, shard) for order in mine}
             finished |= {(n.order.domain, n.order.modality, shard): n for n in found.values() if n is not None}
             missing = [order for order in mine if found[order.modality] is None]
             if missing:
-                units.append(Unit(str(domain.folder.resolve()), shard, missing))
+                units.append(Unit(domain.address, shard, missing))
             for order in missing:
                 (order.folder / f"{order.modality}.json").unlink(missing_ok=True)  # no longer true of its parts
     return units, finished
@@ -510,7 +513,7 @@ def _price_table(domain: Domain, encoder: PriceEncoder, dtype: Dtype) -> TableRe
     It is fitted on the items that the domain was first prepared with (the first that have prices): appended items are placed on
     it, so that the features of the old ones, which models have learned, do not move."""
     start = time.monotonic()
-    folder = features_folder(domain)
+    folder = domain.own_folder() / "features"
     folder.mkdir(exist_ok=True)
     order = _order(domain, "price", encoder.description(), dtype)
     meta = _meta_of(order)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
+from antdist.data.places import open_unchecked
 from antdist.data.shards import ItemFacts, decode_facts, read_samples
 
 if TYPE_CHECKING:
@@ -26,9 +27,9 @@ def item_facts(domain: Domain) -> Iterator[ItemFacts]:
     """All items of the domain in order of their index."""
     for shard in domain.manifest.item_shards:
         keys = [f"{index:09d}" for index in range(shard.first, shard.first + shard.items)]
-        path = domain.folder / shard.name
-        for sample in read_samples(path, keys, lambda name: name.endswith(".json")):
-            yield decode_facts(sample, path)
+        with open_unchecked(domain.folder, shard) as stream:
+            for sample in read_samples(stream, domain.folder / shard.name, keys, lambda name: name.endswith(".json")):
+                yield decode_facts(sample, domain.folder / shard.name)
 
 
 def source_has(domain: Domain, modality: str) -> bool:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -20,8 +20,11 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
 
 from antdist.batch import IntArray, ItemFeatures
+from antdist.data.manifest import File
+from antdist.data.places import AT_ONCE, Place, RemotePath
 from antdist.errors import UserError
 from antdist.features.maps import make_room
+from antdist.features.parts import Kept, check_array, map_file, room_for_parts
 from antdist.features.source import source_has
 from antdist.files import file_sha256, write_json
 
@@ -51,6 +54,11 @@ class Part(BaseModel):
     sha256: str
     present_bytes: int
     present_sha256: str
+
+
+def _files(part: Part) -> tuple[File, File]:
+    rows = File(name=f"{part.name}.npy", bytes=part.bytes, sha256=part.sha256)
+    return rows, File(name=f"{part.name}.present.npy", bytes=part.present_bytes, sha256=part.present_sha256)
 
 
 class FeatureMeta(BaseModel):
@@ -94,7 +102,7 @@ def encoder_identity(modality: str, encoder: Mapping[str, str | int | float | No
 # ------------------------------------------------------------------------------------------------------ writing
 
 
-def features_folder(domain: Domain) -> Path:
+def features_folder(domain: Domain) -> Place:
     return domain.folder / "features"
 
 
@@ -147,10 +155,12 @@ def part_is_whole(folder: Path, part: Part) -> bool:
 
 @dataclass(frozen=True)
 class FeatureTable:
-    """One modality of one domain, memory-mapped, so that all processes of a node share its pages."""
+    """One modality of one domain, memory-mapped, so that all processes of a node share its pages. `kept`: where the table is
+    remote, what has its parts."""
 
-    folder: Path
+    folder: Place
     meta: FeatureMeta
+    kept: Kept = field(default_factory=Kept, compare=False)
 
     @property
     def modality(self) -> str:
@@ -161,9 +171,34 @@ class FeatureTable:
         return np.array([part.first for part in self.meta.parts] + [self.meta.items], dtype=np.int64)
 
     @cached_property
+    def files(self) -> list[tuple[File, File]]:
+        """Of each part, its rows and its presence. Raises UserError: one has no digest, or no plain name."""
+        try:
+            return [_files(part) for part in self.meta.parts]
+        except ValidationError as error:
+            what = f"not a description of a feature table ({str(error).splitlines()[0]})"
+            raise UserError(what, where=self.folder / f"{self.modality}.json", remedy=self._again) from None
+
+    @property
+    def bytes(self) -> int:
+        return sum(part.bytes + part.present_bytes for part in self.meta.parts)
+
+    @cached_property
     def _parts(self) -> list[NDArray[Any]]:
-        # A plain view of each map: numpy's memmap class costs more at each look-up than the look-up itself.
-        return [np.asarray(_map(self.folder / f"{part.name}.npy", self._again)) for part in self.meta.parts]
+        assert not isinstance(self.folder, RemotePath)
+        return [map_file(self.folder / f"{part.name}.npy", self._again) for part in self.meta.parts]
+
+    def _arrays(self, numbers: Sequence[int]) -> Iterator[NDArray[Any]]:
+        """Parts by their numbers; remote ones are fetched some at a time."""
+        if not isinstance(self.folder, RemotePath):
+            yield from (self._parts[number] for number in numbers)
+            return
+        for first in range(0, len(numbers), AT_ONCE):
+            files = [self.files[number][0] for number in numbers[first : first + AT_ONCE]]
+            self.folder.bring([file for file in files if file not in self.kept])
+            for number, file in zip(numbers[first : first + AT_ONCE], files, strict=True):
+                shape = (self.meta.parts[number].items, self.meta.dim)
+                yield self.kept.array(self.folder, file, shape, self.meta.dtype, self._again)
 
     @property
     def _again(self) -> str:
@@ -174,8 +209,18 @@ class FeatureTable:
         """(items,) bool, in memory: a byte an item."""
         if not self.meta.parts:
             return np.zeros(self.meta.items, dtype=bool)
-        files = [self.folder / f"{part.name}.present.npy" for part in self.meta.parts]
-        return np.concatenate([_map(file, self._again) for file in files])
+        if not isinstance(self.folder, RemotePath):
+            return np.concatenate(
+                [map_file(self.folder / f"{p.name}.present.npy", self._again) for p in self.meta.parts]
+            )
+        self.folder.bring(present for _, present in self.files)
+        passing = Kept()  # they are small, and copied
+        return np.concatenate(
+            [
+                passing.array(self.folder, present, (part.items,), "bool", self._again)
+                for part, (_, present) in zip(self.meta.parts, self.files, strict=True)
+            ]
+        )
 
     def rows(self, indices: IntArray) -> tuple[NDArray[Any], NDArray[np.bool_]]:
         """The features (n, dim), in the stored type, and presence (n,) of items by index in the domain."""
@@ -188,19 +233,24 @@ class FeatureTable:
         if not self.meta.parts:
             into[...] = 0
             return
-        for number, chosen in _groups(indices, self._bounds):
-            part, local = self._parts[number], indices[chosen] - self._bounds[number]
+        groups = list(_groups(indices, self._bounds))
+        for (number, chosen), part in zip(groups, self._arrays([n for n, _ in groups]), strict=True):
+            local = indices[chosen] - self._bounds[number]
             if isinstance(chosen, slice):
                 _take(part, local, into[chosen])
             else:
                 into[chosen] = part[local]
 
     def verify(self) -> None:
-        """Read every byte: sizes, digests, and that features are numbers. Raises UserError naming the part at fault."""
+        """Read every byte: sizes, digests, and that features are numbers; of a remote table the sizes alone, as parts are
+        checked when they are fetched. Raises UserError naming the part at fault."""
+        if isinstance(self.folder, RemotePath):
+            self.folder.check_sizes([file for both in self.files for file in both])
+            return
         for part in self.meta.parts:
             self.verify_part(part)
             file = self.folder / f"{part.name}.npy"
-            values = _map(file, self._again)
+            values = map_file(file, self._again)
             for first in range(0, part.items, VERIFIED_ROWS):
                 bad = np.flatnonzero(~np.isfinite(values[first : first + VERIFIED_ROWS]).all(axis=1))
                 if len(bad):
@@ -208,8 +258,10 @@ class FeatureTable:
                     raise UserError(what, where=file, remedy=self._again)
 
     def verify_part(self, part: Part) -> None:
-        """Read a part: size and digest. Raises UserError."""
-        if not part_is_whole(self.folder, part):
+        """Read a part: size and digest; a remote one comes to the cache by that. Raises UserError."""
+        if isinstance(self.folder, RemotePath):
+            self.folder.bring(_files(part))
+        elif not part_is_whole(self.folder, part):
             what = "this part of the feature table is damaged: its size or digest is not what was recorded"
             raise UserError(what, where=self.folder / f"{part.name}.npy", remedy=self._again)
 
@@ -267,8 +319,9 @@ def has_table(domain: Domain, modality: str) -> bool:
     return (features_folder(domain) / f"{modality}.json").is_file()
 
 
-def open_table(domain: Domain, modality: str) -> FeatureTable:
-    """Open the feature table of a domain; cheap: sizes and shapes are checked, digests are not.
+def open_table(domain: Domain, modality: str, kept: Kept | None = None) -> FeatureTable:
+    """Open the feature table of a domain; cheap: sizes and shapes are checked, digests are not. Of a remote one all that is
+    checked as its parts are fetched.
 
     Raises:
         UserError: no table, a meta file that cannot be read, a table of another manifest (one that the domain has grown from
@@ -304,12 +357,16 @@ def open_table(domain: Domain, modality: str) -> FeatureTable:
         raise UserError(
             f"the parts do not make up the domain's {domain.manifest.items} items", where=path, remedy=again
         )
-    for part in meta.parts:
-        _check_part(folder, meta, part, again)
-    return FeatureTable(folder, meta)
+    table = FeatureTable(folder, meta, kept or Kept())
+    if isinstance(folder, RemotePath):
+        assert len(table.files) == len(meta.parts)
+    else:
+        for part in meta.parts:
+            _check_part(folder, meta, part, again)
+    return table
 
 
-def _read_meta(path: Path, again: str) -> FeatureMeta:
+def _read_meta(path: Place, again: str) -> FeatureMeta:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         meta = FeatureMeta.model_validate(content)
@@ -340,24 +397,10 @@ def _check_part(folder: Path, meta: FeatureMeta, part: Part, again: str) -> None
         (f"{part.name}.npy", (part.items, meta.dim), meta.dtype),
         (f"{part.name}.present.npy", (part.items,), "bool"),
     ):
-        array = _map(folder / name, again)
-        if array.shape != shape or array.dtype != np.dtype(dtype):
-            raise UserError(
-                f"an array of shape {array.shape} and type {array.dtype} where the table says {shape} and {dtype}",
-                where=folder / name,
-                remedy=again,
-            )
+        check_array(map_file(folder / name, again), shape, dtype, folder / name, again)
 
 
-def _map(file: Path, again: str) -> NDArray[Any]:
-    """A memory-mapped array, read only. Raises UserError: not an array, or one of pickled objects."""
-    try:
-        return np.lib.format.open_memmap(file, mode="r")
-    except Exception as error:  # numpy's parser of headers raises what it likes
-        raise UserError(f"not an array ({str(error).partition('.')[0]})", where=file, remedy=again) from None
-
-
-def _advice(folder: Path, modality: str) -> str:
+def _advice(folder: Place, modality: str) -> str:
     return f"run `antdist featurize {folder} --{modality} ENCODER`"
 
 
@@ -399,8 +442,9 @@ class Catalogue:
         self.dims: dict[str, int] = {}
         self.identities: dict[str, str] = {}
         self._tables: dict[str, list[FeatureTable | None]] = {}
+        self._kept = Kept()
         for modality in self.modalities:
-            tables = [table_if_any(domain, modality) for domain in domains]
+            tables = [table_if_any(domain, modality, self._kept) for domain in domains]
             filled = [(d, t) for d, t in zip(domains, tables, strict=True) if t is not None and t.meta.present]
             wanted = (identities or {}).get(modality)
             _refuse_mixture(modality, filled, wanted)
@@ -418,7 +462,8 @@ class Catalogue:
                     remedy=f"leave {modality} out of model.modalities, or use domains that have it",
                 )
             self._tables[modality] = [table if table and table.meta.present else None for table in tables]
-        make_room(sum(len(table.meta.parts) for table in self._all_tables()))
+        self.leave_room()
+        make_room(sum(len(table.meta.parts) for table in self._staying_tables()))
 
     @property
     def size(self) -> int:
@@ -440,15 +485,37 @@ class Catalogue:
             values[modality], present[modality] = torch.from_numpy(rows), torch.from_numpy(mask)
         return ItemFeatures(values, present, torch.from_numpy(item_ids.copy()))
 
+    def leave_room(self, reserved: int | None = None) -> None:
+        """Keep no more of remote tables in the node's cache than leaves `reserved` bytes of it (None: a quarter) to others."""
+        remote = self.remote_tables()
+        if remote:
+            cache = remote[0].folder.cache  # type: ignore[union-attr]
+            self._kept.limit = room_for_parts(cache, sum(table.bytes for table in remote), reserved)
+
+    def remote_tables(self) -> list[FeatureTable]:
+        """Those that are not on this machine."""
+        return [table for table in self._all_tables() if isinstance(table.folder, RemotePath)]
+
+    def _staying_tables(self) -> list[FeatureTable]:
+        """Those of which every part may stay mapped."""
+        remote = self.remote_tables()
+        stay = sum(table.bytes for table in remote) <= self._kept.limit
+        return (
+            self._all_tables()
+            if stay
+            else [table for table in self._all_tables() if not isinstance(table.folder, RemotePath)]
+        )
+
     def verify(self) -> int:
         """Read every table in full (`FeatureTable.verify`); returns how many bytes that were."""
         for table in self._all_tables():
             table.verify()
-        return sum(part.bytes + part.present_bytes for table in self._all_tables() for part in table.meta.parts)
+        return sum(table.bytes for table in self._all_tables())
 
     def verify_share(self, share: int, shares: int) -> None:
-        """Read every `shares`-th part, from number `share` on, for its digest. Raises UserError naming the part at fault."""
-        parts = [(table, part) for table in self._all_tables() for part in table.meta.parts]
+        """Read every `shares`-th part, from number `share` on, for its digest; those of remote tables come to the node's
+        cache by that, if all may stay there. Raises UserError naming the part at fault."""
+        parts = [(table, part) for table in self._staying_tables() for part in table.meta.parts]
         for table, part in parts[share % shares :: shares]:
             table.verify_part(part)
 
@@ -500,14 +567,14 @@ def _refuse_dim(filled: tuple[Domain, FeatureTable], wanted: int | None) -> int:
     return table.meta.dim
 
 
-def table_if_any(domain: Domain, modality: str) -> FeatureTable | None:
+def table_if_any(domain: Domain, modality: str, kept: Kept | None = None) -> FeatureTable | None:
     """The feature table of a domain; None if it has none and needs none, as no item has the modality in the source.
 
     Raises:
         UserError: what `open_table` raises.
     """
     if has_table(domain, modality) or source_has(domain, modality):
-        return open_table(domain, modality)
+        return open_table(domain, modality, kept)
     return None
 
 

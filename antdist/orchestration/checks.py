@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -9,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from antdist.config.schema import PretrainConfig, RelearnConfig
 from antdist.errors import UserError
 from antdist.progress import say
+from antdist.storage import is_uri
 
 if TYPE_CHECKING:
     from antdist.orchestration.inputs import Inputs
@@ -144,6 +146,8 @@ def _check_common(config: PretrainConfig | RelearnConfig, report: CheckReport) -
             where="ray.remote_storage",
             remedy="give a URI or an absolute path",
         )
+    if config.data.root.startswith("memory:"):
+        raise UserError("it is seen by one process alone, and ends with it", where="data.root", remedy="give another")
     check_settings(config)
     report.checked.append("configuration")
     if config.ray.remote_storage is not None:
@@ -180,10 +184,49 @@ def _tell_inputs(inputs: Inputs, config: PretrainConfig | RelearnConfig, report:
         report.checked.append(f"features: {identity}")
         assert modality in inputs.catalogue.dims
     size = inputs.catalogue.verify() + sum(domain.verify_sequences() for domain in inputs.domains)
-    report.checked.append(f"every byte of shards and features that training reads ({size / MIB:,.1f} MiB)")
+    if is_uri(config.data.root):
+        report.checked.append(
+            f"shards and features are there at their sizes ({size / MIB:,.1f} MiB), checked as they come"
+        )
+        _check_cache(inputs, config, report)
+    else:
+        report.checked.append(f"every byte of shards and features that training reads ({size / MIB:,.1f} MiB)")
     report.figures["steps an epoch"] = inputs.stream.steps_per_epoch
     report.figures["predictions an epoch"] = inputs.stream.predictions_per_epoch
     report.figures["estimated memory a worker (MiB)"] = round(estimate_memory(config, inputs) / MIB)
+
+
+def _check_cache(inputs: Inputs, config: PretrainConfig | RelearnConfig, report: CheckReport) -> None:
+    """That the cache can hold what is in use together, on a disk like this machine's. Raises UserError, with what would do."""
+    from antdist.data.cache import GB, KEY, open_cache
+    from antdist.data.places import AT_ONCE
+
+    cache = open_cache(config.data.cache, config.data.cache_gb)
+    tables = inputs.catalogue.remote_tables()
+    shards, features = inputs.stream.bytes_in_reach(), sum(table.bytes for table in tables)
+    largest = max((part.bytes for table in tables for part in table.meta.parts), default=0)
+    # of tables that do not fit, a rank has a part in use and some on their way
+    least = shards + min(features, 2 * config.ray.workers * (1 + AT_ONCE) * largest)
+    room, all_of_it = cache.room(), shards + features
+
+    def enough(size: int) -> str:
+        return f"{math.ceil(size / GB * 1000) / 1000:g}"
+
+    if room < least:
+        full = room < cache.bound
+        raise UserError(
+            f"the cache has room for {room / GB:.3g} GB, and {enough(least)} GB are in use together: shards that are shuffled "
+            f"together, and read ahead, {shards / GB:.3g} GB; features {(least - shards) / GB:.3g} GB at least",
+            where=f"{KEY} {cache.folder}" if full else "data.cache_gb",
+            remedy=(f"free its disk, or name a larger one with {KEY}" if full else f"set data.cache_gb={enough(least)}")
+            + ", or lower stream.streams or stream.window_shards",
+        )
+    report.checked.append(f"cache {cache.folder}: room for {room / GB:.3g} GB, {least / GB:.3g} GB needed")
+    if room < all_of_it:
+        report.notes.append(
+            f"of the features, {features / GB:.3g} GB, the cache holds {(room - shards) / GB:.3g} GB: the rest is fetched "
+            f"again and again as steps ask for it. data.cache_gb={enough(all_of_it)} would hold them all"
+        )
 
 
 def estimate_memory(config: PretrainConfig | RelearnConfig, inputs: Inputs) -> int:

@@ -12,6 +12,7 @@ import numpy as np
 from antdist.batch import IntArray
 from antdist.config.schema import DataConfig, StreamConfig
 from antdist.errors import UserError
+from antdist.storage import is_uri
 
 if TYPE_CHECKING:
     from antdist.data.domain import Domain
@@ -33,24 +34,33 @@ class Inputs:
 
 
 def open_domains(data: DataConfig, names: Sequence[str], key: str) -> list[Domain]:
-    """The prepared domains of these names. Raises UserError: no name, a missing domain (with those there are)."""
+    """The prepared domains of these names. Raises UserError: no name, a missing domain (with those there are), storage that
+    is away."""
+    from antdist.data.cache import open_cache
     from antdist.data.domain import open_domain
+    from antdist.data.places import RemotePath, place_of
 
     if not names:
         raise UserError("no domain is named", where=key, remedy=f"name prepared domains below {data.root}")
-    root = Path(data.root)
+    cache = open_cache(data.cache, data.cache_gb) if is_uri(data.root) else None
+    root = place_of(data.root, cache)
     domains = []
     for name in names:
         if name in (".", "..") or Path(name).name != name:
             raise UserError(f"{name!r} is not the name of a folder below {data.root}", where=key)
         if not (root / name / "manifest.json").is_file():
-            there = ", ".join(sorted(path.parent.name for path in root.glob("*/manifest.json"))) or "none"
+            if isinstance(root, RemotePath):
+                found, remedy = root.folders(), "correct the name, or copy a prepared domain there"
+            else:
+                found = sorted(path.parent.name for path in root.glob("*/manifest.json"))
+                remedy = f"run `antdist prepare SRC --domain {name} --out {data.root}`, or correct the name"
+            there = ", ".join(found) or "none"
             raise UserError(
                 f"no prepared domain {name!r} in {root} (there: {there})",
                 where=key,
-                remedy=f"run `antdist prepare SRC --domain {name} --out {data.root}`, or correct the name",
+                remedy=remedy,
             )
-        domains.append(open_domain(root / name))
+        domains.append(open_domain(f"{data.root.rstrip('/')}/{name}", cache))
     return domains
 
 
@@ -69,6 +79,7 @@ def open_inputs(
 
     opened = Stream(domains, stream, max_length=max_length, seed=seed)
     opened.check_ranks(workers, accumulation)
+    catalogue.leave_room(opened.bytes_in_reach())
     popularity = np.concatenate([domain.popularity() for domain in domains]).astype(np.int64)
     return Inputs(domains, catalogue, opened, popularity)
 

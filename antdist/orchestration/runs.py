@@ -38,6 +38,7 @@ from antdist.config.schema import PretrainConfig, RayConfig, RelearnConfig
 from antdist.errors import UserError, redact
 from antdist.files import flush_to_disk, read_json, write_json
 from antdist.progress import QUIET_SECONDS, say, tee
+from antdist.storage import is_uri
 from antdist.training.live import Live
 
 if TYPE_CHECKING:
@@ -48,7 +49,7 @@ STOP = "stop"
 
 # keys that may differ between two starts of a run: how and how long, not what
 OPERATIONAL = frozenset(
-    {"resume", "name", "profile", "ray", "tracking"}
+    {"resume", "name", "profile", "ray", "tracking", "data.cache", "data.cache_gb"}
     | {f"training.{key}" for key in ("engine", "zero_stage", "deepspeed", "checkpoint_every", "keep_checkpoints")}
     | {f"training.{key}" for key in ("keep_every", "stop_after", "log_every", "max_skipped", "hang")}
 )
@@ -118,9 +119,9 @@ def remote_of(folder: Path, config: RayConfig) -> Remote | None:
     return Remote(f"{absolute(config.remote_storage)}/{place}")
 
 
-def absolute(remote_storage: str) -> str:
+def absolute(place: str) -> str:
     """A folder's path from the root; a URI as it is."""
-    return remote_storage.rstrip("/") if "://" in remote_storage else str(Path(remote_storage).resolve())
+    return place.rstrip("/") if is_uri(place) else str(Path(place).resolve())
 
 
 def take_up_tracked(folder: Path, config: PretrainConfig | RelearnConfig, uri: str) -> dict[str, Any] | None:
@@ -183,7 +184,10 @@ def _locked(file: TextIO, seconds: float = 0.0) -> bool:
 
 def for_workers(config: PretrainConfig | RelearnConfig) -> dict[str, Any]:
     """The configuration with absolute folders: Ray starts workers in a folder of its own."""
-    data = config.data.model_copy(update={"root": str(Path(config.data.root).resolve())})
+    places = {"root": absolute(config.data.root)}
+    if config.data.cache is not None:
+        places["cache"] = str(Path(config.data.cache).expanduser().resolve())
+    data = config.data.model_copy(update=places)
     folders = {"storage": str(Path(config.ray.storage).resolve())}
     if config.ray.remote_storage is not None:
         folders["remote_storage"] = absolute(config.ray.remote_storage)

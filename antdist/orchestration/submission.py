@@ -20,6 +20,7 @@ import antdist
 from antdist.config.load import dump_config, load_config
 from antdist.config.schema import PretrainConfig, RayConfig, RelearnConfig, TrackingConfig
 from antdist.errors import UserError, redact
+from antdist.storage import is_uri
 from antdist.tracking.store import tracking_uri
 
 CONFIG_FILE = "antdist-job.yaml"  # beside the code, in the job's copy
@@ -127,7 +128,10 @@ def _settled(config: Run, here: bool) -> Run:
             where="ray.address",
             remedy="remove it, and give --address",
         )
-    data = config.data.model_copy(update={"root": _place("data.root", config.data.root, here)})
+    places = {"root": _place("data.root", config.data.root, here)}
+    if config.data.cache is not None:
+        places["cache"] = _place("data.cache", config.data.cache, here)
+    data = config.data.model_copy(update=places)
     folders = {"storage": _place("ray.storage", config.ray.storage, here)}
     if config.ray.remote_storage is not None:
         folders["remote_storage"] = _place("ray.remote_storage", config.ray.remote_storage, here)
@@ -141,7 +145,7 @@ def _settled(config: Run, here: bool) -> Run:
 
 def _place(key: str, path: str, here: bool) -> str:
     """An absolute path, or a URI. Raises UserError."""
-    if "://" in path or Path(path).is_absolute():
+    if is_uri(path) or Path(path).is_absolute():
         return path
     if here:
         return str(Path(path).resolve())

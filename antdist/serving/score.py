@@ -144,7 +144,7 @@ def score(
     embedded, start = 0.0, time.monotonic()
     if missing:
         output.remove(SUMMARY)
-        task = Task(str(domain.folder.resolve()), place, n, include_seen, batch_size, device, threads)
+        task = Task(domain.address, place, n, include_seen, batch_size, device, threads)
         with _here(found, task, missing) if workers == 0 else _with_ray(found, task, missing, workers) as notes:
             embedded, start = time.monotonic() - start, time.monotonic()
             users = sum(part.users for part in missing)

@@ -66,8 +66,9 @@ def find_model(model: str, storage: Path, tracking_uri: str | None = None) -> Fo
     return FoundModel(recommender, card, folder, uri)
 
 
-def open_model(model: str, domain: Path, storage: Path, tracking_uri: str | None = None) -> OpenModel:
-    """Find MODEL, check that the domain's features are of the encoders that it was trained with, embed the catalogue.
+def open_model(model: str, domain: str | Path, storage: Path, tracking_uri: str | None = None) -> OpenModel:
+    """Find MODEL and the domain (a folder, or a URI), check that its features are of the encoders that the model was trained
+    with, embed the catalogue.
 
     Raises:
         UserError: no such model or domain, features missing or of other encoders, ANT_t on another catalogue.

@@ -14,9 +14,8 @@ import contextlib
 import json
 import shutil
 import threading
-import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any, TypeVar
@@ -25,6 +24,7 @@ from antdist import faults
 from antdist.errors import UserError
 from antdist.files import flush_to_disk
 from antdist.progress import say
+from antdist.storage import Unreachable, asking, open_storage, patiently
 from antdist.training.checkpoint import (
     FILES,
     MARKER,
@@ -45,14 +45,6 @@ WAITS = (1.0, 5.0, 15.0)  # seconds between trials at a resume, which cannot go 
 T = TypeVar("T")
 
 
-class Unreachable(UserError):
-    """The storage does not answer, or refuses; trying again may help."""
-
-    def __init__(self, uri: str, why: BaseException | str) -> None:
-        told = why if isinstance(why, str) else _first_line(why)
-        super().__init__(f"does not answer, or refuses ({told})", where=uri)
-
-
 class Remote:
     """One run's folder at `uri`. Used by the leader alone, and by the driver before the workers start.
 
@@ -62,7 +54,7 @@ class Remote:
 
     def __init__(self, uri: str) -> None:
         self.uri = uri.rstrip("/")
-        self._files, self._root = _open(self.uri)
+        self._files, self._root = open_storage(self.uri, f"{KEY} {self.uri}")
         protocols = self._files.protocol
         self._has_folders = BUCKETS.isdisjoint([protocols] if isinstance(protocols, str) else protocols)
         self._best_sent: dict[str, Any] | None = None  # as a checkpoint describes it, by this process
@@ -198,7 +190,7 @@ class Remote:
     def _get(self, there: str, here: Path, described: dict[str, Any] | None) -> None:
         """One file, down to the disk. Raises UserError if it is not as it was described."""
         try:
-            with self._asking():
+            with asking(self.uri):
                 self._files.get_file(self._path(there), str(here))
         except FileNotFoundError:
             here.unlink(missing_ok=True)
@@ -242,7 +234,7 @@ class Remote:
     def read(self, path: str) -> bytes | None:
         """A small file, None if there is none. Raises Unreachable."""
         try:
-            with self._asking():
+            with asking(self.uri):
                 return bytes(self._files.cat_file(self._path(path)))
         except FileNotFoundError:
             return None
@@ -258,7 +250,7 @@ class Remote:
         """`write` to the place of `path` so that nobody sees half of it."""
         place = self._path(path)
         try:
-            with self._asking():
+            with asking(self.uri):
                 if not self._has_folders:
                     write(place)
                     return
@@ -270,13 +262,13 @@ class Remote:
 
     def _remove(self, path: str) -> None:
         """A file or folder; it may be gone."""
-        with contextlib.suppress(FileNotFoundError), self._asking():
+        with contextlib.suppress(FileNotFoundError), asking(self.uri):
             self._files.rm(self._path(path), recursive=True)
 
     def _names(self, path: str) -> list[str]:
         """What a folder holds; nothing if there is none."""
         try:
-            with self._asking():
+            with asking(self.uri):
                 self._files.invalidate_cache()
                 return [str(name).rstrip("/").rpartition("/")[2] for name in self._files.ls(self._path(path), False)]
         except FileNotFoundError:
@@ -285,58 +277,13 @@ class Remote:
     def _path(self, path: str) -> str:
         return f"{self._root.rstrip('/')}/{path}"
 
-    @contextlib.contextmanager
-    def _asking(self) -> Iterator[None]:
-        """All that the storage may answer as one error, but for "no such file"."""
-        try:
-            yield
-        except FileNotFoundError:
-            raise
-        except Exception as error:  # of the packages behind fsspec each has errors of its own, and few are OSErrors
-            raise Unreachable(self.uri, error) from error
-
-
-def _open(uri: str) -> tuple[Any, str]:
-    """fsspec's storage of a URI, and the path in it."""
-    import fsspec
-
-    def refused(what: str, remedy: str) -> UserError:
-        return UserError(what, where=f"{KEY} {uri}", remedy=remedy)
-
-    protocol, known, _ = uri.partition("://")
-    if "::" in uri:  # fsspec's own way to put one storage before another
-        raise refused("it names several storages", "give one, like s3://BUCKET/FOLDER")
-    try:
-        files, root = fsspec.url_to_fs(uri)
-    except ImportError as error:
-        package = getattr(error.__cause__, "name", None) or protocol
-        raise refused(
-            f"the package for {protocol}:// ({package}) is missing", f"`pip install {package}` on all nodes"
-        ) from error
-    except Exception as error:  # each kind of storage has errors of its own
-        raise refused(
-            f"it cannot be used ({_first_line(error)})", f"correct the {'address' if known else 'path'}"
-        ) from error
-    return files, str(root)
-
-
-def _first_line(error: BaseException) -> str:
-    return str(error).strip().partition("\n")[0] or type(error).__name__
-
 
 def _damage(where: str, what: str) -> UserError:
     return UserError(what, where=where, remedy="use an older checkpoint")
 
 
 def _patiently(ask: Callable[[], T]) -> T:
-    """Raises Unreachable if the storage stays away for as long as `WAITS` are."""
-    for wait in WAITS:
-        try:
-            return ask()
-        except Unreachable as error:
-            say(f"{error} Trying again")
-            time.sleep(wait)
-    return ask()
+    return patiently(ask, WAITS)
 
 
 def _within(seconds: float, work: Callable[[], None]) -> None:

@@ -13,8 +13,9 @@ from types import TracebackType
 
 from antdist.errors import UserError
 from antdist.progress import say
+from antdist.storage import Unreachable
 from antdist.training.checkpoint import steps_in
-from antdist.training.remote import Remote, Unreachable
+from antdist.training.remote import Remote
 
 FIRST_PAUSE, LONGEST_PAUSE = 1.0, 60.0  # seconds between trials
 QUIET_SECONDS = 5.0  # that the end waits without a word

@@ -13,10 +13,12 @@ from antdist.config.load import check_config
 from antdist.config.schema import ModelConfig, PretrainConfig, RelearnConfig
 from antdist.data.domain import open_domain
 from antdist.errors import UserError
+from antdist.faults import corrupt
 from antdist.features.table import write_part
 from antdist.model.io import FeatureSource, ModelCard, save_model
 from antdist.model.recommender import build_recommender
 from antdist.orchestration.checks import check_pretrain, check_relearn
+from tests.features.test_parts import give_parts
 from tests.worlds import make_domain, make_domains
 
 SMALL = {"dim": 8, "inner": 8, "experts": 2, "max_length": 5}
@@ -106,6 +108,15 @@ def test_an_inherited_tower_has_only_the_modalities_that_are_named(world: Path) 
         ),
         ({"ray": {"remote_storage": "nowhere://x"}}, "ray.remote_storage nowhere://x: it cannot be used"),
         (
+            {"data": {"root": "nowhere://k:s@x", "domains": ["aa"]}},
+            "nowhere://***@x/aa/manifest.json: it cannot be used",
+        ),
+        ({"data": {"root": "memory://x", "domains": ["aa"]}}, "data.root: it is seen by one process alone"),
+        (
+            {"data": {"root": "file:///proc/no", "cache": "s3://b/c", "domains": ["aa"]}},
+            "data.cache s3://b/c: the cache is a folder on each node's own disk",
+        ),
+        (
             {"training": {"deepspeed": {"wall_clock_brekdown": True}}},
             "training.deepspeed.wall_clock_brekdown: DeepSpeed knows no such key; did you mean wall_clock_breakdown?",
         ),
@@ -128,6 +139,59 @@ def test_the_remote_storage_is_tried_before_a_run(world: Path, tmp_path: Path) -
     report = check_relearn(adapting(world, strategy="scratch", ray=ray))
     assert f"remote storage file://{tmp_path}/there" in report.checked
     assert list((tmp_path / "there").iterdir()) == []
+
+
+def far(folder: Path, cache_gb: float) -> PretrainConfig:
+    tree = {
+        "data": {
+            "root": f"file://{folder}/data", "domains": ["d"], "cache": str(folder / "cache"), "cache_gb": cache_gb
+        },
+        "model": SMALL,
+        "stream": {"streams": 1, "window_shards": 2},
+        "ray": {"storage": str(folder / "runs"), "workers": 2},
+    }  # fmt: skip
+    return check_config(PretrainConfig, tree)
+
+
+def test_a_cache_that_cannot_hold_what_is_in_use_together_is_refused_with_what_would_do(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    domain = make_domain(tmp_path / "data", "d", users=96, blocks_per_shard=1, missing=0.0)
+    shards = sum(sorted(shard.bytes for shard in domain.manifest.sequence_shards)[-4:])
+    features = sum(path.stat().st_size for path in (tmp_path / "data/d/features").glob("*.npy"))
+    with pytest.raises(
+        UserError, match=rf"^data\.cache_gb: the cache has room for 1e-05 GB.* {shards / 1e9:.3g} GB; feat"
+    ) as told:
+        check_pretrain(far(tmp_path, 1e-5))
+    enough = float(str(told.value).partition("Set data.cache_gb=")[2].partition(",")[0])
+    assert shards + features <= enough * 1e9 < shards + features + 1e6
+    report = check_pretrain(far(tmp_path, enough))
+    assert report.notes == [] and any("sizes" in line and "checked as they come" in line for line in report.checked)
+    fetched = {path.name for path in (tmp_path / "cache").iterdir()}
+    assert fetched == {"lock", domain.manifest.popularity.sha256}, "more than popularity"
+    # a disk that has no room for the bound
+    monkeypatch.setattr("antdist.data.cache._free", lambda folder: 1000)
+    with pytest.raises(
+        UserError, match=rf"data\.cache {tmp_path}/cache: the cache has room .*Free its disk, or name a larger"
+    ):
+        check_pretrain(far(tmp_path, enough))
+
+
+def test_features_that_do_not_all_fit_are_told(tmp_path: Path) -> None:
+    domain = make_domain(tmp_path / "data", "d", users=96, items=600, blocks_per_shard=1, dims={})
+    for modality in ("text", "image", "price"):
+        give_parts(domain, modality, 64, items_a_part=4)
+    shards = sum(sorted(shard.bytes for shard in domain.manifest.sequence_shards)[-4:])
+    (note,) = check_pretrain(far(tmp_path, (shards + 60_000) / 1e9)).notes
+    assert note.startswith("of the features, 0.000") and "the cache holds 6e-05 GB: the rest is fetched again" in note
+
+
+@pytest.mark.parametrize(("name", "how"), [("sequences-00000.tar", "cut"), ("features/image-00000.npy", "gone")])
+def test_what_is_not_there_at_its_size_stops_a_run_before_it_starts(tmp_path: Path, name: str, how: Any) -> None:
+    make_domain(tmp_path / "data", "d")
+    corrupt(tmp_path / "data" / "d" / name, how)
+    with pytest.raises(UserError, match=rf"file://{tmp_path}/data/d/{name}: the file"):
+        check_pretrain(far(tmp_path, 1.0))
 
 
 def damaged(folder: Path, name: str, place: int) -> Path:

@@ -111,6 +111,25 @@ def test_pretraining_registers_a_model_with_lineage_curves_and_state(world: Path
     assert run.data.params["training.epochs"] == "2" and run.info.status == "FINISHED"
 
 
+@pytest.mark.slow
+def test_data_under_a_uri_give_the_very_same_run_and_are_put_to_use(
+    world: Path, pretrained: Pretrained, tmp_path: Path
+) -> None:
+    data = {"root": f"file://{world}/data", "domains": AUXILIARY, "cache": str(tmp_path), "cache_gb": 0.01}
+    run = pretrain(pretrain_config(world, "far", data=data))
+    assert curve(run) == curve(pretrained)
+    near, far = weights(pretrained.folder / "model"), weights(run.folder / "model")
+    for name, weight in near.items():
+        np.testing.assert_array_equal(far[name], weight, err_msg=name)
+    assert len(list(tmp_path.iterdir())) > 10
+    for verb, more in (("evaluate", []), ("recommend", ["--user", "user-3"])):
+        here, there = (
+            CliRunner().invoke(cli, [verb, run.model, f"{root}/target", "--storage", str(world / "runs"), *more])
+            for root in (world / "data", data["root"])
+        )
+        assert here.exit_code == 0 and here.stdout == there.stdout
+
+
 def test_a_run_resumed_through_the_registry_alone_equals_the_uninterrupted_one(
     world: Path, pretrained: Pretrained
 ) -> None:

@@ -88,6 +88,9 @@ def test_what_a_run_is_may_not_change_and_how_it_runs_may(tmp_path: Path) -> Non
         pass
     with claimed(tmp_path, config(engine="plain", checkpoint_every=5).model_copy(update={"profile": True})):
         pass
+    elsewhere = config().data.model_copy(update={"cache": "/tmp/elsewhere", "cache_gb": 1.0})
+    with claimed(tmp_path, config().model_copy(update={"data": elsewhere})):
+        pass
     with (
         pytest.raises(UserError, match=r"another configuration: training.weight_decay was 0.0, is 0.5\. Choose"),
         claimed(tmp_path, config(weight_decay=0.5), LONGER | GENTLER),

@@ -1,0 +1,297 @@
+"""A bounded cache of remote files on a node's own disk, shared by all processes there: files named by their SHA-256.
+
+FOLDER/
+  <digest>           a whole file; what it holds is checked whenever it is opened, for disks err
+  <digest>.partial   one that is on its way, at its full size from the start; its fetcher holds it under lock
+  lock               held while room is made, so that files in use and on their way never exceed the bound together
+
+A name says what is in a file, so nothing there can be stale, and domains, runs and ranks share what is equal. Readers hold
+what they opened under a shared lock (flock), by which it stays; the rest goes when room is needed, the longest unused first.
+Locks end with the process, so what a killed one left in the middle is taken up, or removed, by the next.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import hashlib
+import os
+import re
+import stat
+import tempfile
+import time
+from collections.abc import Callable, Generator, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, BinaryIO
+
+from antdist.data.manifest import File
+from antdist.errors import UserError
+from antdist.progress import say
+from antdist.storage import Unreachable, is_uri
+
+GB = 10**9
+DEFAULT_GB = 50.0
+KEY = "data.cache"
+WAITS = (1.0, 5.0, 15.0)  # seconds between trials to fetch a file
+POLL_SECONDS = 0.02  # while another process fetches the same file, or uses what would have to go
+FULL_SECONDS = 120.0  # that the cache may be full of files in use
+FULL = (errno.ENOSPC, errno.EDQUOT)
+_OURS = re.compile(r"[0-9a-f]{64}(\.partial)?")
+
+Source = Callable[[], Generator[bytes, None, None]]
+
+
+class Damaged(UserError):
+    """What was fetched is not what the manifest says; trying again may help."""
+
+    def __init__(self, where: str, what: str) -> None:
+        remedy = "compare what lies there with `antdist verify`, and copy it there again"
+        super().__init__(f"what was fetched is not the file of the manifest: {what}", where=where, remedy=remedy)
+
+
+@dataclass(frozen=True)
+class Cache:
+    """`bound`: the bytes of files that may lie in `folder`."""
+
+    folder: Path
+    bound: int
+
+    def open(self, file: File, source: Source, where: str) -> BinaryIO:
+        """The file, open for reading, its size and digest checked; from `source` unless it is here. Whoever has it open
+        keeps it here; closed, it may go.
+
+        Args:
+            source: gives the content in pieces.
+            where: of the source, for people.
+
+        Raises:
+            Unreachable, Damaged: each time, of so many as `WAITS` allows.
+            UserError: there is no such file; it does not fit, or the disk is full.
+        """
+        waits = iter(WAITS)
+        while True:
+            if (held := self._held(file)) is not None:
+                return held
+            try:
+                with self._turn(file) as partial:
+                    if partial is not None:
+                        self._fetch(file, partial, source, where)
+                        continue
+            except FileNotFoundError:  # the folder has just gone
+                continue
+            except (Unreachable, Damaged) as error:
+                if (wait := next(waits, None)) is None:
+                    raise
+                say(f"{error} Trying again")
+                time.sleep(wait)
+            else:
+                time.sleep(POLL_SECONDS)
+
+    def has(self, file: File) -> bool:
+        """Whether the file is here, by its name and size alone."""
+        with contextlib.suppress(FileNotFoundError):
+            return (self.folder / file.sha256).stat().st_size == file.bytes
+        return False
+
+    def room(self) -> int:
+        """The bytes that it may hold: the bound, or what the disk has left for it."""
+        self._make_folder()
+        taken = sum(size for _, size, _ in self._files())
+        return min(self.bound, taken + _free(self.folder))
+
+    def _held(self, file: File) -> BinaryIO | None:
+        """The file, if it is here and sound; a damaged one goes."""
+        path = self.folder / file.sha256
+        try:
+            stream = path.open("rb")
+        except FileNotFoundError:
+            return None
+        try:
+            fcntl.flock(stream, fcntl.LOCK_SH)
+            if not os.fstat(stream.fileno()).st_nlink:  # removed, before the lock
+                stream.close()
+                return None
+            now = time.time_ns()
+            os.utime(stream.fileno(), ns=(now, now))  # the longest unused go first; the kernel's own stamps are coarse
+            if hashlib.file_digest(stream, "sha256").hexdigest() == file.sha256:
+                stream.seek(0)
+                return stream
+        except BaseException:
+            stream.close()
+            raise
+        stream.close()
+        say(f"{path} is damaged ({file.name}): it is fetched again")
+        path.unlink(missing_ok=True)
+        return None
+
+    @contextlib.contextmanager
+    def _turn(self, file: File) -> Iterator[IO[bytes] | None]:
+        """The place to fetch a file into, held alone; None where another fetches it, or has just done so."""
+        path = self.folder / f"{file.sha256}.partial"
+        self._make_folder()
+        try:
+            stream = os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600), "r+b")
+        except FileNotFoundError:  # the folder has just gone
+            yield None
+            return
+        with stream:
+            try:
+                fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                yield None
+                return
+            if not os.fstat(stream.fileno()).st_nlink:  # removed as a killed one's, before the lock
+                yield None
+            elif (self.folder / file.sha256).exists():  # it was fetched before the lock
+                path.unlink(missing_ok=True)
+                yield None
+            else:
+                yield stream
+
+    def _fetch(self, file: File, partial: IO[bytes], source: Source, where: str) -> None:
+        """From `source` to the file's place, whole or not at all."""
+        path = self.folder / f"{file.sha256}.partial"
+        try:
+            self._reserve(file.bytes, partial)
+            digest, size = hashlib.sha256(), 0
+            with contextlib.closing(source()) as pieces:
+                for piece in pieces:
+                    size += len(piece)
+                    if size > file.bytes:
+                        raise Damaged(where, f"it goes on after {file.bytes} bytes")
+                    digest.update(piece)
+                    partial.write(piece)
+            if size != file.bytes:
+                raise Damaged(where, f"it ends after {size} of {file.bytes} bytes")
+            if digest.hexdigest() != file.sha256:
+                raise Damaged(where, "its SHA-256 differs")
+            partial.flush()
+            with contextlib.suppress(FileNotFoundError):  # the folder has just gone: it is fetched again
+                path.rename(self.folder / file.sha256)
+        except BaseException as error:
+            path.unlink(missing_ok=True)
+            if isinstance(error, OSError) and error.errno in FULL:
+                raise UserError(
+                    f"the disk has no room for {file.bytes / GB:.3g} GB more",
+                    where=f"{KEY} {self.folder}",
+                    remedy=f"free some, or name a folder on another disk with {KEY}=FOLDER",
+                ) from error
+            raise
+
+    # -- room ---------------------------------------------------------------------------------------------------------
+
+    def _reserve(self, size: int, partial: IO[bytes]) -> None:
+        """Make `partial` of its full size, once there is room for it.
+
+        Raises:
+            UserError: it is larger than the bound; what is in use leaves no room.
+            OSError: the disk is full.
+        """
+        partial.truncate(0)  # what a killed process left
+        deadline = time.monotonic() + FULL_SECONDS
+        while True:
+            with self._alone():
+                if self._make_room(size):
+                    _allocate(partial, size)
+                    return
+            if size > self.bound or time.monotonic() > deadline:
+                what = "is larger than the cache" if size > self.bound else "does not fit beside the files in use"
+                raise UserError(
+                    f"a file of {size / GB:.3g} GB {what} of {self.bound / GB:.3g} GB",
+                    where=f"{KEY} {self.folder}",
+                    remedy="raise data.cache_gb; `antdist validate` says how much a run needs",
+                )
+            time.sleep(POLL_SECONDS)
+
+    @contextlib.contextmanager
+    def _alone(self) -> Iterator[None]:
+        while True:
+            with contextlib.suppress(FileNotFoundError):
+                self._make_folder()
+                lock = (self.folder / "lock").open("a")
+                break
+        with lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            yield
+
+    def _make_room(self, size: int) -> bool:
+        """Remove files, the longest unused first, until `size` bytes fit. Whether they do, the disk apart."""
+        files = sorted(self._files())
+        over, short = sum(taken for _, taken, _ in files) + size - self.bound, size - _free(self.folder)
+        for _, taken, path in files:
+            if over <= 0 and short <= 0:
+                break
+            if taken and _removed(path):
+                over, short = over - taken, short - taken
+        return over <= 0  # a full disk tells itself
+
+    def _files(self) -> Iterator[tuple[int, int, Path]]:
+        """When each was used last, its bytes, its path. Files of other names are not ours."""
+        with contextlib.suppress(FileNotFoundError), os.scandir(self.folder) as entries:
+            for entry in entries:
+                if _OURS.fullmatch(entry.name):
+                    with contextlib.suppress(FileNotFoundError):
+                        found = entry.stat(follow_symlinks=False)
+                        yield found.st_mtime_ns, found.st_size, Path(entry.path)
+
+    def _make_folder(self) -> None:
+        try:
+            self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(
+                f"the folder cannot be made ({error.strerror})", where=f"{KEY} {self.folder}", remedy="name another"
+            ) from None
+
+
+def default_folder() -> Path:
+    """A folder of this user's in the node's folder for temporary files (TMPDIR).
+
+    Raises:
+        UserError: another user has made it.
+    """
+    folder = Path(tempfile.gettempdir()) / f"antdist-cache-{os.getuid()}"
+    with contextlib.suppress(FileExistsError):
+        folder.mkdir(mode=0o700)
+    found = folder.lstat()
+    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid():
+        raise UserError("belongs to another user", where=folder, remedy=f"name a folder of your own with {KEY}=FOLDER")
+    return folder
+
+
+def open_cache(folder: str | None = None, gigabytes: float = DEFAULT_GB) -> Cache:
+    """The cache in `folder`, None for the default. Raises UserError."""
+    if folder is not None and is_uri(folder):
+        raise UserError(
+            "the cache is a folder on each node's own disk", where=f"{KEY} {folder}", remedy="name a folder"
+        )
+    return Cache(default_folder() if folder is None else Path(folder).expanduser(), int(gigabytes * GB))
+
+
+def _removed(path: Path) -> bool:
+    """Remove a file unless somebody uses it, or fetches it; whether it is gone."""
+    try:
+        with path.open("rb") as stream:
+            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            path.unlink(missing_ok=True)
+    except BlockingIOError:
+        return False
+    except FileNotFoundError:
+        pass
+    return True
+
+
+def _allocate(stream: IO[bytes], size: int) -> None:
+    """Give a file its size, and the disk's promise of it. Raises OSError: the disk is full."""
+    try:
+        os.posix_fallocate(stream.fileno(), 0, max(size, 1))
+    except OSError as error:
+        if error.errno in FULL:
+            raise
+    stream.truncate(size)  # where the file system promises nothing, too
+
+
+def _free(folder: Path) -> int:
+    found = os.statvfs(folder)
+    return found.f_bavail * found.f_frsize

@@ -1,0 +1,311 @@
+"""The node's cache: what it gives is what the manifest says, and what lies in it stays within its bound, come what may."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Generator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from antdist.data import cache as module
+from antdist.data.cache import Cache, Damaged, default_folder, open_cache
+from antdist.data.manifest import File
+from antdist.errors import UserError
+from antdist.storage import Unreachable
+
+PROJECT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(autouse=True)
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "WAITS", (0.01, 0.01))
+    monkeypatch.setattr(module, "FULL_SECONDS", 0.2)
+
+
+class Source:
+    """Files that are fetched in pieces, counted; `faults` are raised, or given instead of the content, one a fetch."""
+
+    def __init__(self, *contents: bytes) -> None:
+        self.files = [
+            File(name=f"f{i}", bytes=len(data), sha256=hashlib.sha256(data).hexdigest())
+            for i, data in enumerate(contents)
+        ]
+        self.contents = dict(zip((file.sha256 for file in self.files), contents, strict=True))
+        self.fetched: list[str] = []
+        self.faults: list[Exception | bytes] = []
+
+    def read(self, cache: Cache, file: File) -> bytes:
+        def pieces() -> Generator[bytes, None, None]:
+            self.fetched.append(file.name)
+            data = self.contents[file.sha256]
+            fault = self.faults.pop(0) if self.faults else data
+            data = data if isinstance(fault, Exception) else fault
+            for first in range(0, len(data), 7):
+                yield data[first : first + 7]
+                if isinstance(fault, Exception):
+                    raise fault
+
+        with cache.open(file, pieces, f"s3://bucket/{file.name}") as stream:
+            return stream.read()
+
+
+def lying(folder: Path) -> dict[str, int]:
+    return {path.name: path.stat().st_size for path in folder.iterdir() if path.name != "lock"}
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    contents=st.lists(st.binary(max_size=60), min_size=1, max_size=8, unique=True),
+    spare=st.integers(0, 90),
+    requests=st.lists(st.tuples(st.integers(0, 7), st.sampled_from(["read", "hold", "release", "damage", "lose"])), max_size=30),
+)  # fmt: skip
+def test_whatever_is_asked_for_comes_as_it_is_and_the_bound_holds(
+    contents: list[bytes], spare: int, requests: list[tuple[int, str]]
+) -> None:
+    """Random requests, some files kept open meanwhile, some damaged or lost on the disk."""
+    source = Source(*contents)
+    with tempfile.TemporaryDirectory() as folder:
+        cache = Cache(Path(folder) / "cache", max(map(len, contents)) + spare)
+        held: dict[str, Any] = {}
+
+        def watched(file: File) -> Generator[bytes, None, None]:
+            source.fetched.append(file.name)
+            yield source.contents[file.sha256][:5]
+            assert sum(lying(cache.folder).values()) <= cache.bound  # on its way
+            yield source.contents[file.sha256][5:]
+
+        for number, kind in requests:
+            file = source.files[number % len(source.files)]
+            path = cache.folder / file.sha256
+            if kind == "release":
+                for stream in held.values():
+                    stream.close()
+                held.clear()
+            elif kind == "damage" and path.is_file() and file.bytes and file.sha256 not in held:
+                data = bytearray(path.read_bytes())
+                data[0] ^= 1
+                path.write_bytes(data)
+            elif kind == "lose":
+                path.unlink(missing_ok=True)
+            elif sum(len(source.contents[digest]) for digest in {*held, file.sha256}) <= cache.bound:
+                stream = cache.open(file, lambda file=file: watched(file), "there")  # type: ignore[misc]
+                assert stream.read() == source.contents[file.sha256]
+                if kind == "hold" and file.sha256 not in held:
+                    held[file.sha256] = stream
+                else:
+                    stream.close()
+            if cache.folder.is_dir():
+                assert sum(lying(cache.folder).values()) <= cache.bound
+                assert not [name for name in lying(cache.folder) if name.endswith(".partial")]
+            for digest, stream in held.items():
+                stream.seek(0)
+                assert stream.read() == source.contents[digest]
+
+
+def test_the_longest_unused_goes_first_and_what_is_in_use_stays(tmp_path: Path) -> None:
+    source, cache = Source(b"a" * 10, b"b" * 10, b"c" * 10, b"d" * 10), Cache(tmp_path, 30)
+    for number in (0, 1, 2, 0):
+        source.read(cache, source.files[number])
+    assert source.fetched == ["f0", "f1", "f2"]
+    with cache.open(source.files[1], lambda: pytest.fail("it is here"), "there"):
+        source.read(cache, source.files[3])
+        assert {name for name in lying(tmp_path) if name != "lock"} == {source.files[n].sha256 for n in (0, 1, 3)}
+        source.read(cache, source.files[2])
+    assert set(lying(tmp_path)) == {source.files[n].sha256 for n in (1, 2, 3)}
+
+
+def test_files_in_use_that_fill_it_are_told_and_one_that_never_fits(tmp_path: Path) -> None:
+    source, cache = Source(b"a" * 10, b"b" * 10, b"c" * 21), Cache(tmp_path, 19)
+    with cache.open(source.files[0], lambda: (piece for piece in [b"a" * 10]), "there") as held:
+        with pytest.raises(
+            UserError, match=r"does not fit beside the files in use of 1\.9e-08 GB\. Raise data\.cache_gb"
+        ):
+            source.read(cache, source.files[1])
+        assert held.read() == b"a" * 10
+    with pytest.raises(UserError, match=r"a file of 2\.1e-08 GB is larger than the cache"):
+        source.read(cache, source.files[2])
+    assert source.read(cache, source.files[1]) == b"b" * 10
+
+
+def test_what_waits_for_room_goes_on_when_there_is_some(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "FULL_SECONDS", 60.0)
+    source, cache = Source(b"a" * 10, b"b" * 10), Cache(tmp_path, 19)
+    held = cache.open(source.files[0], lambda: (piece for piece in [b"a" * 10]), "there")
+    threading.Timer(0.1, held.close).start()
+    assert source.read(cache, source.files[1]) == b"b" * 10
+
+
+def test_a_torn_a_wrong_and_a_longer_file_are_fetched_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source, cache = Source(b"hello world"), Cache(tmp_path, 100)
+    for fault, told in ((b"hello wor", "it ends after 9 of 11 bytes"), (b"hello wOrld", "its SHA-256 differs"),
+                        (b"hello world!", "it goes on after 11 bytes")):  # fmt: skip
+        shutil.rmtree(tmp_path)
+        source.faults = [fault]
+        assert source.read(cache, source.files[0]) == b"hello world"
+        assert f"s3://bucket/f0: what was fetched is not the file of the manifest: {told}" in capsys.readouterr().err
+    shutil.rmtree(tmp_path)
+    source.faults, source.fetched = [b"hello wOrld"] * 3, []
+    with pytest.raises(Damaged, match=r"s3://bucket/f0: .* its SHA-256 differs\. Compare what lies there"):
+        source.read(cache, source.files[0])
+    assert len(source.fetched) == 3 and lying(tmp_path) == {}
+
+
+def test_storage_that_fails_for_a_while_is_asked_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source, cache = Source(b"hello world"), Cache(tmp_path, 100)
+    away = Unreachable("s3://key:secret@bucket/f0", "503 Slow Down")
+    source.faults = [away, away]
+    assert source.read(cache, source.files[0]) == b"hello world" and len(source.fetched) == 3
+    said = capsys.readouterr().err
+    assert said.count("503 Slow Down") == 2 and "secret" not in said
+    shutil.rmtree(tmp_path)
+    source.faults = [away] * 3
+    with pytest.raises(Unreachable, match="503 Slow Down"):
+        source.read(cache, source.files[0])
+    assert lying(tmp_path) == {}
+
+
+def test_a_bit_that_flips_on_the_disk_is_found_and_the_file_fetched_again(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source, cache = Source(b"hello world"), Cache(tmp_path, 100)
+    source.read(cache, source.files[0])
+    for damage in (b"hello wOrld", b"hello", b""):
+        (tmp_path / source.files[0].sha256).write_bytes(damage)
+        assert source.read(cache, source.files[0]) == b"hello world"
+        assert "is damaged (f0): it is fetched again" in capsys.readouterr().err
+    assert len(source.fetched) == 4
+
+
+def test_the_folder_may_go_at_any_time(tmp_path: Path) -> None:
+    folder = tmp_path / "cache"
+    source, cache = Source(b"hello world", b"other"), Cache(folder, 100)
+    source.read(cache, source.files[0])
+    with cache.open(source.files[0], lambda: pytest.fail("it is here"), "there") as held:
+        shutil.rmtree(folder)
+        assert source.read(cache, source.files[1]) == b"other"
+        assert held.read() == b"hello world"
+    gone: list[int] = []
+
+    def pieces() -> Generator[bytes, None, None]:
+        yield b"hello"
+        if not gone:
+            shutil.rmtree(folder)
+        gone.append(1)
+        yield b" world"
+
+    with cache.open(source.files[0], pieces, "there") as stream:
+        assert stream.read() == b"hello world" and len(gone) == 2
+
+
+KILLED = """
+import sys, time
+from pathlib import Path
+from antdist.data.cache import Cache
+from antdist.data.manifest import File
+def pieces():
+    yield b"hello"
+    print("half", flush=True)
+    time.sleep(600)
+Cache(Path(sys.argv[1]), 20).open(File(name="f0", bytes=11, sha256=sys.argv[2]), pieces, "there")
+"""
+
+
+@pytest.mark.parametrize("next_one", ["the same", "another"])
+def test_what_a_killed_process_left_is_taken_up_or_removed(tmp_path: Path, next_one: str) -> None:
+    source, cache = Source(b"hello world", b"another file"), Cache(tmp_path, 20)
+    process = subprocess.Popen(
+        [sys.executable, "-c", KILLED, str(tmp_path), source.files[0].sha256], cwd=PROJECT, stdout=subprocess.PIPE
+    )
+    assert process.stdout is not None and process.stdout.readline() == b"half\n"
+    file = source.files[next_one == "another"]
+    if next_one == "another":  # while it lives, its file is on its way
+        with pytest.raises(UserError, match="does not fit beside the files in use"):
+            source.read(cache, file)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert lying(tmp_path) == {f"{source.files[0].sha256}.partial": 11}
+    assert source.read(cache, file) == source.contents[file.sha256]
+    assert set(lying(tmp_path)) == {file.sha256}
+
+
+RACING = """
+import sys, time
+from pathlib import Path
+from antdist.data.cache import Cache
+from antdist.data.manifest import File
+def pieces():
+    with open(sys.argv[3], "a") as log:
+        log.write("fetched\\n")
+    for _ in range(5):
+        time.sleep(0.02)
+        yield b"0123456789"
+while not Path(sys.argv[4]).exists():
+    time.sleep(0.001)
+cache = Cache(Path(sys.argv[1]), 1000)
+file = File(name="f0", bytes=50, sha256=sys.argv[2])
+held = cache.open(file, pieces, "there")
+assert held.read() == b"0123456789" * 5
+time.sleep(0.2)  # as a map of features does, it stays open
+"""
+
+
+def test_processes_that_race_for_a_file_fetch_it_once(tmp_path: Path) -> None:
+    digest = hashlib.sha256(b"0123456789" * 5).hexdigest()
+    arguments = [str(tmp_path / "cache"), digest, str(tmp_path / "log"), str(tmp_path / "go")]
+    racers = [subprocess.Popen([sys.executable, "-c", RACING, *arguments], cwd=PROJECT) for _ in range(4)]
+    time.sleep(1.0)
+    (tmp_path / "go").touch()
+    assert [racer.wait(60) for racer in racers] == [0] * 4
+    assert (tmp_path / "log").read_text() == "fetched\n" and set(lying(tmp_path / "cache")) == {digest}
+
+
+def test_a_full_disk_is_told_and_what_can_go_goes_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source, cache = Source(b"a" * 10, b"b" * 10), Cache(tmp_path, 1000)
+    source.read(cache, source.files[0])
+    monkeypatch.setattr(module, "_free", lambda folder: 3)
+    assert source.read(cache, source.files[1]) == b"b" * 10
+    assert set(lying(tmp_path)) == {source.files[1].sha256} and cache.room() == 13
+
+    def full(*_: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    with pytest.raises(
+        UserError, match=rf"data\.cache {tmp_path}: the disk has no room for 1e-08 GB more\. Free some, or"
+    ):
+        source.read(cache, source.files[0])
+    assert not [name for name in lying(tmp_path) if name.endswith(".partial")]
+
+
+def test_files_that_are_not_ours_stay(tmp_path: Path) -> None:
+    (tmp_path / "thesis.txt").write_bytes(b"x" * 100)
+    source, cache = Source(b"a" * 10, b"b" * 10), Cache(tmp_path, 15)
+    for file in source.files:
+        source.read(cache, file)
+    assert set(lying(tmp_path)) == {"thesis.txt", source.files[1].sha256}
+
+
+def test_the_default_folder_is_the_users_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    folder = default_folder()
+    assert folder.parent == tmp_path and folder.stat().st_mode & 0o777 == 0o700
+    folder.rmdir()
+    (tmp_path / "elsewhere").mkdir()
+    folder.symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(UserError, match="belongs to another user"):
+        default_folder()
+    with pytest.raises(UserError, match=r"the cache is a folder on each node's own disk"):
+        open_cache("s3://bucket/cache")

@@ -1,0 +1,189 @@
+"""A domain under a URI gives what it gives from its folder, through the node's cache, and names what is wrong with it."""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+import uuid
+from pathlib import Path
+from typing import Any
+
+import fsspec
+import numpy as np
+import pytest
+
+from antdist.config.schema import StreamConfig
+from antdist.data import cache as cached
+from antdist.data.cache import Cache
+from antdist.data.domain import Domain, open_domain
+from antdist.data.stream import Stream
+from antdist.data.verify import verify
+from antdist.errors import UserError
+from antdist.faults import corrupt
+from tests.domains import numbered_domain
+from tests.noted import AWAY, LOG, opened
+from tests.stores import Bucket
+from tests.worlds import make_domain
+
+
+@pytest.fixture(autouse=True)
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cached, "WAITS", (0.01, 0.01))
+
+
+@pytest.fixture
+def log(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv(LOG, str(tmp_path / "log"))
+    return tmp_path / "log"
+
+
+@pytest.fixture
+def local(tmp_path: Path) -> Domain:
+    """Twelve sequence shards of some 10 kB."""
+    return numbered_domain(tmp_path / "data" / "d", [3 + n % 17 for n in range(96)])
+
+
+def far(domain: Domain, tmp_path: Path, bound: int) -> Domain:
+    return open_domain(f"noted://{domain.folder}", Cache(tmp_path / "cache", bound))
+
+
+def stream_of(domain: Domain, **config: Any) -> Stream:
+    given = {"batch_size": 40, "streams": 2, "window_shards": 1, "window_blocks": 1, **config}
+    return Stream([domain], StreamConfig(**given), max_length=8, seed=1)
+
+
+def equal(left: Any, right: Any) -> bool:
+    pairs = zip(dataclasses.astuple(left), dataclasses.astuple(right), strict=True)
+    return all(np.array_equal(a, b) for a, b in pairs)
+
+
+@pytest.mark.parametrize("mode", ["sequence", "prefix"])
+def test_batches_are_those_of_the_folder_though_the_cache_is_smaller_than_the_data(
+    local: Domain, tmp_path: Path, log: Path, mode: str
+) -> None:
+    shards = [shard.bytes for shard in local.manifest.sequence_shards]
+    near = stream_of(local, mode=mode)
+    remote = stream_of(far(local, tmp_path, bound=5 * max(shards)), mode=mode)
+    assert near.bytes_in_reach() == 0 and remote.bytes_in_reach() == sum(sorted(shards)[-4:])
+    assert sum(shards) > 2 * 5 * max(shards) and near.order == remote.order
+    passes = 3
+    for epoch in range(passes):
+        for a, b in zip(near.batches(epoch), remote.batches(epoch), strict=True):
+            assert equal(a, b)
+    fetched = opened(log)
+    assert set(fetched) >= {shard.name for shard in local.manifest.sequence_shards}
+    assert max(fetched[shard.name] for shard in local.manifest.sequence_shards) <= passes
+
+
+def test_what_fits_the_cache_is_fetched_once_for_all_who_open_it(local: Domain, tmp_path: Path, log: Path) -> None:
+    for _ in range(2):
+        domain = far(local, tmp_path, bound=10**8)
+        stream = stream_of(domain)
+        assert sum(batch.predictions for batch in stream.batches(0)) == stream.predictions_per_epoch
+        here, there = local.sequences(), domain.sequences()
+        assert equal(here, there)
+        assert np.array_equal(domain.popularity(), local.popularity())
+        assert domain.user_ids() == local.user_ids() and domain.item_ids() == local.item_ids()
+        assert list(domain.items()) == list(local.items())
+    fetched = opened(log)
+    assert fetched.pop("manifest.json") == 2
+    assert fetched == {file.name: 1 for file in local.manifest.files}
+
+
+def test_shards_that_are_equal_are_fetched_once_for_all_domains(local: Domain, tmp_path: Path, log: Path) -> None:
+    shutil.copytree(local.folder, tmp_path / "data" / "copy")
+    for name in ("d", "copy"):
+        open_domain(f"noted://{tmp_path}/data/{name}", Cache(tmp_path / "cache", 10**8)).sequences()
+    assert max(opened(log)[shard.name] for shard in local.manifest.sequence_shards) == 1
+
+
+def test_shards_of_a_window_are_fetched_by_the_thread_that_reads_ahead(
+    local: Domain, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import threading
+
+    domain = far(local, tmp_path, bound=10**8)
+    fetchers: list[str] = []
+    real = Cache._fetch
+
+    def noted(self: Cache, *arguments: Any) -> None:
+        fetchers.append(threading.current_thread().name)
+        real(self, *arguments)
+
+    monkeypatch.setattr(Cache, "_fetch", noted)
+    list(stream_of(domain, window_shards=3).batches(0))
+    assert len(fetchers) == 12 and {name.partition("_")[0] for name in fetchers} == {"fetch"}
+    assert max(int(name.partition("_")[2]) for name in fetchers) > 0  # several at once
+
+
+def test_a_damaged_shard_is_named_with_its_uri_and_a_missing_one(local: Domain, tmp_path: Path) -> None:
+    domain = far(local, tmp_path, bound=10**8)
+    corrupt(local.folder / "sequences-00003.tar", "flip")  # type: ignore[operator]
+    with pytest.raises(
+        UserError, match=rf"^noted://{local.folder}/sequences-00003.tar: what was fetched is not .*SHA-256"
+    ):
+        domain.sequences()
+    domain.verify_sequences()  # sizes alone
+    corrupt(local.folder / "sequences-00003.tar", "cut")  # type: ignore[operator]
+    with pytest.raises(UserError, match=r"sequences-00003.tar: the file has \d+ bytes, \d+ were written"):
+        domain.verify_sequences()
+    corrupt(local.folder / "sequences-00003.tar", "gone")  # type: ignore[operator]
+    for read in (domain.sequences, domain.verify_sequences):
+        with pytest.raises(UserError, match=rf"noted://{local.folder}/sequences-00003.tar: the file is missing"):
+            read()
+
+
+def test_verify_finds_in_a_remote_domain_what_it_finds_in_a_folder(tmp_path: Path) -> None:
+    local = make_domain(tmp_path, "d", blocks_per_shard=1)
+    uri, cache = f"noted://{local.folder}", Cache(tmp_path / "cache", 10**8)
+    report = verify(uri, cache)
+    assert report.ok and report.folder == uri
+    assert dataclasses.replace(report, folder="") == dataclasses.replace(verify(local.folder), folder="")
+    corrupt(local.folder / "sequences-00001.tar", "flip")  # type: ignore[operator]
+    corrupt(local.folder / "features" / "text-00000.npy", "cut")  # type: ignore[operator]
+    (local.folder / "items-00009.tar").write_bytes(b"")  # type: ignore[union-attr]
+    shutil.rmtree(tmp_path / "cache")
+    problems = "\n".join(verify(uri, cache).problems)
+    for name in ("sequences-00001.tar: what was fetched is not", "features/text-00000.npy: the file has", "items-00009.tar: the manifest does not know"):  # fmt: skip
+        assert name in problems
+
+
+def test_storage_that_is_away_for_a_while_is_waited_for(
+    local: Domain, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    away, cache = tmp_path / "away", Cache(tmp_path / "cache", 10**8)
+    monkeypatch.setenv(AWAY, str(away))
+    away.touch()
+    with pytest.raises(UserError, match=r"d/manifest.json: does not answer, or refuses \(connection refused\)"):
+        open_domain(f"noted://{local.folder}", cache)
+    monkeypatch.setattr("antdist.storage.time.sleep", lambda _: away.unlink())
+    assert open_domain(f"noted://{local.folder}", cache).fingerprint == local.fingerprint
+    assert "connection refused) Trying again" in capsys.readouterr().err.replace(").", ")")
+
+
+@pytest.mark.parametrize(
+    ("uri", "told"),
+    [
+        ("noted:///nowhere/d", r"noted:///nowhere/d: no prepared domain here: manifest\.json is missing"),
+        ("nosuch://key:secret@x/d", r"nosuch://\*\*\*@x/d/manifest.json: it cannot be used \(Protocol not known"),
+        ("simplecache::file:///x", "it names several storages"),
+    ],
+)
+def test_a_uri_with_no_domain_is_told(tmp_path: Path, uri: str, told: str) -> None:
+    with pytest.raises(UserError, match=told):
+        open_domain(uri, Cache(tmp_path, 1))
+
+
+def test_a_domain_in_memory_storage_and_one_in_s3(local: Domain, tmp_path: Path, s3: Bucket) -> None:
+    """fsspec's own, and a server that speaks S3."""
+    for uri in (f"memory://{uuid.uuid4().hex}", f"{s3.uri}/data"):
+        files, root = fsspec.url_to_fs(uri)
+        files.put(str(local.folder), f"{root}/d", recursive=True)
+        domain = open_domain(f"{uri}/d", Cache(tmp_path / uri[:2], 10**8))
+        domain.verify_sequences()
+        assert equal(domain.sequences(), local.sequences())
+        assert verify(f"{uri}/d", domain.folder.cache).ok  # type: ignore[union-attr]
+        files.pipe_file(f"{root}/d/sequences-00000.tar", b"other")
+        shutil.rmtree(tmp_path / uri[:2])
+        with pytest.raises(UserError, match=rf"{uri}/d/sequences-00000.tar: what was fetched is not .* after 5 of"):
+            domain.sequences()

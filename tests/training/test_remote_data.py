@@ -1,0 +1,148 @@
+"""Training on data under a URI, larger than the node's cache: bit for bit as on the folder, each shard fetched once a pass."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from antdist.batch import GlobalBatch
+from antdist.config.schema import LossConfig, ModelConfig, StreamConfig, TrainingConfig
+from antdist.data import cache as cached
+from antdist.data.cache import Cache
+from antdist.data.domain import open_domain
+from antdist.data.stream import Stream
+from antdist.features.table import Catalogue
+from antdist.model.recommender import build_recommender
+from antdist.training.engine import PlainEngine
+from antdist.training.feed import Feed, StepInput
+from antdist.training.loop import Job, train
+from antdist.training.world import current_world
+from tests.features.test_parts import give_parts
+from tests.noted import LOG, opened
+from tests.ranks import on_ranks
+from tests.worlds import make_domain
+
+DIMS = {"text": 12, "price": 6}
+EPOCHS = 3
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two domains of twelve shards of about 10 kB, and of feature tables of many parts."""
+    folder = tmp_path_factory.mktemp("data")
+    for name, users in (("one", 96), ("three", 90)):
+        domain = make_domain(folder, name, users=users, items=40, blocks_per_shard=1, dims={})
+        for modality, dim in DIMS.items():
+            give_parts(domain, modality, dim, items_a_part=4)
+    return folder
+
+
+def learn(root: str, cache: Path, bound: int, trouble: bool, environment: dict[str, str]) -> dict[str, Any]:
+    """On a rank: train, with `trouble` under all that may befall the cache; the weights, and the users of each step."""
+    os.environ.update(environment)
+    cached.WAITS = (0.01, 0.01)
+    world = current_world()
+    os.environ["LOCAL_WORLD_SIZE"] = str(world.size)
+    domains = [open_domain(f"{root}/{name}", Cache(cache, bound)) for name in ("one", "three")]
+    config = ModelConfig(modalities=list(DIMS), dim=8, experts=2, inner=8, max_length=6)
+    training = TrainingConfig(epochs=EPOCHS, log_every=1)
+    catalogue = Catalogue(domains, config.modalities)
+    stream = Stream(domains, StreamConfig(batch_size=60, streams=2, window_shards=1), max_length=6, seed=0)
+    catalogue.leave_room(stream.bytes_in_reach())
+    users: list[list[int]] = []
+
+    class Noting(Feed):
+        def inputs(self, batch: GlobalBatch) -> StepInput:
+            if trouble and world.leader:
+                _befall(cache, batch.index)
+            users.append(batch.users.tolist())
+            return super().inputs(batch)
+
+    popularity = np.concatenate([domain.popularity() for domain in domains])
+    job = Job(
+        engine=PlainEngine(build_recommender(config, catalogue.dims, seed=0), training, world),
+        feed=Noting(stream, catalogue, LossConfig(negatives="in_batch"), popularity, 1, 0, world),
+        config=training,
+        world=world,
+        folder=cache.parent / "run",
+        seed=0,
+        validate=lambda: {"Recall@10": 0.1, "NDCG@10": 0.1},
+        report=lambda metrics, step: None,
+    )
+    train(job)
+    return {"users": users, "weights": {n: w.numpy() for n, w in job.engine.state().weights.items()}}
+
+
+def _befall(cache: Path, index: int) -> None:
+    """What may happen to the cache at any step: it goes, its files are damaged."""
+    if index % 5 == 3:
+        shutil.rmtree(cache, ignore_errors=True)
+    elif index % 5 == 4 and cache.is_dir():
+        for path in sorted(cache.iterdir())[::2]:
+            if path.suffix != ".partial" and path.name != "lock":
+                _flip(path)
+
+
+def _flip(path: Path) -> None:
+    try:
+        content = bytearray(path.read_bytes())
+        content[len(content) // 2] ^= 1
+        partial = path.with_name("flipped")
+        partial.write_bytes(content)
+        partial.replace(path)  # not the file that somebody has mapped
+    except (FileNotFoundError, IndexError):
+        pass
+
+
+@pytest.fixture(scope="module")
+def near(data: Path, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    return on_ranks(2, learn, str(data), tmp_path_factory.mktemp("near") / "cache", 1, False, {})
+
+
+def same(left: list[dict[str, Any]], right: list[dict[str, Any]]) -> None:
+    assert left[0]["weights"], "the leader has them"
+    for a, b in zip(left, right, strict=True):
+        assert a["users"] == b["users"] and len(a["users"]) > 3 * EPOCHS
+        assert a["weights"].keys() == b["weights"].keys()
+        for name, value in a["weights"].items():
+            np.testing.assert_array_equal(value, b["weights"][name], err_msg=name)
+
+
+def shards_of(data: Path) -> Iterator[Any]:
+    for name in ("one", "three"):
+        yield from open_domain(data / name).manifest.sequence_shards
+
+
+def test_two_ranks_train_on_more_than_the_cache_holds_to_the_very_same_weights(
+    data: Path, tmp_path: Path, near: list[dict[str, Any]]
+) -> None:
+    sizes = [shard.bytes for shard in shards_of(data)]
+    features = sum(
+        table.bytes for table in Catalogue([open_domain(data / n) for n in ("one", "three")], list(DIMS))._all_tables()
+    )
+    bound = 8 * max(sizes) + features
+    assert sum(sizes) > 2 * bound > 0, "nothing would have to go"
+    far = on_ranks(2, learn, f"noted://{data}", tmp_path / "cache", bound, False, {LOG: str(tmp_path / "log")})
+    same(near, far)
+    fetched = opened(tmp_path / "log")
+    counts = [fetched[shard.name] for shard in shards_of(data)]  # both domains have shards of these names
+    assert sum(counts) / 2 <= EPOCHS * len(counts), "a shard was fetched twice in a pass"
+    assert max(counts) <= 2 * EPOCHS
+    taken = sum(path.stat().st_size for path in (tmp_path / "cache").iterdir())
+    assert sum(sizes) / 4 < taken <= bound
+
+
+def test_what_befalls_the_cache_in_mid_run_costs_time_alone(
+    data: Path, tmp_path: Path, near: list[dict[str, Any]]
+) -> None:
+    """Deleted, its files damaged, while features do not fit and are fetched as needed."""
+    bound = 10 * max(shard.bytes for shard in shards_of(data))
+    far = on_ranks(2, learn, f"noted://{data}", tmp_path / "cache", bound, True, {LOG: str(tmp_path / "log")})
+    same(near, far)
+    assert max(opened(tmp_path / "log").values()) > EPOCHS
