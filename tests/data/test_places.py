@@ -20,6 +20,7 @@ from antdist.data.stream import Stream
 from antdist.data.verify import verify
 from antdist.errors import UserError
 from antdist.faults import corrupt
+from tests.data.test_append import FIRST, ITEMS, LATER, base, grow, histories, waiting
 from tests.domains import numbered_domain
 from tests.noted import AWAY, LOG, opened
 from tests.stores import Bucket
@@ -146,6 +147,22 @@ def test_verify_finds_in_a_remote_domain_what_it_finds_in_a_folder(tmp_path: Pat
     problems = "\n".join(verify(uri, cache).problems)
     for name in ("sequences-00001.tar: what was fetched is not", "features/text-00000.npy: the file has", "items-00009.tar: the manifest does not know"):  # fmt: skip
         assert name in problems
+
+
+def test_a_domain_that_grew_is_under_a_uri_what_it_is_in_its_folder(tmp_path: Path) -> None:
+    base(tmp_path, FIRST)
+    grow(tmp_path, LATER, [*ITEMS, "g"])
+    local = open_domain(tmp_path / "d")
+    domain = far(local, tmp_path, bound=10**8)
+    assert len(local.superseded) and local.manifest.earlier
+    assert histories(domain) == histories(local) and waiting(domain) == waiting(local)
+    assert domain.verify_sequences() == local.verify_sequences()
+    assert verify(f"noted://{tmp_path}/d", Cache(tmp_path / "cache", 10**8)).ok
+    for a, b in zip(stream_of(local).batches(0), stream_of(domain).batches(0), strict=True):
+        assert equal(a, b)
+    corrupt(next(tmp_path.glob("d/append-00001/sequences-*.tar")), "cut")
+    with pytest.raises(UserError, match=r"noted://.*/d/append-00001/sequences-00000\.tar: the file has"):
+        domain.verify_sequences()
 
 
 def test_storage_that_is_away_for_a_while_is_waited_for(
