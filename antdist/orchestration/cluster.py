@@ -7,6 +7,7 @@ import asyncio
 import contextlib
 import logging
 import os
+import shlex
 import tempfile
 import time
 from collections.abc import Iterator
@@ -213,7 +214,9 @@ def submit_here(submission: Submission) -> Ended:
     with local_head(submission.ray) as (address, drivers):
         cluster = Cluster(address)
         # where several Rays run on a machine, Ray may name any of them to the job
-        job = cluster.submit(replace(submission, entrypoint=f"env RAY_ADDRESS={drivers} {submission.entrypoint}"))
+        job = cluster.submit(
+            replace(submission, entrypoint=f"RAY_ADDRESS={shlex.quote(drivers)} {submission.entrypoint}")
+        )
         say(f"job {job} on a local Ray; dashboard {address}")
         try:
             return cluster.follow(job)

@@ -79,7 +79,9 @@ def read_submission(command: click.Command, arguments: Sequence[str], *, here: b
         argv = _argv(command, context, here)
         domains = context.params.get("domains") or [context.params["domain"]]
         metadata["run"] = ",".join(Path(domain).name for domain in domains)
-    entrypoint = shlex.join([python, "-m", "antdist", command.name, *argv])
+    # in the shell's place: it would die of a signal before its child, and where the container's first process reaps no orphans,
+    # Ray would wait for that child until the last
+    entrypoint = f"exec {shlex.join([python, '-m', 'antdist', command.name, *argv])}"
     _refuse_credentials(entrypoint, metadata["config"])
     return Submission(entrypoint, metadata, ray)
 

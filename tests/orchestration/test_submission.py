@@ -10,6 +10,8 @@ from pathlib import Path
 
 import click
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from antdist.cli import cli
 from antdist.config.load import load_config
@@ -40,6 +42,22 @@ def received(entrypoint: str, folder: Path) -> list[str]:
     return list(json.loads(done.stdout))
 
 
+@pytest.mark.parametrize("before", ["", "RAY_ADDRESS=127.0.0.1:6379 "])
+def test_a_signal_meets_the_job_and_no_shell_before_it(before: str, tmp_path: Path) -> None:
+    """Ray stops what it started and what that started. A shell dies at once, and its child is nobody's: where the container's
+    first process reaps no orphans, Ray would see it for ever."""
+    program = tmp_path / "python"
+    program.write_text("#!/bin/sh\necho $$ $RAY_ADDRESS\n")
+    program.chmod(0o755)
+    with subprocess.Popen(
+        ["sh", "-c", before + read("pretrain", *PLACES).entrypoint],
+        env={"PATH": f"{tmp_path}:/usr/bin:/bin"},
+        stdout=subprocess.PIPE,
+        text=True,
+    ) as shell:
+        assert shell.communicate()[0].split() == [str(shell.pid), *before.strip().split("=")[1:]]
+
+
 EVIL = ["x; touch X", "$(touch X)", "`touch X`", "a' ; touch X ; '", 'b" && touch X #', "two\ntouch X", "-n", "*"]
 
 
@@ -57,12 +75,37 @@ def test_no_shell_reads_what_a_user_typed(evil: str, tmp_path: Path) -> None:
     assert not (tmp_path / "X").exists()
 
 
+NASTY = st.text(
+    st.one_of(st.sampled_from("'\"`$\\;&|<>(){}[]*?!#~= \t\n-%/.,:@"), st.characters(exclude_categories=["Cs"])),
+    max_size=30,
+).filter(lambda text: "\0" not in text)  # which no command line can hold
+
+
+@settings(max_examples=200, deadline=None)
+@given(text=NASTY, other=NASTY)
+def test_whatever_is_typed_a_shell_gives_it_back_letter_by_letter(text: str, other: str) -> None:
+    model, path = f"models:/{text}", Path(f"/data/x{other}")
+    typed = ["evaluate", f"--tracking-uri={other}", "--", model, str(path)]
+    try:
+        sent = read(typed[0], *typed[1:])
+    except UserError as error:  # what looks like credentials is refused
+        assert "password" in error.what
+        return
+    words = ["exec", "python", "-m", "antdist", *typed]
+    assert shlex.split(sent.entrypoint) == words
+    command = f"{sys.executable} -c 'import json, sys; print(json.dumps(sys.argv[1:]))' {sent.entrypoint}"
+    if len(text) % 4 == 0:  # and a real one
+        done = subprocess.run(["sh", "-c", command], capture_output=True, text=True, check=True)
+        assert json.loads(done.stdout) == words
+    assert set(sent.new_id()) <= set("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789._-")
+
+
 @pytest.mark.parametrize("evil", EVIL[:-1])
 def test_overrides_never_stand_in_the_entry_point(evil: str, tmp_path: Path) -> None:
     sent = read(
         "relearn", f"target={json.dumps(evil)}", "strategy=scratch", f"tracking.experiment={json.dumps(evil)}", *PLACES
     )
-    assert sent.entrypoint == f"python -m antdist relearn --config {CONFIG_FILE}"
+    assert sent.entrypoint == f"exec python -m antdist relearn --config {CONFIG_FILE}"
     assert stage(sent, tmp_path)
     config = load_config(RelearnConfig, tmp_path / CONFIG_FILE)
     assert (config.target, config.tracking.experiment) == (evil, evil)
@@ -93,8 +136,8 @@ def test_here_relative_places_are_those_of_this_folder(tmp_path: Path, monkeypat
     assert config.parent == f"{tmp_path}/runs/pretrain/model"
     assert sent.metadata["mlflow"] == f"sqlite:///{tmp_path}/runs/mlflow.db"
     words = shlex.split(read("evaluate", "models:/m@champion", "data/food", here=True).entrypoint)
-    assert words[0] == sys.executable
-    assert words[4:] == [f"--storage={tmp_path}/runs", "--", "models:/m@champion", f"{tmp_path}/data/food"]
+    assert words[:2] == ["exec", sys.executable]
+    assert words[5:] == [f"--storage={tmp_path}/runs", "--", "models:/m@champion", f"{tmp_path}/data/food"]
 
 
 @pytest.mark.parametrize(
@@ -128,7 +171,7 @@ def test_what_can_be_seen_here_is_refused_here(verb: str, arguments: list[str], 
 
 def test_scores_go_to_a_uri_as_it_was_typed() -> None:
     sent = read("score", "models:/m@champion", "/data/food", "--out=s3://bucket/food", "--include-seen", "-n", "5")
-    assert shlex.split(sent.entrypoint)[3:] == [
+    assert shlex.split(sent.entrypoint)[4:] == [
         "score", "--out=s3://bucket/food", "--top=5", "--include-seen", "--", "models:/m@champion", "/data/food",
     ] and sent.metadata["run"] == "food"  # fmt: skip
 
