@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from antdist.config.load import check_config, dump_config, known_keys, load_config
+from antdist.config.load import check_config, dump_config, known_keys, load_config, names_target
 from antdist.config.schema import PretrainConfig, RelearnConfig
 from antdist.errors import UserError
 
@@ -128,3 +128,24 @@ def test_known_keys_carry_aliases() -> None:
 def test_every_shipped_configuration_is_valid(file: Path) -> None:
     kind = RelearnConfig if "target" in file.read_text() else PretrainConfig
     load_config(kind, file)
+
+
+@pytest.mark.parametrize("override", ["training.epochs=[1,", "model.modalities={a: }}", "name=!!int x", "name='x"])
+def test_an_override_that_is_no_yaml_is_told_with_what_was_typed(override: str) -> None:
+    told = message(None, override)
+    assert told.startswith(f"{override}: the value is not valid YAML: ") and "Quote a text" in told
+
+
+def test_an_empty_file_is_all_defaults(tmp_path: Path) -> None:
+    assert load_config(PretrainConfig, write(tmp_path, "# nothing\n")) == PretrainConfig()
+
+
+def test_what_the_user_set_is_written_alone() -> None:
+    config = load_config(PretrainConfig, None, ["training.epochs=9", "name=x"])
+    assert dump_config(config, defaults=False) == "name: x\ntraining:\n  epochs: 9\n"
+    assert "learning_rate" in dump_config(config)
+
+
+def test_a_configuration_with_a_target_or_a_strategy_is_one_of_relearning(tmp_path: Path) -> None:
+    assert names_target(None, ["target=x"]) and names_target(write(tmp_path, "seeds: [1]\n"), [])
+    assert not names_target(write(tmp_path, "name: x\n"), ["training.epochs=3"])
