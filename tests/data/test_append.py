@@ -59,6 +59,10 @@ def histories(domain: Domain) -> Histories:
     assert len(ids) == len(set(ids)) == domain.manifest.users == len(sequences.offsets) - 1
     assert len(sequences.items) == domain.manifest.interactions
     bounds = zip(ids, sequences.offsets[:-1], sequences.offsets[1:], strict=True)
+    for user, (a, b) in enumerate(pairwise(sequences.offsets)):
+        alone = domain.histories(np.array([user]))
+        assert alone.items.tolist() == sequences.items[a:b].tolist()
+        assert alone.times.tolist() == sequences.times[a:b].tolist()
     named = [items[item] for item in sequences.items]
     return {user: list(zip(named[a:b], sequences.times[a:b].tolist(), strict=True)) for user, a, b in bounds}
 
