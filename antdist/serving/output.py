@@ -14,12 +14,14 @@ import json
 import os
 import socket
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from antdist.errors import UserError
 from antdist.files import file_sha256, flush_to_disk
+from antdist.storage import asking, open_storage
 
 SUMMARY, INPUTS = "_score.json", "_parts/inputs.json"
 
@@ -27,15 +29,15 @@ SUMMARY, INPUTS = "_score.json", "_parts/inputs.json"
 class Output:
     """A local folder, which all nodes of a cluster share, or a URI that fsspec knows.
 
-    Raises:
-        UserError: fsspec knows no such storage, or its package is missing.
+    Raises (every method, too):
+        UserError: fsspec knows no such storage, its package is missing, it does not answer, or refuses.
     """
 
     def __init__(self, place: str) -> None:
         self.place = place
-        self._files, root = _open(place)
+        self._files, root = open_storage(place, f"--out {place}")
         self._root = PurePosixPath(root)
-        self.is_local = isinstance(self._files.protocol, tuple | list) and "file" in self._files.protocol
+        self.is_local = "file" in self._files.protocol
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Output, (self.place,)
@@ -48,7 +50,7 @@ class Output:
         """
         known = self.read_json(INPUTS)
         if known is None:
-            if self._names(""):
+            if self._sizes():
                 raise UserError(
                     "is not empty, and `antdist score` did not begin it",
                     where=self.place,
@@ -67,27 +69,23 @@ class Output:
             )
 
     def finished(self) -> dict[int, dict[str, Any]]:
-        """The notes of the parts that are whole, by number."""
-        notes = {}
-        for name in self._names("_parts"):
-            number, _, ending = name.partition(".")
-            if number.isdigit() and ending == "json":
-                note = self.read_json(f"_parts/{name}")
-                if note is not None and self.is_whole(note):
-                    notes[int(number)] = note
-        return notes
+        """The notes of the parts that are whole, by number: of the size that was written, in a local folder of the same
+        digest."""
+        names = [name for name in self._sizes("_parts") if name.partition(".")[0].isdigit()]
+        with ThreadPoolExecutor(16) as pool:
+            notes = [
+                note for note in pool.map(self.read_json, [f"_parts/{name}" for name in names]) if note is not None
+            ]
+        lost = set(self.lost(notes))
+        whole = [note for note in notes if note["name"] not in lost]
+        if self.is_local:
+            whole = [note for note in whole if file_sha256(Path(self._root / note["name"])) == note["sha256"]]
+        return {note["number"]: note for note in whole}
 
-    def is_whole(self, note: Mapping[str, Any]) -> bool:
-        """Whether the part of a note is there, with its size and, in a local folder, its digest."""
-        return self.is_there(note) and (
-            not self.is_local or file_sha256(Path(self._root / note["name"])) == note["sha256"]
-        )
-
-    def is_there(self, note: Mapping[str, Any]) -> bool:
-        try:
-            return bool(self._files.size(str(self._root / note["name"])) == note["bytes"])
-        except FileNotFoundError:
-            return False
+    def lost(self, notes: Iterable[Mapping[str, Any]]) -> list[str]:
+        """The parts that are not there, or of another size than their notes say."""
+        sizes = self._sizes()
+        return [note["name"] for note in notes if sizes.get(note["name"]) != note["bytes"]]
 
     @contextlib.contextmanager
     def writing(self, name: str) -> Iterator[tuple[Path, dict[str, Any]]]:
@@ -103,7 +101,16 @@ class Output:
                 path.replace(place)
                 flush_to_disk(Path(place.parent))
             else:
-                self._files.put_file(str(path), str(place))
+                self._put(path, str(place))
+
+    def _put(self, path: Path, place: str) -> None:
+        try:
+            with self._asking():
+                self._files.put_file(str(path), place)
+        except FileNotFoundError as error:
+            raise UserError(
+                f"cannot be written to ({error})", where=self.place, remedy="make the bucket first"
+            ) from None
 
     @contextlib.contextmanager
     def _beside(self, name: str) -> Iterator[Path]:
@@ -123,7 +130,9 @@ class Output:
     def read_json(self, name: str) -> dict[str, Any] | None:
         """None where there is no such file, or what it holds is no JSON object."""
         try:
-            content = json.loads(self._files.cat_file(str(self._root / name)))
+            with self._asking():
+                text = self._files.cat_file(str(self._root / name))
+            content = json.loads(text)
         except (FileNotFoundError, NotADirectoryError, ValueError):
             return None
         return content if isinstance(content, dict) else None
@@ -133,32 +142,29 @@ class Output:
             path.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
     def remove(self, name: str) -> None:
-        with contextlib.suppress(FileNotFoundError):
+        with contextlib.suppress(FileNotFoundError), self._asking():
             self._files.rm_file(str(self._root / name))
 
     def sweep(self) -> None:
         """Remove what killed workers left half written."""
-        for name in self._names(""):
+        for name in self._sizes():
             if name.startswith(".part-") and name.endswith(".tmp"):
                 self.remove(name)
 
-    def _names(self, folder: str) -> list[str]:
+    def _sizes(self, folder: str = "") -> dict[str, int]:
+        """What lies in a folder, and how many bytes each file has, as it is at this moment."""
         try:
-            return sorted(PurePosixPath(path).name for path in self._files.ls(str(self._root / folder), detail=False))
+            with self._asking():
+                self._files.invalidate_cache()
+                entries = self._files.ls(str(self._root / folder), detail=True)
         except FileNotFoundError:
-            return []
+            return {}
+        return {PurePosixPath(entry["name"]).name: entry["size"] for entry in entries}
+
+    def _asking(self) -> contextlib.AbstractContextManager[None]:
+        return contextlib.nullcontext() if self.is_local else asking(self.place)
 
 
 def _short(value: object) -> str:
     """A digest by its first digits."""
     return "absent" if value is None else str(value)[:12]
-
-
-def _open(place: str) -> tuple[Any, str]:
-    import fsspec
-
-    try:
-        files, root = fsspec.url_to_fs(place)
-    except (ImportError, ValueError) as error:
-        raise UserError(f"cannot be written to ({error})", where=f"--out {place}") from None
-    return files, str(root)

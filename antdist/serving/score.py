@@ -207,8 +207,7 @@ def _finish(
     Raises:
         UserError: they cannot: the nodes do not share the folder.
     """
-    lost = [note["name"] for note in notes if not output.is_there(note)]
-    if lost:
+    if lost := output.lost(notes):
         raise UserError(
             f"{lost[0]}, which a worker wrote, is not there",
             where=output.place,

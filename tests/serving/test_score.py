@@ -31,6 +31,7 @@ from antdist.serving import score as score_module
 from antdist.serving.recommend import recommend
 from antdist.serving.score import ScoreReport, item_ranges, score
 from antdist.serving.use import embed_domain, find_model
+from tests.stores import Bucket
 from tests.worlds import give_features, make_domain
 
 PROJECT = Path(__file__).resolve().parents[2]
@@ -303,8 +304,28 @@ def test_a_uri_is_filled_as_a_folder_is(model: Path, domain: Domain, tmp_path: P
     assert run(model, domain, "memory://scores/food").fresh_parts == 1
     with pytest.raises(UserError, match="memory://scores/food: holds what was made from other inputs: n was 10"):
         run(model, domain, "memory://scores/food", n=3)
-    with pytest.raises(UserError, match="--out nowhere://x"):
+    with pytest.raises(UserError, match=r"--out nowhere://x: it cannot be used \(Protocol not known: nowhere\)"):
         run(model, domain, "nowhere://x")
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_a_bucket_is_filled_as_a_folder_is(model: Path, domain: Domain, tmp_path: Path, s3: Bucket) -> None:
+    """What its client has listed once it does not list again by itself: what workers wrote since must be seen."""
+    run(model, domain, tmp_path / "here")
+    out = f"{s3.uri}/scores"
+    assert run(model, domain, out, workers=2, threads=1).fresh_parts == 13
+    there = s3.contents("scores")
+    assert {name: there[f"scores/{name}"] for name in parts(tmp_path / "here")} == parts(tmp_path / "here")
+    assert json.loads(there["scores/_score.json"])["users"] == 100
+    s3.files().rm_file(f"{s3.name}/scores/part-00002.parquet")
+    assert run(model, domain, out).fresh_parts == 1
+    assert s3.contents("scores") == there
+    with pytest.raises(
+        UserError,
+        match=r"^s3://nowhere-\S+: cannot be written to \(.* bucket does not exist\)\. Make the bucket first\.$",
+    ):
+        run(model, domain, f"s3://nowhere-{s3.name}/scores")
 
 
 @pytest.mark.ray
