@@ -25,7 +25,7 @@ from antdist.model.io import FeatureSource, ModelCard, load_model, save_model
 from antdist.model.recommender import build_recommender
 from antdist.serving.pyfunc import _load_pyfunc, make_servable
 from antdist.serving.recommend import history_from, recommend
-from antdist.serving.use import open_model
+from antdist.serving.use import find_model, open_model
 from antdist.tracking.registry import Lineage, folder_digest, register, resolve
 from antdist.tracking.run import start_run
 from antdist.tracking.store import tracking_uri
@@ -99,6 +99,12 @@ def expected(folder: Path, domain: Domain, history: list[str], n: int) -> list[t
 
 def environment(uri: str) -> dict[str, str]:
     return {**os.environ, "MLFLOW_TRACKING_URI": uri, "PYTHONPATH": str(Path(__file__).resolve().parents[2])}
+
+
+def test_a_model_is_found_by_its_alias_and_told_by_its_version(uri: str, folder: Path) -> None:
+    found = find_model("models:/relearn-food@champion", folder, uri)
+    assert found.uri == "models:/relearn-food/1" and found.card.target == "food"
+    assert (found.folder / "weights.safetensors").read_bytes() == (folder / "weights.safetensors").read_bytes()
 
 
 def test_a_process_without_the_training_stack_loads_it_from_the_registry(

@@ -308,6 +308,15 @@ def test_a_uri_is_filled_as_a_folder_is(model: Path, domain: Domain, tmp_path: P
         run(model, domain, "nowhere://x")
 
 
+def test_a_domain_under_a_uri_is_scored_as_one_in_a_folder(
+    model: Path, domain: Domain, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))  # where the cache is
+    run(model, domain, tmp_path / "here")
+    run(model, open_domain(f"file://{domain.folder}"), tmp_path / "there")
+    assert parts(tmp_path / "there") == parts(tmp_path / "here")
+
+
 @pytest.mark.ray
 @pytest.mark.slow
 def test_a_bucket_is_filled_as_a_folder_is(model: Path, domain: Domain, tmp_path: Path, s3: Bucket) -> None:
