@@ -22,6 +22,7 @@ NAMES = {
     "scaling": "predictions/s of 2 workers over 1, the same work a worker",
     "startup": "antdist --help in a fresh process",
     "prepare": "10 million interactions from CSV to shards: rows/s and peak memory, against pandas",
+    "append": "a hundredth of 10 million interactions appended to a domain, against preparing it anew",
     "overhead": "share of a run that logging, progress, checkpoints and waiting for data take",
     "modes": "predictions/s of `sequence` over `prefix` training",
     "quality": "test metrics of `sequence` against `prefix` training on real data, and both curves against wall time",

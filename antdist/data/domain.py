@@ -8,7 +8,7 @@ import os
 import re
 import shutil
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ from antdist.data.manifest import (
     Manifest,
     SequenceShard,
     check_shard,
+    kept_name,
     read_manifest,
     write_manifest,
 )
@@ -69,6 +70,7 @@ __all__ = [
     "ItemRecord",
     "Sequences",
     "UserBlock",
+    "domain_as_of",
     "open_domain",
     "read_blocks",
     "write_domain",
@@ -303,6 +305,22 @@ def open_domain(folder: str | Path, cache: Cache | None = None) -> Domain:
     """
     place = place_of(folder, cache)
     return Domain(place, read_manifest(place))
+
+
+def domain_as_of(domain: Domain, fingerprint: str) -> Domain:
+    """The domain as it was with the manifest of this fingerprint, if appends have replaced that; else as it is.
+
+    Raises:
+        UserError: the manifest that was kept is missing, malformed or another.
+    """
+    ancestors = domain.manifest.ancestors
+    if fingerprint not in ancestors:
+        return domain
+    name = f"append-{ancestors.index(fingerprint) + 1:05d}/{kept_name(fingerprint)}"
+    manifest = read_manifest(domain.folder, name)
+    if manifest.fingerprint != fingerprint:
+        raise UserError("is not the manifest that was kept", where=domain.folder / name, remedy=TORN)
+    return replace(domain, manifest=manifest)
 
 
 def read_blocks(folder: Place, shard: SequenceShard, items: int) -> Iterator[UserBlock]:

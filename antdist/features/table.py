@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
 
 from antdist.batch import IntArray, ItemFeatures
-from antdist.data.manifest import File
+from antdist.data.manifest import File, read_manifest
 from antdist.data.places import AT_ONCE, Place, RemotePath
 from antdist.errors import UserError
 from antdist.features.maps import make_room
@@ -337,6 +337,8 @@ def open_table(domain: Domain, modality: str, kept: Kept | None = None) -> Featu
     if meta.modality != modality:
         raise UserError(f"this file describes {meta.modality} features, not {modality}", where=path, remedy=again)
     if meta.fingerprint not in (domain.fingerprint, *domain.manifest.ancestors):
+        meta = _before_appends(meta, domain) or meta
+    if meta.fingerprint not in (domain.fingerprint, *domain.manifest.ancestors):
         raise UserError(
             f"the {modality} features of domain {domain.name} were made for another manifest "
             f"(fingerprint {meta.fingerprint[:12]}, the domain has {domain.fingerprint[:12]})",
@@ -364,6 +366,17 @@ def open_table(domain: Domain, modality: str, kept: Kept | None = None) -> Featu
         for part in meta.parts:
             _check_part(folder, meta, part, again)
     return table
+
+
+def _before_appends(meta: FeatureMeta, domain: Domain) -> FeatureMeta | None:
+    """The part of a later table that a domain has, which is opened as it was before appends; None of any other."""
+    later = read_manifest(domain.folder)
+    grown = domain.fingerprint in later.ancestors and meta.fingerprint in (later.fingerprint, *later.ancestors)
+    if not grown or meta.items < domain.manifest.items:
+        return None
+    parts = [part for part in meta.parts if part.first < domain.manifest.items]
+    known = {"fingerprint": domain.fingerprint, "items": domain.manifest.items}
+    return meta.model_copy(update={**known, "parts": parts, "present": sum(part.present for part in parts)})
 
 
 def _read_meta(path: Place, again: str) -> FeatureMeta:

@@ -42,13 +42,16 @@ class CheckReport:
 
 def check_pretrain(config: PretrainConfig) -> CheckReport:
     """Raises UserError at the first thing that would stop the run."""
-    from antdist.orchestration.continuing import check_continues
-    from antdist.orchestration.pretraining import find_state, pretrain_inputs
+    from antdist.orchestration.continuing import check_continues, grown_since
+    from antdist.orchestration.pretraining import find_state, pretrain_inputs, run_folder
+    from antdist.orchestration.runs import data_begun_with
 
     report = CheckReport()
     _check_common(config, report)
-    inputs = pretrain_inputs(config)
+    begun_with = data_begun_with(run_folder(config), config)
+    inputs = pretrain_inputs(config, begun_with)
     _tell_inputs(inputs, config, report)
+    report.notes += grown_since(inputs.domains)
     report.start = find_state(config, _tracking(config), report.notes.append)
     if report.start is not None:
         report.checked.append(f"training state of {config.resume or config.parent}")

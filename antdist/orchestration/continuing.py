@@ -79,6 +79,18 @@ def data_since(state: ResolvedModel, domains: list[Domain]) -> dict[str, str]:
     return told | {name: f"{name} {then[name][:12]} (left out)" for name in then.keys() - told.keys()}
 
 
+def grown_since(domains: list[Domain]) -> list[str]:
+    """What is worth knowing of domains that a run goes on with as they were, though they have grown since it began."""
+    from antdist.data.manifest import read_manifest
+
+    return [
+        f"domain {domain.name} has grown since this run began, which goes on with the data that it began with ({domain.fingerprint[:12]}); "
+        "a run on the grown data: name=NEW continue=MODEL"
+        for domain in domains
+        if domain.fingerprint in read_manifest(domain.folder).ancestors
+    ]
+
+
 def last_checkpoint(state: Path) -> Checkpoint:
     """The checkpoint in a training state's folder. Raises UserError if there is no whole one."""
     from antdist.training.checkpoint import load_latest

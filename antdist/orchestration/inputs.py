@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -33,11 +33,13 @@ class Inputs:
     popularity: IntArray  # (items of all domains,) counts in the training parts
 
 
-def open_domains(data: DataConfig, names: Sequence[str], key: str) -> list[Domain]:
-    """The prepared domains of these names. Raises UserError: no name, a missing domain (with those there are), storage that
-    is away."""
+def open_domains(
+    data: DataConfig, names: Sequence[str], key: str, begun_with: Mapping[str, str] | None = None
+) -> list[Domain]:
+    """The prepared domains of these names; those that a run has `begun_with`, by name and fingerprint, as they were before
+    appends since. Raises UserError: no name, a missing domain (with those there are), storage that is away."""
     from antdist.data.cache import open_cache
-    from antdist.data.domain import open_domain
+    from antdist.data.domain import domain_as_of, open_domain
     from antdist.data.places import RemotePath, place_of
 
     if not names:
@@ -60,7 +62,8 @@ def open_domains(data: DataConfig, names: Sequence[str], key: str) -> list[Domai
                 where=key,
                 remedy=remedy,
             )
-        domains.append(open_domain(f"{data.root.rstrip('/')}/{name}", cache))
+        domain = open_domain(f"{data.root.rstrip('/')}/{name}", cache)
+        domains.append(domain_as_of(domain, (begun_with or {}).get(name, "")))
     return domains
 
 

@@ -22,6 +22,7 @@ from antdist.orchestration.runs import (
     STOP,
     claimed,
     collect_training_state,
+    data_begun_with,
     ending_runs,
     following,
     for_workers,
@@ -96,7 +97,7 @@ def run_folder(config: PretrainConfig) -> Path:
 
 
 def _pretrain(config: PretrainConfig, folder: Path, uri: str, start: ResolvedModel | None) -> Pretrained:
-    domains = open_domains(config.data, config.data.domains, "data.domains")
+    domains = open_domains(config.data, config.data.domains, "data.domains", data_begun_with(folder, config))
     known = take_up_tracked(folder, config, uri)
     origin = origin_of(config, start, domains) if start else {key: (known or {}).get(key) for key in ("parent", "tags")}
     lineage = Lineage({domain.name: domain.fingerprint for domain in domains}, parent=origin["parent"])
@@ -111,7 +112,8 @@ def _pretrain(config: PretrainConfig, folder: Path, uri: str, start: ResolvedMod
         run_id=known["run_id"] if known else resumed,
         offline_ok=config.tracking.offline_ok,
     )
-    note_tracked(folder, config, {"run_id": tracked.run_id, **origin})
+    data = {domain.name: domain.fingerprint for domain in domains}
+    note_tracked(folder, config, {"run_id": tracked.run_id, "data": data, **origin})
     tracked.finish(status=None)
     model = config.resume or config.parent
     state = bring(model, start, folder) if model and start else None
@@ -122,6 +124,7 @@ def _pretrain(config: PretrainConfig, folder: Path, uri: str, start: ResolvedMod
         "folder": str(folder),
         "state": None if state is None else str(state),
         "parent": origin["parent"],
+        "data": data,
     }
     (folder / "outcome.json").unlink(missing_ok=True)
     with ending_runs(uri, [folder]), ray_session(config.ray), following(folder), stoppable(folder / STOP):
@@ -167,7 +170,7 @@ def pretrain_worker(settings: dict[str, Any]) -> None:
         if world.leader:
             tracked = TrackedRun(settings["uri"], settings["run_id"], folder, resumed=True)
         try:
-            outcome = _train(config, world, folder, tracked, settings["state"], settings["parent"])
+            outcome = _train(config, world, folder, tracked, settings["data"], settings["state"], settings["parent"])
         except Preempted as preempted:
             outcome = {"preempted": str(preempted)}
         except Diverged as error:  # on all ranks alike: a restart by Ray would only repeat it
@@ -184,13 +187,14 @@ def _train(
     world: World,
     folder: Path,
     tracked: TrackedRun | None,
-    state: str | None,
+    data: dict[str, str] | None = None,
+    state: str | None = None,
     parent: str | None = None,
 ) -> dict[str, Any]:
     from antdist.model.recommender import build_recommender, centre
     from antdist.training.loop import beginning_with
 
-    inputs = pretrain_inputs(config)
+    inputs = pretrain_inputs(config, data)
     check_features(inputs.catalogue)
     model = build_recommender(config.model, inputs.catalogue.dims, seed=config.seed)
     if config.model.initial_shift == "mean":
@@ -233,11 +237,12 @@ def _train(
     return {"finished": progress.finished, "best": progress.best, "history": progress.history}
 
 
-def pretrain_inputs(config: PretrainConfig) -> Inputs:
-    """Domains, features and stream of a pre-training run. Raises UserError where any does not fit."""
+def pretrain_inputs(config: PretrainConfig, begun_with: dict[str, str] | None = None) -> Inputs:
+    """Domains, features and stream of a pre-training run, with the data that it has `begun_with` (`open_domains`). Raises
+    UserError where any does not fit."""
     from antdist.features.table import Catalogue
 
-    domains = open_domains(config.data, config.data.domains, "data.domains")
+    domains = open_domains(config.data, config.data.domains, "data.domains", begun_with)
     catalogue = Catalogue(domains, config.model.modalities, config.data.feature_dtype)
     return open_inputs(
         domains,

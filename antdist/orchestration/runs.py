@@ -146,6 +146,16 @@ def take_up_tracked(folder: Path, config: PretrainConfig | RelearnConfig, uri: s
     return known
 
 
+def data_begun_with(folder: Path, config: PretrainConfig | RelearnConfig) -> dict[str, str]:
+    """The fingerprint of each domain that the run of this folder, or its copy in `ray.remote_storage`, began with; none before
+    its first start. It goes on with those, whatever was appended since."""
+    known = read_json(folder / "run.json")
+    remote = remote_of(folder, config.ray) if known is None else None
+    text = None if remote is None else remote.read("run.json")
+    known = json.loads(text) if text is not None else known
+    return dict((known or {}).get("data") or {})
+
+
 def note_tracked(folder: Path, config: PretrainConfig | RelearnConfig, known: dict[str, Any]) -> None:
     """Write `run.json`, to the copy of the folder too."""
     write_json(folder / "run.json", known)

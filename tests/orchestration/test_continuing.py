@@ -84,7 +84,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     place.mkdir(parents=True)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("antdist.orchestration.worker.node_is_going", lambda: False)  # asks Ray, which is not here
-        pretraining._train(tree(folder, "parent"), World(), place, None, None)
+        pretraining._train(tree(folder, "parent"), World(), place, None)
         collect_training_state(place)
         grow(folder)
         yield folder
@@ -104,7 +104,7 @@ def test_it_begins_with_weights_and_moments_and_learns_the_grown_data_from_their
     config = tree(world, "later", domains=["a", "b"], training=training, **{"continue": str(world / "runs" / "parent")})
     state = world / "runs" / "parent" / "training_state"
     (tmp_path / "run").mkdir()
-    pretraining._train(config, World(), tmp_path / "run", None, str(state), "models:/parent/1")
+    pretraining._train(config, World(), tmp_path / "run", None, None, str(state), "models:/parent/1")
 
     (newest,) = (state / "checkpoints").iterdir()
     kept, moments = load_file(newest / "weights.safetensors"), load_file(newest / "moments.safetensors")
@@ -154,7 +154,7 @@ def test_a_plain_resume_of_grown_data_names_continue(world: Path, tmp_path: Path
     (tmp_path / "run").mkdir()
     state = str(world / "runs" / "parent" / "training_state")
     with pytest.raises(UserError, match=r"domain 'a' has grown .*[Gg]o on from the model .*name=NEW continue=MODEL"):
-        pretraining._train(tree(world, "resumed", resume="runs/parent"), World(), tmp_path / "run", None, state)
+        pretraining._train(tree(world, "resumed", resume="runs/parent"), World(), tmp_path / "run", None, None, state)
 
 
 def test_refusals(world: Path, tmp_path: Path) -> None:
@@ -181,6 +181,31 @@ def test_refusals(world: Path, tmp_path: Path) -> None:
     assert told.startswith("features: the text features of the domains are of another encoder (text digest=")
 
 
+def test_a_run_goes_on_with_the_data_that_it_began_with(world: Path, tmp_path: Path, monkeypatch: Any) -> None:
+    """Stopped in mid-epoch, its domain then grown, new features too: bit for bit what the run gives that was left alone."""
+    monkeypatch.setattr("antdist.orchestration.worker.node_is_going", lambda: False)
+    for place in ("alone", "grown"):
+        for name in ("a", "b"):
+            prepare(source(tmp_path / place / name, name, range(20), 0, 9), domain=name, out=tmp_path / place / "data")
+        features(tmp_path / place / "data", ["a", "b"])
+        (tmp_path / place / "run").mkdir()
+    pretraining._train(tree(tmp_path / "alone", "run"), World(), tmp_path / "alone" / "run", None)
+    folder = tmp_path / "grown"
+    data = {"a": open_domain(folder / "data" / "a").fingerprint}
+    pretraining._train(tree(folder, "run", training={"stop_after": 3}), World(), folder / "run", None, data)
+    grow(folder)
+    pretraining._train(tree(folder, "run"), World(), folder / "run", None, data)
+    ours, alone = weights(folder / "run"), weights(tmp_path / "alone" / "run")
+    assert all(torch.equal(weight, alone[name]) for name, weight in ours.items())
+
+    (folder / "runs" / "run").mkdir(parents=True)
+    (folder / "runs" / "run" / "run.json").write_text(json.dumps({"run_id": "x", "data": data}))
+    (note,) = check_pretrain(tree(folder, "run")).notes
+    assert note.startswith(
+        f"domain a has grown since this run began, which goes on with the data that it began with ({data['a'][:12]})"
+    )
+
+
 @pytest.mark.slow
 @pytest.mark.ray
 def test_through_ray_and_the_registry_with_lineage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -195,7 +220,9 @@ def test_through_ray_and_the_registry_with_lineage(tmp_path: Path, monkeypatch: 
         was = pretrain(first)
         grow(tmp_path)
         with pytest.raises(UserError, match=r"domain 'a' has grown.*continue=MODEL"):
-            pretrain(first.model_copy(update={"training": first.training.model_copy(update={"epochs": 3})}))
+            pretrain(first.model_copy(update={"name": "elsewhere", "resume": was.model}))
+        # under its name and in its folder the run goes on with the data that it began with
+        longer = pretrain(first.model_copy(update={"training": first.training.model_copy(update={"epochs": 3})}))
         start = {"continue": was.model, "tracking": {"registered_model": "shop"}, "domains": ["a", "b"]}
         with pytest.raises(UserError, match="a run of this name exists with another configuration: continue was None"):
             pretrain(tree(tmp_path, "shop", training=deepspeed, **start))
@@ -203,7 +230,8 @@ def test_through_ray_and_the_registry_with_lineage(tmp_path: Path, monkeypatch: 
         stopped = pretrain(later)
         done = pretrain(tree(tmp_path, "later", training=deepspeed, **start))
 
-    assert (was.model, stopped.model, done.model) == ("models:/shop/1", "models:/shop/2", "models:/shop/3")
+    assert (was.model, longer.model, done.model) == ("models:/shop/1", "models:/shop/2", "models:/shop/4")
+    assert longer.run_id == was.run_id and len(longer.history) == 3
     assert done.run_id == stopped.run_id != was.run_id and done.finished == "all epochs done"
     found = resolve(done.model, done.tracking_uri)
     a = open_domain(tmp_path / "data" / "a")
