@@ -43,12 +43,12 @@ from antdist.data.shards import (
     block_faults,
     block_members,
     decode_block,
-    decode_facts,
     decode_item,
     decode_users,
     item_members,
     npy_array,
     npy_bytes,
+    read_facts,
     read_samples,
     without,
 )
@@ -281,8 +281,8 @@ class Domain:
     def item_facts(self) -> Iterator[ItemFacts]:
         """All items in order of their index, pictures unread. Raises UserError as `items`."""
         for shard in near(self.folder, self.manifest.item_shards):
-            for sample in _samples(self.folder, shard, _item_keys(shard), _is_json):
-                yield decode_facts(sample, self.folder / shard.name)
+            with open_file(self.folder, shard) as stream:
+                yield from read_facts(stream, self.folder / shard.name, _item_keys(shard))
 
     def popularity(self) -> NDArray[np.int64]:
         """How often each item occurs in the training parts, (items,)."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import mmap
 import re
 import tarfile
 from collections.abc import Callable, Iterator
@@ -336,6 +337,44 @@ def decode_facts(sample: Sample, where: object) -> ItemFacts:
         return facts
     except (KeyError, TypeError, ValueError, OverflowError, RecursionError) as error:
         raise _unfit(sample, where, error) from None
+
+
+def read_facts(stream: BinaryIO, where: object, keys: list[str]) -> Iterator[ItemFacts]:
+    """What the JSON of an open shard's items says, in order, their pictures passed over: by the headers alone, many times as
+    fast as through `read_samples`.
+
+    Raises:
+        UserError: as `read_samples` and `decode_facts`.
+    """
+    due = iter(keys)
+    try:
+        with mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as tar:
+            for name, data in _json_members(tar):
+                key = next(due, None)
+                if name != f"{key}.json":
+                    what = f"the shard holds {name!r} where the manifest has {key or 'no more items'}"
+                    raise UserError(what, where=where, remedy=TORN)
+                yield decode_facts({"__key__": key, "json": data}, where)
+    except (OSError, ValueError) as error:
+        raise UserError(f"the shard cannot be read ({error})", where=where, remedy=TORN) from None
+    if (missing := next(due, None)) is not None:
+        raise UserError(f"the shard holds no sample {missing}", where=where, remedy=TORN)
+
+
+def _json_members(tar: bytes | mmap.mmap) -> Iterator[tuple[str, bytes]]:
+    """Name and content of the JSON members of a tar as `ShardWriter` writes it. Raises ValueError of any other."""
+    at = 0
+    while any(header := tar[at : at + tarfile.BLOCKSIZE]):
+        name, size, at = header[:100].rstrip(b"\0"), int(header[124:135], 8), at + tarfile.BLOCKSIZE
+        if len(header) < tarfile.BLOCKSIZE or header[156:157] != b"0" or header[345:346] != b"\0" or size < 0:
+            raise ValueError("a member is cut short, no plain file, or of a long name")
+        if sum(header[:148]) + 8 * ord(" ") + sum(header[156:]) != int(header[148:154], 8):
+            raise ValueError("a member's header is damaged")
+        if name.endswith(b".json"):
+            yield name.decode("ascii"), tar[at : at + size]
+        at += size + -size % tarfile.BLOCKSIZE
+    if at > len(tar):
+        raise ValueError("a member is cut short")
 
 
 def _unfit(sample: Sample, where: object, error: Exception) -> UserError:

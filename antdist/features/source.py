@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from antdist.data.places import open_unchecked
-from antdist.data.shards import ItemFacts, decode_facts, read_samples
+from antdist.data.shards import ItemFacts, read_facts
 
 if TYPE_CHECKING:
     from antdist.data.domain import Domain
@@ -28,8 +28,7 @@ def item_facts(domain: Domain) -> Iterator[ItemFacts]:
     for shard in domain.manifest.item_shards:
         keys = [f"{index:09d}" for index in range(shard.first, shard.first + shard.items)]
         with open_unchecked(domain.folder, shard) as stream:
-            for sample in read_samples(stream, domain.folder / shard.name, keys, lambda name: name.endswith(".json")):
-                yield decode_facts(sample, domain.folder / shard.name)
+            yield from read_facts(stream, domain.folder / shard.name, keys)
 
 
 def source_has(domain: Domain, modality: str) -> bool:
