@@ -6,8 +6,9 @@ Nothing happens unless the environment variable `ANTDIST_FAULTS` is set, to a JS
 
 - `fault`: `kill` (SIGKILL to this process), `stall` (sleep for `seconds`, an hour by default), `raise` (RuntimeError), `full`
   (OSError, no space left), `nan` (`at` gives True, and the caller spoils its number).
-- `at`: the place. `step`: before an optimizer step, `step` of which are done; `loss`: where its loss is known; `validate`;
-  `score`: before part `step` of `antdist score` is in its place; `checkpoint`: before the snapshot; `save`: in the leader's background, before `file` is written (`best`, `weights.safetensors`,
+- `at`: the place. `join`: on a worker, before it meets the others; `step`: before an optimizer step, `step` of which are done;
+  `loss`: where its loss is known; `validate`; `score`: before part `step` of `antdist score` is in its place; `checkpoint`:
+  before the snapshot; `save`: in the leader's background, before `file` is written (`best`, `weights.safetensors`,
   `moments.safetensors`, `progress.json`, `COMPLETE.json`), before the folder gets its name (`rename`), and before the old
   checkpoints go (`prune`); `upload`: the same files on the way to `ray.remote_storage`, in the leader's background; `append`:
   in `prepare --append`, before `file` is written (`items`, `sequences`, `pending`, `superseded`, `manifest`), before its folder
@@ -34,7 +35,7 @@ from antdist.progress import say
 
 VARIABLE = "ANTDIST_FAULTS"
 KINDS = ("kill", "stall", "raise", "full", "nan")
-PLACES = ("step", "loss", "validate", "checkpoint", "save", "upload", "score", "append")
+PLACES = ("join", "step", "loss", "validate", "checkpoint", "save", "upload", "score", "append")
 KEYS = ("fault", "at", "rank", "step", "file", "after", "seconds", "once")
 STALL_SECONDS = 3600.0
 

@@ -204,6 +204,14 @@ class RayConfig(Component):
     )
     cpus_per_worker: Positive = 1
     gpus_per_worker: Annotated[float, Field(ge=0)] = 0
+    placement: Literal["PACK", "SPREAD", "STRICT_SPREAD"] = Field(
+        "PACK",
+        description="how Ray places the workers: on few nodes, on many, or each on a node of its own. With `min_workers` not the "
+        "last: a worker that asks for all CPUs or GPUs of a node has it to itself",
+    )
+    wait_minutes: Annotated[float, Field(gt=0)] | None = Field(
+        60.0, description="for nodes that the cluster lacks, at the start and after losses; then the command ends. null: for ever"
+    )
     address: str | None = Field(None, description="null: RAY_ADDRESS, else a local Ray started by the command")
     storage: str = Field("runs", description="folder for runs and checkpoints, shared by all nodes")
     remote_storage: Annotated[str, Field(min_length=1)] | None = Field(
@@ -217,6 +225,11 @@ class RayConfig(Component):
     def _range(self) -> RayConfig:
         if self.fewest > self.workers:
             raise ValueError(f"min_workers {self.min_workers} is above workers {self.workers}")
+        if self.placement == "STRICT_SPREAD" and self.fewest < self.workers:  # Ray Train counts CPUs and GPUs alone
+            raise ValueError(
+                "placement STRICT_SPREAD goes with a fixed number of workers: leave min_workers out, or have each worker ask for "
+                "all CPUs or GPUs of a node (cpus_per_worker, gpus_per_worker), which spreads them too"
+            )
         return self
 
     @property

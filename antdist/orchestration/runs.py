@@ -44,7 +44,9 @@ from antdist.training.live import Live
 if TYPE_CHECKING:
     from antdist.training.remote import Remote
 
-EARLIER_WORKERS_SECONDS = 120.0
+# a killed command's workers end in seconds; those on a node that is cut off when Ray there has heard nothing for four minutes
+EARLIER_WORKERS_SECONDS = 600.0
+TELL_SECONDS = 5.0
 STOP = "stop"
 
 # keys that may differ between two starts of a run: how and how long, not what
@@ -253,6 +255,8 @@ def leading(folder: Path) -> Iterator[None]:
 @contextlib.contextmanager
 def _led(folder: Path) -> Iterator[None]:
     with (folder / "leader.lock").open("a") as lock:
+        if not _locked(lock, TELL_SECONDS):
+            say(f"earlier workers of {folder.name} are still at work: waiting until they have ended")
         if not _locked(lock, EARLIER_WORKERS_SECONDS):
             raise UserError("earlier workers of this run are still at work", where=folder, remedy="stop them")
         yield

@@ -36,6 +36,7 @@ QUIET: dict[str, Any] = {"log_to_driver": False, "configure_logging": True, "log
 KNOCK_SECONDS = 10
 COLLECTIVE_SPARE_SECONDS = 120  # that a collective has beyond the watchdogs' limits
 SETTLE_SECONDS = 3  # until a new Ray knows what it has
+LOOK_SECONDS = 5.0  # between two looks for nodes that are gone
 GROW_SECONDS = 60.0  # between two looks for nodes that came; to grow, all workers are started again
 
 
@@ -193,7 +194,9 @@ def run_workers(
         UserError: one that a worker raised, or what became of the workers.
     """
     from ray.train import FailureConfig, RunConfig, ScalingConfig
-    from ray.train.torch import TorchConfig, TorchTrainer
+    from ray.train.torch import TorchTrainer
+
+    from antdist.orchestration.group import GroupConfig
 
     _check_room(config)
     storage = Path(config.storage).resolve() / "ray"
@@ -226,11 +229,14 @@ def run_workers(
     number = config.workers if config.fewest == config.workers else (config.fewest, config.workers)
     trainer = TorchTrainer(
         work_or_tell,
-        torch_config=TorchConfig(
-            backend="nccl" if on_gpu else "gloo", timeout_s=math.ceil(hang.longest_seconds + COLLECTIVE_SPARE_SECONDS)
+        torch_config=GroupConfig(
+            backend="nccl" if on_gpu else "gloo",
+            timeout_s=math.ceil(hang.longest_seconds + COLLECTIVE_SPARE_SECONDS),
+            max_failures=config.max_failures,
         ),
         scaling_config=ScalingConfig(
             num_workers=number,
+            placement_strategy=config.placement,
             use_gpu=on_gpu,
             resources_per_worker=resources,
             elastic_resize_monitor_interval_s=GROW_SECONDS,
@@ -245,7 +251,9 @@ def run_workers(
     write_json(reservation, {"requester": f"train-{trainer.train_run_context.run_id}"})
     failure: Exception | None = None
     try:
-        _fit(trainer)
+        _fit(trainer, config)
+    except UserError:  # no nodes; what is reserved is given up by the next start
+        raise
     except Exception as error:  # Ray wraps whatever a worker raised
         failure = error
     reservation.unlink(missing_ok=True)
@@ -271,31 +279,41 @@ def _release(reservation: Path) -> None:
 
 
 def _check_room(config: RayConfig) -> None:
-    """Workers that fit nowhere would be waited for in silence. Raises UserError on a local Ray, which cannot grow."""
-    import ray
-
-    asked = {"CPU": config.fewest * config.cpus_per_worker, "GPU": config.fewest * config.gpus_per_worker}
+    """Workers that fit nowhere would be waited for in silence. Raises UserError on a local Ray, which cannot grow; what a
+    cluster lacks is told, and waited for, by `_fit`."""
     deadline = time.monotonic() + SETTLE_SECONDS
-    while True:
-        there = ray.cluster_resources()
-        short = [f"{n:g} {kind}s ({there.get(kind, 0):g} there)" for kind, n in asked.items() if n > there.get(kind, 0)]
-        if not short:
-            return
+    while short := _lacking(config):
         if time.monotonic() > deadline:
             break
         time.sleep(0.2)
-    if config.address or os.environ.get("RAY_ADDRESS"):
-        say(f"the workers ask for {' and '.join(short)}: waiting until nodes join the cluster")
-        return
-    raise UserError(
-        f"the workers ask for {' and '.join(short)} on this machine",
-        where="ray.workers, ray.cpus_per_worker, ray.gpus_per_worker",
-        remedy="lower them, or name a cluster with ray.address",
-    )
+    if short and not (config.address or os.environ.get("RAY_ADDRESS")):
+        raise UserError(
+            f"the workers ask for {short} on this machine",
+            where="ray.workers, ray.cpus_per_worker, ray.gpus_per_worker",
+            remedy="lower them, or name a cluster with ray.address",
+        )
 
 
-def _fit(trainer: Any) -> None:
-    """In a thread: in the main one Ray Train takes Ctrl-C to itself, and the command would end as if it had failed."""
+def _lacking(config: RayConfig) -> str:
+    """What the living nodes would lack for the fewest workers though all of them were idle, in words; "" if nothing."""
+    import ray
+
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    each = {"CPU": config.cpus_per_worker, "GPU": config.gpus_per_worker}
+    short = []
+    for kind, amount in each.items():
+        there = sum(node.get(kind, 0) for node in nodes)
+        if config.fewest * amount > there:
+            short.append(f"{config.fewest * amount:g} {kind}s ({there:g} there)")
+    fit = sum(all(node.get(kind, 0) >= amount for kind, amount in each.items()) for node in nodes)
+    if config.placement == "STRICT_SPREAD" and fit < config.fewest:
+        short.append(f"a node each, {config.fewest} in all ({fit} there)")
+    return " and ".join(short)
+
+
+def _fit(trainer: Any, config: RayConfig) -> None:
+    """In a thread: in the main one Ray Train takes Ctrl-C to itself, and the command would end as if it had failed. Tells
+    what nodes are lacking. Raises UserError if none come."""
     done: Future[None] = Future()
 
     def fit() -> None:
@@ -307,8 +325,25 @@ def _fit(trainer: Any) -> None:
             done.set_result(None)
 
     threading.Thread(target=fit, name="fit", daemon=True).start()
+    patience = math.inf if config.wait_minutes is None else 60 * config.wait_minutes
+    looked, since, told = -math.inf, math.inf, ""
     while not done.done():  # a signal that another thread takes does not end a wait, so none is long
         wait([done], timeout=0.3)
+        if time.monotonic() < looked + LOOK_SECONDS:
+            continue
+        looked, short = time.monotonic(), _lacking(config)
+        since = min(since, looked) if short else math.inf
+        if short and short != told:
+            say(f"the workers ask for {short}: waiting until nodes join the cluster")
+        elif told and not short:
+            say("the nodes are there")
+        told = short
+        if looked > since + patience:
+            raise UserError(
+                f"the workers ask for {short}, and no nodes came for {config.wait_minutes:g} minutes",
+                where="ray.wait_minutes",
+                remedy="the same command goes on once they are there; or lower ray.workers, with a range ray.min_workers",
+            )
     done.result()
 
 

@@ -1,0 +1,71 @@
+"""How Ray Train's workers find each other on a network of several machines. Imports ray: it is imported lazily."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from typing import Any
+
+import psutil
+import ray
+from ray.exceptions import RayActorError, RayTaskError
+from ray.train.torch import TorchConfig
+from ray.train.torch.config import _TorchBackend
+from ray.train.v2._internal.exceptions import WorkerGroupStartupFailedError
+
+from antdist import faults
+
+INTERFACE = "GLOO_SOCKET_IFNAME"
+
+
+@dataclass
+class GroupConfig(TorchConfig):
+    """A process group on the interfaces that Ray uses, tried `max_failures` times more where the workers do not find each
+    other; -1: for ever."""
+
+    max_failures: int = 0
+
+    @property
+    def backend_cls(self) -> type[GroupBackend]:
+        return GroupBackend
+
+
+class GroupBackend(_TorchBackend):
+    """Lives in Ray Train's controller, and starts the process group for each new set of workers."""
+
+    def __init__(self) -> None:
+        self.failed = 0
+
+    def on_start(self, worker_group: Any, backend_config: GroupConfig) -> None:
+        """Ray Train ends a run whose process group does not start, though it may be a node that was lost meanwhile, and
+        where it tries again the first try's placement group keeps the resources. Both are mended here."""
+        try:
+            worker_group.execute(join)
+            super().on_start(worker_group, backend_config)
+        except (RayActorError, RayTaskError) as error:
+            worker_group.get_worker_group_state().shutdown()
+            self.failed += 1
+            if 0 <= backend_config.max_failures < self.failed:
+                raise
+            raise WorkerGroupStartupFailedError("the workers do not find each other") from error
+        self.failed = 0
+
+
+def join() -> None:
+    """On a worker, before it meets the others."""
+    faults.at("join", rank=ray.train.get_context().get_world_rank())
+    name = interface_of(ray.util.get_node_ip_address())
+    if name is not None:
+        os.environ.setdefault(INTERFACE, name)
+
+
+def interface_of(address: str) -> str | None:
+    """The network interface that has this address; None if none has, as behind a translation of addresses.
+
+    By itself gloo takes the address that the machine's own name stands for, which is often one of loopback (127.0.1.1 in
+    Debian's /etc/hosts) that no other machine reaches. Ray has found an address that they do reach.
+    """
+    for name, addresses in psutil.net_if_addrs().items():
+        if any(each.address.partition("%")[0] == address for each in addresses):
+            return name
+    return None
