@@ -53,7 +53,11 @@ class Machine:
             )
 
     def run(
-        self, *command: str | Path, environment: Mapping[str, str] | None = None, cwd: Path | None = None, timeout: float = 600
+        self,
+        *command: str | Path,
+        environment: Mapping[str, str] | None = None,
+        cwd: Path | None = None,
+        timeout: float = 600,
     ) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
             [*self._enter(), *command], env=None if environment is None else dict(environment), cwd=cwd,
@@ -75,8 +79,7 @@ class Machine:
         self.network.ip("link", "set", f"v-{self.name}", state)
 
     def _enter(self) -> list[str]:
-        wd = os.getcwd()
-        return ["nsenter", f"--target={self.init}", *INSIDE, f"--wd={wd}", "--"]
+        return ["nsenter", f"--target={self.init}", *INSIDE, f"--wd={Path.cwd()}", "--"]
 
 
 @dataclass
@@ -129,7 +132,9 @@ def network(folder: Path) -> Iterator[Network]:
     if subprocess.run(["unshare", *INSIDE, "--fork", "true"], capture_output=True).returncode:
         pytest.skip("no network namespaces: not allowed to make them")
     # no --fork: the process itself is in the namespace
-    holder = subprocess.Popen(["unshare", "--net", "sleep", "infinity"], stdin=subprocess.DEVNULL, start_new_session=True)
+    holder = subprocess.Popen(
+        ["unshare", "--net", "sleep", "infinity"], stdin=subprocess.DEVNULL, start_new_session=True
+    )
     made = Network(folder, holder)
     while Path(f"/proc/{holder.pid}/comm").read_text() != "sleep\n":
         assert holder.poll() is None, "no network namespace"

@@ -210,7 +210,8 @@ class RayConfig(Component):
         "last: a worker that asks for all CPUs or GPUs of a node has it to itself",
     )
     wait_minutes: Annotated[float, Field(gt=0)] | None = Field(
-        60.0, description="for nodes that the cluster lacks, at the start and after losses; then the command ends. null: for ever"
+        60.0,
+        description="for nodes that the cluster lacks, at the start and after losses; then the command ends. null: for ever",
     )
     address: str | None = Field(None, description="null: RAY_ADDRESS, else a local Ray started by the command")
     storage: str = Field("runs", description="folder for runs and checkpoints, shared by all nodes")

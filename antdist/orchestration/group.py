@@ -6,7 +6,7 @@ import os
 from dataclasses import dataclass
 from typing import Any
 
-import psutil
+import psutil  # type: ignore[import-untyped]
 import ray
 from ray.exceptions import RayActorError, RayTaskError
 from ray.train.torch import TorchConfig
@@ -16,6 +16,7 @@ from ray.train.v2._internal.exceptions import WorkerGroupStartupFailedError
 from antdist import faults
 
 INTERFACE = "GLOO_SOCKET_IFNAME"
+APART = "the workers do not find each other"
 
 
 @dataclass
@@ -45,9 +46,10 @@ class GroupBackend(_TorchBackend):
         except (RayActorError, RayTaskError) as error:
             worker_group.get_worker_group_state().shutdown()
             self.failed += 1
+            reason = f"{APART} ({str(error).strip().splitlines()[-1]})"
             if 0 <= backend_config.max_failures < self.failed:
-                raise
-            raise WorkerGroupStartupFailedError("the workers do not find each other") from error
+                raise RuntimeError(reason) from error
+            raise WorkerGroupStartupFailedError(reason) from error
         self.failed = 0
 
 

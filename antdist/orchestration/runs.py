@@ -248,16 +248,17 @@ def leading(folder: Path) -> Iterator[None]:
     Raises:
         UserError: earlier workers of this run do not end.
     """
-    with _led(folder), (folder / "log.txt").open("a", encoding="utf-8", buffering=1) as log, tee(log):
+    with (folder / "log.txt").open("a", encoding="utf-8", buffering=1) as log, tee(log), _led(folder):
         yield
 
 
 @contextlib.contextmanager
 def _led(folder: Path) -> Iterator[None]:
     with (folder / "leader.lock").open("a") as lock:
-        if not _locked(lock, TELL_SECONDS):
-            say(f"earlier workers of {folder.name} are still at work: waiting until they have ended")
-        if not _locked(lock, EARLIER_WORKERS_SECONDS):
+        told = min(TELL_SECONDS, EARLIER_WORKERS_SECONDS)
+        if not _locked(lock, told):
+            say(f"{folder.name}: earlier workers of this run are still at work: waiting until they have ended")
+        if not _locked(lock, EARLIER_WORKERS_SECONDS - told):
             raise UserError("earlier workers of this run are still at work", where=folder, remedy="stop them")
         yield
 

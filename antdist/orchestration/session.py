@@ -37,6 +37,8 @@ KNOCK_SECONDS = 10
 COLLECTIVE_SPARE_SECONDS = 120  # that a collective has beyond the watchdogs' limits
 SETTLE_SECONDS = 3  # until a new Ray knows what it has
 LOOK_SECONDS = 5.0  # between two looks for nodes that are gone
+START_TIMEOUT = "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"
+SETTLED_SECONDS = 20.0  # between two counts of the cluster's nodes by Ray
 GROW_SECONDS = 60.0  # between two looks for nodes that came; to grow, all workers are started again
 
 
@@ -226,7 +228,11 @@ def run_workers(
     resources: dict[str, float] = {"CPU": config.cpus_per_worker}
     if on_gpu:
         resources["GPU"] = config.gpus_per_worker
-    number = config.workers if config.fewest == config.workers else (config.fewest, config.workers)
+    number: int | tuple[int, int] = config.workers
+    if config.fewest < config.workers:
+        number = (config.fewest, config.workers)
+        # for workers on a node that is gone, but not yet known to be; then Ray counts anew
+        os.environ.setdefault(START_TIMEOUT, str(SETTLED_SECONDS))
     trainer = TorchTrainer(
         work_or_tell,
         torch_config=GroupConfig(
@@ -348,7 +354,16 @@ def _fit(trainer: Any, config: RayConfig) -> None:
 
 
 def _told(failure: Exception, config: RayConfig) -> Exception:
-    """What ended the workers, in one line if they died; their own traceback if they failed."""
+    """What ended the workers, in one line if they died or never met; their own traceback if they failed."""
+    from antdist.orchestration.group import APART, INTERFACE
+
+    if apart := re.search(rf"{APART} \(.*\)", str(failure)):
+        return UserError(
+            apart[0],
+            where=f"ray.max_failures {config.max_failures}",
+            remedy=f"see that all nodes reach each other on all ports; where they are to use another network than Ray does, set "
+            f"{INTERFACE} (with GPUs NCCL_SOCKET_IFNAME) where Ray is started on them",
+        )
     if "The actor died unexpectedly" not in str(failure):
         return failure
     log = re.search(r"log_file_path='([^']+)'", str(failure))

@@ -54,6 +54,9 @@ def test_the_number_of_workers_may_be_a_range() -> None:
     assert (
         message(None, "ray.workers=2", "ray.min_workers=3") == "configuration: ray: min_workers 3 is above workers 2."
     )
+    assert "STRICT_SPREAD goes with a fixed number of workers: leave min_workers out" in message(
+        None, "ray.workers=2", "ray.min_workers=1", "ray.placement=STRICT_SPREAD"
+    )
 
 
 def test_an_unknown_key_names_the_nearest_known_one(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import socket
@@ -124,6 +125,61 @@ def test_a_range_of_workers_takes_what_there_is(local_ray: None, tmp_path: Path)
     assert sorted(path.name for path in tmp_path.glob("rank-*")) == ["rank-0-of-2", "rank-1-of-2"]
     with pytest.raises(UserError, match=r"the workers ask for \d+ CPUs"):
         run_workers(work, {}, config.model_copy(update={"min_workers": 3}), "much", HangConfig())
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_workers_that_do_not_find_each_other_are_tried_again_as_often_as_they_may(
+    local_ray: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As where a node is lost while they start. They ask for all CPUs, so what an earlier try kept would be lacking."""
+
+    def work(settings: dict[str, Any]) -> None:
+        from antdist.training.world import barrier, current_world
+
+        barrier(current_world())
+        (tmp_path / f"met-{current_world().rank}").touch()
+
+    import ray
+
+    faults = [{"fault": "raise", "at": "join", "rank": 1, "once": str(tmp_path / "raised")}]
+    faults += [{"fault": "kill", "at": "join", "rank": 1, "once": str(tmp_path / "killed")}]
+    monkeypatch.setenv("ANTDIST_FAULTS", json.dumps(faults))
+    half = int(ray.cluster_resources()["CPU"]) // 2
+    config = RayConfig(storage=str(tmp_path), workers=2, cpus_per_worker=half, max_failures=0)
+    message = r"ray.max_failures 0: the workers do not find each other \(.+\)\. See that all nodes reach each other"
+    with pytest.raises(UserError, match=message):
+        run_workers(work, {}, config, "apart", HangConfig())
+    for once in ("raised", "killed"):
+        (tmp_path / once).unlink(missing_ok=True)
+    run_workers(work, {}, config.model_copy(update={"max_failures": 2}), "apart", HangConfig())
+    assert (tmp_path / "raised").exists() and (tmp_path / "killed").exists()
+    assert (tmp_path / "met-0").exists() and (tmp_path / "met-1").exists()
+
+
+@pytest.mark.ray
+def test_gloo_is_told_the_interface_that_has_rays_address(local_ray: None, tmp_path: Path) -> None:
+    """A local Ray's is that of loopback, whatever the machine's own name stands for."""
+
+    def work(settings: dict[str, Any]) -> None:
+        (tmp_path / "told").write_text(os.environ["GLOO_SOCKET_IFNAME"])
+
+    run_workers(work, {}, RayConfig(storage=str(tmp_path), max_failures=0), "interface", HangConfig())
+    assert (tmp_path / "told").read_text() == "lo"
+
+
+def test_the_interface_of_an_address() -> None:
+    from antdist.orchestration.group import interface_of
+
+    assert interface_of("127.0.0.1") == interface_of("::1") == "lo"
+    assert interface_of("192.0.2.1") is None
+
+
+@pytest.mark.ray
+def test_workers_on_nodes_of_their_own_do_not_fit_on_this_machine(local_ray: None, tmp_path: Path) -> None:
+    config = RayConfig(storage=str(tmp_path), workers=2, placement="STRICT_SPREAD")
+    with pytest.raises(UserError, match=r"the workers ask for a node each, 2 in all \(1 there\) on this machine"):
+        run_workers(print, {}, config, "spread", HangConfig())
 
 
 @pytest.mark.ray
