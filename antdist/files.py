@@ -8,6 +8,8 @@ import os
 from pathlib import Path
 from typing import Any
 
+from antdist.errors import UserError
+
 
 def write_json(path: Path, content: dict[str, Any], *, lasting: bool = True) -> None:
     """Write JSON so that a reader sees the whole file or none, after a power cut, too; that is left out of what is not
@@ -20,8 +22,18 @@ def write_json(path: Path, content: dict[str, Any], *, lasting: bool = True) -> 
 
 
 def read_json(path: Path) -> dict[str, Any] | None:
-    """The mapping in a JSON file, or None if there is no such file."""
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+    """The mapping in a JSON file, or None if there is no such file. Raises UserError: something else is in it."""
+    if not path.is_file():
+        return None
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError):
+        content = None
+    if not isinstance(content, dict):
+        raise UserError(
+            "the file is damaged: it holds no JSON object", where=path, remedy="restore it from a copy, or remove it"
+        )
+    return content
 
 
 def file_sha256(path: Path) -> str:

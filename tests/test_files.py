@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from antdist import files
+from antdist.errors import UserError
 from antdist.files import read_json, write_json
 
 
@@ -23,3 +24,12 @@ def test_json_is_on_the_disk_before_it_takes_its_place(tmp_path: Path, monkeypat
     write_json(path, {"a": 3}, lasting=False)
     assert flushed == [({"a": 1}, None), ({"a": 2}, {"a": 1})]
     assert read_json(path) == {"a": 3} and list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[1]", b"null", b"\xff\xfe", b"[" * 100_000])
+def test_a_damaged_file_is_named(tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "run.json"
+    assert read_json(path) is None
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=r"run\.json: the file is damaged.*Restore it from a copy, or remove it"):
+        read_json(path)

@@ -247,7 +247,7 @@ def _row(info: Any) -> tuple[str, ...]:
 def _live(folder: Path, info: Any) -> Live | None:
     """How the run goes, if this job has said so: its folder may hold what an earlier one said."""
     file = folder / "live.json"
-    with contextlib.suppress(OSError):
+    with contextlib.suppress(OSError, UserError, TypeError):  # nothing, or nothing whole
         if file.stat().st_mtime * 1000 >= (info.start_time or 0):
             return Live(**(read_json(file) or {}))
     return None
@@ -256,7 +256,7 @@ def _live(folder: Path, info: Any) -> Live | None:
 def _link(folder: Path | None, uri: str) -> str:
     """The run's page in MLflow; of a store without a server, the run's id."""
     known = None
-    with contextlib.suppress(OSError):
+    with contextlib.suppress(OSError, UserError):
         known = folder and read_json(folder / "run.json")
     if not known or not known.get("run_id"):
         return uri if uri.startswith("http") else ""

@@ -179,6 +179,10 @@ def test_a_row_tells_of_this_jobs_run_and_not_of_an_earlier_ones(tmp_path: Path)
     assert _row(info(metadata=seen, status="STOPPED"))[1:5] == ("stopped", "pretrain", "shop", "")
     elsewhere = {"storage": "/not/here", "mlflow": "http://mlflow:5000"}
     assert _row(info(metadata=elsewhere))[4:] == ("", "", "", "", "http://mlflow:5000")
+    for damaged in ("", "{}", '{"step": 1}'):  # the other jobs are listed all the same
+        (tmp_path / "shop/live.json").write_text(damaged)
+        (tmp_path / "shop/run.json").write_text(damaged)
+        assert _row(info(metadata=seen))[4:] == ("", "", "", "", "http://mlflow:5000")
 
 
 def test_a_job_is_given_time_to_save_its_state() -> None:
