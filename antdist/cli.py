@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from antdist.orchestration.cluster import Cluster
 
 EXIT_USER_ERROR = 2
+STANDARD_OUTPUT = Path("-")
 # what a user mends outside of antdist: permissions, a full or read-only disk
 THE_MACHINES = (errno.EACCES, errno.EPERM, errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 
@@ -79,15 +80,15 @@ def json_option(command: Callable[..., Any]) -> Callable[..., Any]:
     return click.option(
         "--json",
         "json_file",
-        type=click.Path(path_type=Path, dir_okay=False),
+        type=click.Path(path_type=Path, dir_okay=False, allow_dash=True),
         callback=_writable,
-        help="Write the figures to FILE too.",
+        help="Write the figures to FILE too; -: as one last line of standard output.",
     )(command)
 
 
 def _writable(context: click.Context, option: click.Parameter, file: Path | None) -> Path | None:
     """Told before hours of work, not after them."""
-    if file is not None:
+    if file is not None and file != STANDARD_OUTPUT:
         try:
             file.parent.mkdir(parents=True, exist_ok=True)
             file.open("a").close()
@@ -115,7 +116,9 @@ def tell(report: Report, json_file: Path | None = None) -> None:
 
 
 def write_document(document: dict[str, Any], json_file: Path | None) -> None:
-    if json_file is not None:
+    if json_file == STANDARD_OUTPUT:
+        click.echo(json.dumps(document, default=str))
+    elif json_file is not None:
         json_file.write_text(json.dumps(document, indent=1, default=str) + "\n", encoding="utf-8")
 
 
@@ -402,11 +405,16 @@ def pretrain(config_file: Path | None, overrides: Sequence[str], json_file: Path
 
 @cli.command()
 @config_options
+@click.option(
+    "--only",
+    type=click.Choice(["trial", "verdict"]),
+    help="trial: train one strategy with one seed, beside others of the target; verdict: judge and register what is trained.",
+)
 @json_option
-def relearn(config_file: Path | None, overrides: Sequence[str], json_file: Path | None) -> None:
+def relearn(config_file: Path | None, overrides: Sequence[str], only: str | None, json_file: Path | None) -> None:
     """Adapt to one target: best epoch by validation Recall@10, one test, the verdict on transfer, a registered version.
 
-    strategy is scratch, finetune, finetune_all, relearn, or auto: run all but finetune_all and take the best.
+    strategy is scratch, finetune, finetune_all, relearn, several of them, or auto: run all but finetune_all and take the best.
 
     \b
     Example:
@@ -414,9 +422,16 @@ def relearn(config_file: Path | None, overrides: Sequence[str], json_file: Path 
     """
     from antdist.config.load import load_config
     from antdist.config.schema import RelearnConfig
+    from antdist.orchestration.relearning import conclude, train_trial
     from antdist.orchestration.relearning import relearn as run
 
-    tell(run(load_config(RelearnConfig, config_file, overrides)), json_file)
+    config = load_config(RelearnConfig, config_file, overrides)
+    if only == "trial":
+        tell(train_trial(config), json_file)
+    elif only == "verdict":
+        tell(conclude(config), json_file)
+    else:
+        tell(run(config), json_file)
 
 
 # -- cluster ---------------------------------------------------------------------------------------------------------
@@ -424,16 +439,31 @@ def relearn(config_file: Path | None, overrides: Sequence[str], json_file: Path 
 address_option = click.option("--address", metavar="URL", help="http://HEAD:8265. Default: RAY_ADDRESS.")
 
 
+def code_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Which code a job runs."""
+    command = click.option("--installed", is_flag=True, help="Send no code: the cluster has antdist installed.")(
+        command
+    )
+    return click.option(
+        "--working-dir",
+        type=click.Path(path_type=Path, file_okay=False),
+        help="Send the package antdist in DIR. Default: the one that runs here.",
+    )(command)
+
+
+def _code(working_dir: Path | None, installed: bool) -> str:
+    from antdist.orchestration.submission import INSTALLED, own_code
+
+    if installed and working_dir is not None:
+        raise click.UsageError("give either --working-dir or --installed")
+    return INSTALLED if installed else str((working_dir or Path(own_code())).resolve())
+
+
 @cli.command(context_settings={"ignore_unknown_options": True})
 @click.argument("verb", type=click.Choice(["pretrain", "relearn", "evaluate", "featurize", "prepare", "score"]))
 @click.argument("arguments", nargs=-1, type=click.UNPROCESSED, metavar="[ARGUMENTS OF THE VERB]...")
 @address_option
-@click.option(
-    "--working-dir",
-    type=click.Path(path_type=Path, file_okay=False),
-    help="Send the package antdist in DIR. Default: the one that runs here.",
-)
-@click.option("--installed", is_flag=True, help="Send no code: the cluster has antdist installed.")
+@code_options
 @click.option("--wait", is_flag=True, help="Follow the job's log to its end; exit as it does.")
 def submit(
     verb: str, arguments: Sequence[str], address: str | None, working_dir: Path | None, installed: bool, wait: bool
@@ -450,12 +480,10 @@ def submit(
       antdist submit relearn --config configs/relearn.yaml target=food from=models:/pretrain@champion   (a local Ray)
     """
     from antdist.orchestration.cluster import Cluster, submit_here
-    from antdist.orchestration.submission import INSTALLED, own_code, read_submission
+    from antdist.orchestration.submission import read_submission
 
-    if installed and working_dir is not None:
-        raise click.UsageError("give either --working-dir or --installed")
+    code = _code(working_dir, installed)
     here = not (address or os.environ.get("RAY_ADDRESS"))
-    code = INSTALLED if installed else str((working_dir or Path(own_code())).resolve())
     submission = read_submission(cli.commands[verb], arguments, here=here, code=code)
     if here:
         sys.exit(submit_here(submission).code)
@@ -469,6 +497,55 @@ def _tell_job(cluster: Cluster, job: str, wait: bool) -> None:
         click.echo(line)
     if wait:
         sys.exit(cluster.follow(job).code)
+
+
+@cli.command()
+@config_options
+@click.option(
+    "--targets", required=True, help="Domains below data.root with commas; all: but the parent's auxiliary ones."
+)
+@click.option(
+    "--strategies", help="scratch, finetune, finetune_all, relearn, with commas. Default: the configuration's."
+)
+@click.option("--seeds", help="Such as 0-4 or 0,2,5. Default: the configuration's.")
+@click.option("--from", "parent", metavar="MODEL", help="The model to adapt. Default: the configuration's.")
+@click.option("--parallel", type=click.IntRange(1), default=1, show_default=True, help="Jobs at a time.")
+@click.option("--dry-run", is_flag=True, help="Only check, and tell what would run.")
+@address_option
+@code_options
+@json_option
+def fanout(
+    config_file: Path | None,
+    overrides: Sequence[str],
+    targets: str,
+    address: str | None,
+    working_dir: Path | None,
+    installed: bool,
+    json_file: Path | None,
+    **asked: Any,
+) -> None:
+    """Re-learn many targets: a Ray job a (target, strategy, seed), so many at a time, then one a target that judges and
+    registers; ends with the table of transfer. Exits with 1 if jobs are left.
+
+    Run again, it does what is missing or failed, and takes up jobs that are still at work. With neither --address nor
+    RAY_ADDRESS it runs on a local Ray, started and stopped by this command.
+
+    \b
+    Example:
+      antdist fanout --config configs/relearn.yaml --targets food,arts --strategies scratch,finetune,relearn --seeds 0-4 \\
+        --from models:/pretrain@champion --parallel 8 data.root=/shared/data ray.storage=/shared/runs --address http://head:8265
+    """
+    from antdist.orchestration.fanout import fanout as run
+    from antdist.orchestration.fanout import read_wanted
+
+    code = _code(working_dir, installed)
+    dry_run, parallel = asked.pop("dry_run"), asked.pop("parallel")
+    report = run(
+        read_wanted(config_file, overrides, targets, **asked), address, code=code, parallel=parallel, dry_run=dry_run
+    )
+    tell(report, json_file)
+    if report.left and not dry_run:
+        sys.exit(1)
 
 
 @cli.command()

@@ -17,6 +17,7 @@ import urllib.request
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from tests.ranks import free_port
 
@@ -54,11 +55,15 @@ class Head:
         return Job(done.returncode == 0, done.stdout)
 
     def status(self, job: str) -> str:
-        """What the head says over HTTP of the job that was submitted under this id."""
+        """What the head says of the job that was submitted under this id."""
+        return str(self.get(f"/api/jobs/{job}")["status"])
+
+    def get(self, path: str) -> Any:
+        """What the head answers over HTTP."""
         token = Path(self.environment["RAY_AUTH_TOKEN_PATH"]).read_text()
-        request = urllib.request.Request(f"{self.jobs}/api/jobs/{job}", headers={"Authorization": f"Bearer {token}"})
+        request = urllib.request.Request(f"{self.jobs}{path}", headers={"Authorization": f"Bearer {token}"})
         with urllib.request.urlopen(request, timeout=30) as answer:
-            return str(json.load(answer)["status"])
+            return json.load(answer)
 
 
 @contextlib.contextmanager

@@ -22,7 +22,7 @@ def run(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 def test_the_contract_of_verbs() -> None:
     expected = "synth prepare verify featurize validate pretrain relearn evaluate recommend import-reference"
-    expected += " score models promote submit jobs logs stop resume"
+    expected += " score models promote submit fanout jobs logs stop resume"
     assert set(expected.split()) <= set(VERBS)
 
 

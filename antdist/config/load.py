@@ -113,7 +113,7 @@ def _set(tree: dict[str, Any], override: str) -> None:
 
 def _told(kind: type[BaseModel], error: ValidationError, where: str) -> UserError:
     first = error.errors()[0]
-    path = [str(part) for part in first["loc"]]
+    path = [str(part) for part in first["loc"] if "[" not in str(part)]  # keys; not which of a key's types was tried
     key = ".".join(path)
     if first["type"] == "extra_forbidden":
         known = known_keys(kind)

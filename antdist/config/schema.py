@@ -295,9 +295,10 @@ class RelearnConfig(Component):
 
     name: str = Field("relearn", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
     target: str | None = Field(None, description="domain below data.root to adapt to")
-    strategy: Strategy | Literal["auto"] = Field(
+    strategy: Strategy | Literal["auto"] | list[Strategy] = Field(
         "relearn",
-        description="auto: run scratch, finetune and relearn; take scratch, or the best on validation whose transfer is positive",
+        description="one, or a list; auto: scratch, finetune and relearn. Of several: scratch, or the best on validation whose "
+        "transfer is positive",
     )
     parent: str | None = Field(None, alias="from", description="MODEL to adapt; not needed for scratch")
     seeds: list[Annotated[int, Field(ge=0)]] = Field(default_factory=lambda: [0], min_length=1)
@@ -317,4 +318,6 @@ class RelearnConfig(Component):
     def _distinct(self) -> RelearnConfig:
         if len(set(self.seeds)) != len(self.seeds):
             raise ValueError(f"seeds {self.seeds} must name each seed once")
+        if isinstance(self.strategy, list) and not 0 < len(set(self.strategy)) == len(self.strategy):
+            raise ValueError(f"strategy {self.strategy} must name at least one strategy, and each once")
         return self

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
 from antdist.evaluation.metrics import METRICS
 from antdist.evaluation.results import Run
-from antdist.evaluation.significance import Verdict, metric_of
+from antdist.evaluation.significance import Comparison, Verdict, metric_of
+
+SHORT = ("Recall@10", "NDCG@10")
 
 
 @dataclass(frozen=True)
@@ -29,23 +32,58 @@ def results_row(strategy: str, run: Run, verdict: Verdict | None = None) -> Row:
     return Row(strategy, {m: float(v.mean()) for m, v in seeds.items()}, deviations, verdict)
 
 
+def read_row(told: Mapping[str, Any]) -> Row:
+    """A row from its `asdict`."""
+    verdict = told["verdict"]
+    if verdict is not None:
+        comparison = verdict["comparison"] and Comparison(**verdict["comparison"])
+        verdict = Verdict(verdict["transfer"], comparison, verdict["differs"])
+    return Row(told["strategy"], told["means"], told["deviations"], verdict)
+
+
 def results_table(rows: Sequence[Row], metric: str = "Recall@10") -> str:
     """Aligned columns: strategy, metrics (± deviation over seeds), difference of `metric` to scratch, p-value, verdict.
 
     Below it, why a verdict is unknown.
     """
     head = ["strategy", *METRICS, f"{metric} to scratch", "p-value", "transfer"]
-    cells = [head, *([row.strategy, *_metrics(row), *_transfer(row.verdict)] for row in rows)]
-    widths = [max(len(line[column]) for line in cells) for column in range(len(head))]
+    cells = [[row.strategy, *_metrics(row), *_transfer(row.verdict)] for row in rows]
+    return "\n".join([*_aligned([head, *cells]), *(reason for row in rows for reason in _unknown(row))])
+
+
+def transfer_table(targets: Mapping[str, Sequence[Row]], champions: Mapping[str, tuple[str, str]]) -> str:
+    """Of several targets, by the figures that decide: columns as those of `results_table`, and the champion.
+
+    Args:
+        targets: the rows of each target's strategies.
+        champions: of a target, the strategy whose row names the champion, and what it says.
+    """
+    head = ["target", "strategy", *SHORT, "Recall@10 to scratch", "p-value", "transfer", "champion"]
+    cells = []
+    for target, rows in targets.items():
+        chosen, champion = champions.get(target, ("", ""))
+        for row in rows:
+            last = champion if row.strategy == chosen else ""
+            cells.append([target, row.strategy, *_metrics(row, SHORT), *_transfer(row.verdict), last])
+    reasons = [f"{target}: {reason}" for target, rows in targets.items() for row in rows for reason in _unknown(row)]
+    return "\n".join([*_aligned([head, *cells]), *reasons])
+
+
+def _aligned(cells: Sequence[Sequence[str]]) -> list[str]:
+    """Lines of a table, its head underlined."""
+    widths = [max(len(line[column]) for line in cells) for column in range(len(cells[0]))]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in cells]
-    lines.insert(1, "  ".join("-" * width for width in widths))
-    reasons = [(row.strategy, "; ".join(row.verdict.differs)) for row in rows if row.verdict and row.verdict.differs]
-    return "\n".join([*lines, *(f"{strategy}: transfer unknown: {reason}" for strategy, reason in reasons)])
+    return [lines[0], "  ".join("-" * width for width in widths), *lines[1:]]
 
 
-def _metrics(row: Row) -> list[str]:
+def _unknown(row: Row) -> list[str]:
+    differs = row.verdict.differs if row.verdict else []
+    return [f"{row.strategy}: transfer unknown: {'; '.join(differs)}"] if differs else []
+
+
+def _metrics(row: Row, metrics: Sequence[str] = METRICS) -> list[str]:
     deviations = row.deviations
-    return [f"{row.means[m]:.4f}" + (f" ± {deviations[m]:.4f}" if deviations else "") for m in METRICS]
+    return [f"{row.means[m]:.4f}" + (f" ± {deviations[m]:.4f}" if deviations else "") for m in metrics]
 
 
 def _transfer(verdict: Verdict | None) -> list[str]:

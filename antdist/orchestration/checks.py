@@ -14,6 +14,7 @@ from antdist.storage import is_uri
 
 if TYPE_CHECKING:
     from antdist.orchestration.inputs import Inputs
+    from antdist.orchestration.relearning import Parent
     from antdist.tracking.registry import ResolvedModel
 
 MIB = 1024 * 1024
@@ -62,20 +63,27 @@ def check_pretrain(config: PretrainConfig) -> CheckReport:
 
 def check_relearn(config: RelearnConfig) -> CheckReport:
     """Raises UserError at the first thing that would stop the run."""
-    from antdist.orchestration.relearning import (
-        available,
-        find_parent,
-        open_parent,
-        parent_notes,
-        relearn_inputs,
-        strategies_of,
-    )
-    from antdist.training.adaptation import adapt, needs_parent
+    from antdist.orchestration.relearning import available, find_parent, open_parent, parent_notes
 
     report = CheckReport()
     _check_common(config, report)
     report.start = find_parent(config, _tracking(config), report.notes.append)
     parent = open_parent(report.start)
+    inputs = check_strategies(config, parent, report)
+    _tell_inputs(inputs, config, report)
+    if parent is not None:
+        report.notes += parent_notes(config, parent)
+    absent = [m for m in config.model.modalities if m not in available(config, inputs.domains[0])]
+    if absent:
+        report.notes.append(f"no item of {config.target} has {' or '.join(absent)}: models do without")
+    return report
+
+
+def check_strategies(config: RelearnConfig, parent: Parent | None, report: CheckReport) -> Inputs:
+    """That each strategy can start with these data and this parent. Raises UserError."""
+    from antdist.orchestration.relearning import relearn_inputs, strategies_of
+    from antdist.training.adaptation import adapt, needs_parent
+
     for strategy in strategies_of(config):
         inputs = relearn_inputs(config, strategy, parent)
         catalogue_size = inputs.catalogue.size if config.model.item_embeddings else None
@@ -90,13 +98,7 @@ def check_relearn(config: RelearnConfig) -> CheckReport:
         report.checked.append(
             f"strategy {strategy}" + (f" from {parent.uri}" if parent and needs_parent(strategy) else "")
         )
-    _tell_inputs(inputs, config, report)
-    if parent is not None:
-        report.notes += parent_notes(config, parent)
-    absent = [m for m in config.model.modalities if m not in available(config, inputs.domains[0])]
-    if absent:
-        report.notes.append(f"no item of {config.target} has {' or '.join(absent)}: models do without")
-    return report
+    return inputs
 
 
 def check_settings(config: PretrainConfig | RelearnConfig) -> None:

@@ -10,7 +10,7 @@ import os
 import shlex
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -97,12 +97,36 @@ class Cluster:
 
     def stop(self, job: str) -> Ended:
         """Ask the job to save its state and leave; return when it has."""
-        with self._clear(job):
-            if not self._client.stop_job(job):
-                raise UserError(f"the job is no longer at work: {STATES[self._info(job).status]}", where=job)
+        if not self.ask_to_stop(job):
+            raise UserError(f"the job is no longer at work: {STATES[self._info(job).status]}", where=job)
         while not self._info(job).status.is_terminal():
             time.sleep(POLL_SECONDS)
         return self._ended(job)
+
+    def ask_to_stop(self, job: str) -> bool:
+        """Ask the job to save its state and leave; False if it has ended."""
+        with self._clear(job):
+            return bool(self._client.stop_job(job))
+
+    def ended(self, job: str) -> Ended | None:
+        """How the job ended; None while it waits or runs."""
+        return self._ended(job) if self._info(job).status.is_terminal() else None
+
+    def at_work(self) -> dict[tuple[str, ...], str]:
+        """The jobs that wait or run, by `run_of` their metadata."""
+        with self._clear():
+            infos = [info for info in self._client.list_jobs() if not info.status.is_terminal()]
+        return {run_of(info.metadata): info.submission_id for info in infos if info.metadata and info.submission_id}
+
+    def why(self, job: str) -> str:
+        """What a job that failed, or was stopped, said of it."""
+        lines, info = self.logs(job).strip().splitlines(), self._info(job)
+        mistakes = [line for line in lines if line.startswith("error: ")]
+        if mistakes:
+            return mistakes[-1]
+        code = "" if info.driver_exit_code is None else f" with exit code {info.driver_exit_code}"
+        said = lines[-1] if lines else (info.message or "nothing").strip().partition("\n")[0]
+        return f"{STATES[info.status]}{code}; it said last: {said}"
 
     def logs(self, job: str) -> str:
         with self._clear(job):
@@ -177,8 +201,7 @@ class Cluster:
             return
         with self._clear():
             for info in self._client.list_jobs():
-                same = all((info.metadata or {}).get(key) == mine[key] for key in ("verb", "run", "storage"))
-                if same and not info.status.is_terminal():
+                if run_of(info.metadata or {}) == run_of(mine) and not info.status.is_terminal():
                     raise UserError(
                         f"the job {info.submission_id} is at work on this run",
                         where=f"{mine['storage']}/{mine['run']}",
@@ -211,15 +234,22 @@ class Cluster:
             ) from None
 
 
+def run_of(metadata: Mapping[str, str]) -> tuple[str, ...]:
+    """What two jobs that are at work must not share."""
+    return tuple(metadata.get(key, "") for key in ("verb", "run", "storage"))
+
+
+def joining(submission: Submission, drivers: str) -> Submission:
+    """Whose driver joins the Ray at this address: where several Rays run on a machine, Ray may name any of them to the job."""
+    return replace(submission, entrypoint=f"RAY_ADDRESS={shlex.quote(drivers)} {submission.entrypoint}")
+
+
 def submit_here(submission: Submission) -> Ended:
     """On a local Ray, started for it and stopped at its end; Ctrl-C or SIGTERM stop the job first, so that its state is
     saved."""
     with local_head(submission.ray) as (address, drivers):
         cluster = Cluster(address)
-        # where several Rays run on a machine, Ray may name any of them to the job
-        job = cluster.submit(
-            replace(submission, entrypoint=f"RAY_ADDRESS={shlex.quote(drivers)} {submission.entrypoint}")
-        )
+        job = cluster.submit(joining(submission, drivers))
         say(f"job {job} on a local Ray; dashboard {address}")
         try:
             return cluster.follow(job)

@@ -15,6 +15,7 @@ from antdist.errors import UserError
 from antdist.storage import is_uri
 
 if TYPE_CHECKING:
+    from antdist.data.cache import Cache
     from antdist.data.domain import Domain
     from antdist.data.stream import Stream
     from antdist.evaluation.ranking import Queries, Ranks
@@ -33,30 +34,43 @@ class Inputs:
     popularity: IntArray  # (items of all domains,) counts in the training parts
 
 
+def prepared(data: DataConfig) -> list[str]:
+    """The names of the prepared domains below `data.root`. Raises UserError: storage that is away."""
+    from antdist.data.places import RemotePath, place_of
+
+    root = place_of(data.root, _cache(data))
+    if isinstance(root, RemotePath):
+        return [name for name in root.folders() if (root / name / "manifest.json").is_file()]
+    return sorted(path.parent.name for path in root.glob("*/manifest.json"))
+
+
+def _cache(data: DataConfig) -> Cache | None:
+    from antdist.data.cache import open_cache
+
+    return open_cache(data.cache, data.cache_gb) if is_uri(data.root) else None
+
+
 def open_domains(
     data: DataConfig, names: Sequence[str], key: str, begun_with: Mapping[str, str] | None = None
 ) -> list[Domain]:
     """The prepared domains of these names; those that a run has `begun_with`, by name and fingerprint, as they were before
     appends since. Raises UserError: no name, a missing domain (with those there are), storage that is away."""
-    from antdist.data.cache import open_cache
     from antdist.data.domain import domain_as_of, open_domain
-    from antdist.data.places import RemotePath, place_of
+    from antdist.data.places import place_of
 
     if not names:
         raise UserError("no domain is named", where=key, remedy=f"name prepared domains below {data.root}")
-    cache = open_cache(data.cache, data.cache_gb) if is_uri(data.root) else None
+    cache = _cache(data)
     root = place_of(data.root, cache)
     domains = []
     for name in names:
         if name in (".", "..") or Path(name).name != name:
             raise UserError(f"{name!r} is not the name of a folder below {data.root}", where=key)
         if not (root / name / "manifest.json").is_file():
-            if isinstance(root, RemotePath):
-                found, remedy = root.folders(), "correct the name, or copy a prepared domain there"
-            else:
-                found = sorted(path.parent.name for path in root.glob("*/manifest.json"))
-                remedy = f"run `antdist prepare SRC --domain {name} --out {data.root}`, or correct the name"
-            there = ", ".join(found) or "none"
+            remedy = f"run `antdist prepare SRC --domain {name} --out {data.root}`, or correct the name"
+            if is_uri(data.root):
+                remedy = "correct the name, or copy a prepared domain there"
+            there = ", ".join(prepared(data)) or "none"
             raise UserError(
                 f"no prepared domain {name!r} in {root} (there: {there})",
                 where=key,

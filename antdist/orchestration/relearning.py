@@ -1,14 +1,16 @@
 """`antdist relearn`: one target, one strategy or all, several seeds; the verdict and the choice on validation, the test once.
 
 A *trial* is one (strategy, seed): a folder and an MLflow run of its own. All trials of a call share one group of workers.
+Or each is trained by a command of its own, beside the others, and a last one concludes (`antdist fanout`).
 """
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 import numpy as np
 
@@ -17,7 +19,7 @@ from antdist.config.schema import RelearnConfig, Strategy
 from antdist.errors import Preempted, UserError
 from antdist.files import read_json, write_json
 from antdist.orchestration.cards import model_card
-from antdist.orchestration.checks import check_relearn
+from antdist.orchestration.checks import check_relearn, check_settings
 from antdist.orchestration.inputs import Inputs, open_domains, open_inputs, rank_together
 from antdist.orchestration.origins import bring, look_up
 from antdist.orchestration.runs import (
@@ -27,8 +29,10 @@ from antdist.orchestration.runs import (
     ending_runs,
     following,
     for_workers,
+    led,
     note_tracked,
     remote_of,
+    settling,
     take_up_tracked,
 )
 from antdist.orchestration.session import enter_worker, ray_session, run_workers, stoppable
@@ -51,6 +55,8 @@ if TYPE_CHECKING:
 
 AUTO: tuple[Strategy, ...] = ("scratch", "finetune", "relearn")
 SPLITS = ("validation", "test")
+VERDICT = "verdict.json"  # in the run's folder: what it ended with
+Trial = tuple[Strategy, int]  # strategy, seed
 
 
 @dataclass(frozen=True)
@@ -63,17 +69,14 @@ class Parent:
 
 
 @dataclass(frozen=True)
-class Relearned:
-    """What a call ended with. `rows` are the test table's; `verdicts` those on validation, which decide on promotion."""
+class Judged:
+    """What the trials show. `rows` are the test table's; `verdicts` those on validation, which decide on promotion."""
 
     target: str
-    chosen: Strategy
-    model: str  # models:/NAME/VERSION of the chosen strategy's best seed
-    champion: str
+    seeds: list[int]
     rows: list[Row]
     verdicts: Mapping[Strategy, Verdict]
     folder: Path
-    tracking_uri: str
     notes: list[str]
 
     def lines(self) -> list[str]:
@@ -83,23 +86,53 @@ class Relearned:
             f"test users of {self.target}, best epoch of each trial by validation Recall@10:",
             results_table(self.rows),
             *self.notes,
-            f"chosen on validation: {self.chosen}; registered {self.model} ({self.champion})",
-            f"files in {self.folder}; MLflow: {redact(self.tracking_uri)}",
         ]
 
     def to_json(self) -> dict[str, Any]:
-        from dataclasses import asdict
-
         return {
             "target": self.target,
-            "chosen": self.chosen,
-            "model": self.model,
-            "champion": self.champion,
+            "seeds": self.seeds,
             "test": [asdict(row) for row in self.rows],
             "validation verdicts": {strategy: asdict(verdict) for strategy, verdict in self.verdicts.items()},
             "notes": self.notes,
             "folder": str(self.folder),
         }
+
+
+@dataclass(frozen=True)
+class Relearned(Judged):
+    """What a call ended with."""
+
+    chosen: Strategy
+    model: str  # models:/NAME/VERSION of the chosen strategy's best seed
+    champion: str  # what became of that alias, in words
+    holder: str | None  # models:/NAME/VERSION that has it
+    tracking_uri: str
+
+    def lines(self) -> list[str]:
+        return [
+            *super().lines(),
+            f"chosen on validation: {self.chosen}; registered {self.model} ({self.champion})",
+            f"files in {self.folder}; MLflow: {redact(self.tracking_uri)}",
+        ]
+
+    def to_json(self) -> dict[str, Any]:
+        told = {"chosen": self.chosen, "model": self.model, "champion": self.champion, "holder": self.holder}
+        return {**super().to_json(), **told}
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A trial that is trained, and not judged yet. `figures`: the metrics on validation and test users."""
+
+    trial: str
+    figures: dict[str, Any]
+
+    def lines(self) -> list[str]:
+        return [f"{self.trial} is trained: validation Recall@10 {self.figures['validation']['Recall@10']:.4f}"]
+
+    def to_json(self) -> dict[str, Any]:
+        return {"trial": self.trial, **self.figures}
 
 
 def relearn(config: RelearnConfig) -> Relearned:
@@ -114,45 +147,112 @@ def relearn(config: RelearnConfig) -> Relearned:
     """
     checked = check_relearn(config)
     checked.say_notes()
-    assert config.target is not None
     folder = run_folder(config)
-    # strategies, seeds and parents are the trials' own
-    shared = config.model_copy(update={"strategy": "auto", "seeds": [0], "parent": None})
-    with claimed(folder, shared):
-        return _relearn(config, config.target, folder, tracking_uri(config.tracking, folder.parents[1]), checked.start)
+    with claimed(folder, shared(config), parts=[trial_folder(folder, *trial) for trial in trials_of(config)]):
+        _train(config, folder, checked.start)
+        parent = None if checked.start is None else checked.start.uri
+        return _conclude(config, folder, store_of(config), _domain(config), parent)
+
+
+def train_trial(config: RelearnConfig) -> Trained:
+    """Train the one trial of `config` and judge nothing, beside commands that train others of the target.
+
+    Raises:
+        Preempted: SIGTERM came; the state is saved.
+        UserError: more than one trial; whatever `relearn` raises.
+    """
+    if len(trials_of(config)) != 1:
+        raise UserError(
+            f"one trial is one strategy and one seed, not {len(trials_of(config))}",
+            where="strategy, seeds",
+            remedy="name one of each, or leave --only out",
+        )
+    checked = check_relearn(config)
+    checked.say_notes()
+    folder = run_folder(config)
+    mine = trial_folder(folder, *trials_of(config)[0])
+    with claimed(folder, shared(config), parts=[mine], whole=False):
+        _train(config, mine, checked.start)
+        return Trained(mine.name, read_json(mine / "outcome.json") or {})
+
+
+def conclude(config: RelearnConfig) -> Judged:
+    """Judge the trials that are trained, and train none. Only where all of them are is a model registered (`Relearned`):
+    a champion chosen among some would stand in the way of a better one.
+
+    Raises:
+        UserError: no strategy has its trials of all seeds; another command is at work on this run.
+    """
+    check_settings(config)
+    domain, folder = _domain(config), run_folder(config)
+    trials = trials_of(config)
+    with claimed(folder, shared(config), parts=[trial_folder(folder, *trial) for trial in trials]):
+        missing = [trial for trial in trials if not is_trained(folder, trial)]
+        if not missing:
+            parents = [(read_json(trial_folder(folder, *trial) / "run.json") or {})["parent"] for trial in trials]
+            parent = next(filter(None, parents), None)
+            return _conclude(config, folder, store_of(config), domain, parent)
+        whole = [s for s in strategies_of(config) if s not in {strategy for strategy, _ in missing}]
+        if not whole:
+            raise UserError("no strategy is trained with all seeds", where=folder, remedy="train the trials first")
+        runs = _pooled(config, folder, whole)
+        note = f"not registered, as these are not trained: {', '.join(f'{s}-seed{seed}' for s, seed in missing)}"
+        return _judge(config, folder, runs, [note])
 
 
 def run_folder(config: RelearnConfig) -> Path:
     return Path(config.ray.storage).resolve() / config.name / str(config.target)
 
 
-def _relearn(config: RelearnConfig, target: str, folder: Path, uri: str, parent: ResolvedModel | None) -> Relearned:
+def store_of(config: RelearnConfig) -> str:
+    return tracking_uri(config.tracking, Path(config.ray.storage).resolve())
+
+
+def shared(config: RelearnConfig) -> RelearnConfig:
+    """What all trials of a run have in common: strategies, seeds and parents are their own."""
+    return config.model_copy(update={"strategy": "auto", "seeds": [0], "parent": None})
+
+
+def is_trained(folder: Path, trial: Trial) -> bool:
+    outcome = read_json(trial_folder(folder, *trial) / "outcome.json")
+    return outcome is not None and "error" not in outcome
+
+
+def _domain(config: RelearnConfig) -> Domain:
+    return open_domains(config.data, [config.target or ""], "target")[0]
+
+
+def _train(config: RelearnConfig, desk: Path, parent: ResolvedModel | None) -> None:
+    """Train the trials of `config` that are not trained. At `desk`, the run's folder or a trial's, command and workers tell
+    each other how it goes."""
+    folder, uri, trials = run_folder(config), store_of(config), trials_of(config)
     parent_uri = None if parent is None else parent.uri
-    trials = [(strategy, seed) for strategy in strategies_of(config) for seed in config.seeds]
-    domain = open_domains(config.data, [target], "target")[0]
+    fingerprint = _domain(config).fingerprint
     for strategy, seed in trials:
-        _open_trial(config, strategy, seed, folder, uri, _lineage(config, domain.fingerprint, strategy, parent_uri))
+        _open_trial(config, strategy, seed, folder, uri, lineage_of(config, fingerprint, strategy, parent_uri))
     outcomes = [trial_folder(folder, *trial) / "outcome.json" for trial in trials]
-    preempted = folder / "preempted.json"
+    preempted = desk / "preempted.json"
     if all(outcome.is_file() for outcome in outcomes):
         say("all trials are finished: nothing is trained")
     else:
-        place = bring(config.parent, parent, folder) if config.parent and parent else None
+        with settling(folder):
+            place = bring(config.parent, parent, folder) if config.parent and parent else None
         settings = {
             "config": for_workers(config),
             "uri": uri,
             "folder": str(folder),
+            "desk": str(desk),
             "parent": {"folder": str(place), "uri": parent_uri} if place else None,
         }
         preempted.unlink(missing_ok=True)
         trial_folders = [outcome.parent for outcome in outcomes]
-        with ending_runs(uri, trial_folders), ray_session(config.ray), following(folder), stoppable(folder / STOP):
-            run_workers(relearn_worker, settings, config.ray, f"{config.name}-{target}", config.training.hang)
+        name = "-".join(desk.relative_to(folder.parents[1]).parts)
+        with ending_runs(uri, trial_folders), ray_session(config.ray), following(desk), stoppable(desk / STOP):
+            run_workers(relearn_worker, settings, config.ray, name, config.training.hang)
         if told := read_json(preempted):
             raise Preempted(told["preempted"])
     deliver_left(uri, [outcome.parent for outcome in outcomes if outcome.is_file()])
     _refuse_unfinished(outcomes)
-    return _conclude(config, folder, uri, domain, parent_uri)
 
 
 def _refuse_unfinished(outcomes: list[Path]) -> None:
@@ -179,7 +279,13 @@ def strategies_of(config: RelearnConfig) -> list[Strategy]:
     """The strategies that a call runs, in the order in which they win ties."""
     if config.strategy == "auto":
         return list(AUTO)
+    if isinstance(config.strategy, list):
+        return [strategy for strategy in get_args(Strategy) if strategy in config.strategy]
     return [config.strategy]
+
+
+def trials_of(config: RelearnConfig) -> list[Trial]:
+    return [(strategy, seed) for strategy in strategies_of(config) for seed in config.seeds]
 
 
 def trial_folder(folder: Path, strategy: Strategy, seed: int) -> Path:
@@ -195,9 +301,9 @@ def find_parent(config: RelearnConfig, uri: str, tell: Callable[[str], None]) ->
     from antdist.training.adaptation import needs_parent
 
     if config.parent is None:
-        if any(needs_parent(strategy) for strategy in strategies_of(config)):
+        if needing := [strategy for strategy in strategies_of(config) if needs_parent(strategy)]:
             raise UserError(
-                f"strategy {config.strategy} starts from a pre-trained model",
+                f"strategy {needing[0]} starts from a pre-trained model",
                 where="from",
                 remedy="give one, e.g. from=models:/NAME/latest",
             )
@@ -275,7 +381,7 @@ def available(config: RelearnConfig, domain: Domain) -> list[str]:
     return kept
 
 
-def _lineage(config: RelearnConfig, fingerprint: str, strategy: Strategy, parent: str | None) -> Lineage:
+def lineage_of(config: RelearnConfig, fingerprint: str, strategy: Strategy, parent: str | None) -> Lineage:
     from antdist.training.adaptation import needs_parent
 
     assert config.target is not None
@@ -288,14 +394,7 @@ def _open_trial(config: RelearnConfig, strategy: Strategy, seed: int, folder: Pa
     mine = trial_folder(folder, strategy, seed)
     mine.mkdir(parents=True, exist_ok=True)
     known = take_up_tracked(mine, config, uri)
-    if known is not None and known["parent"] != lineage.parent:
-        raise UserError(
-            f"this trial started from {known['parent']}, not from {lineage.parent}",
-            where=mine,
-            remedy="choose another name=..., name that parent, or remove the folder",
-        )
-    if (mine / "validation.npz").is_file():
-        _refuse_older_data(mine, lineage)
+    refuse_other_origin(mine, known, lineage)
     if known is not None and known["run_id"] is not None:
         note_tracked(mine, config, known)  # to a copy that is new
         if not (mine / "outcome.json").is_file():
@@ -311,10 +410,19 @@ def _open_trial(config: RelearnConfig, strategy: Strategy, seed: int, folder: Pa
     note_tracked(mine, config, {"run_id": tracked.run_id, "parent": lineage.parent})
 
 
-def _refuse_older_data(trial: Path, lineage: Lineage) -> None:
-    """Raises UserError if the target was prepared anew since a trial ended: its result is not one on these data."""
+def refuse_other_origin(trial: Path, known: Mapping[str, Any] | None, lineage: Lineage) -> None:
+    """Raises UserError if a trial, of which `run.json` tells what is `known`, began with another parent, or if the target was
+    prepared anew since it ended: its result is not one on these data."""
     from antdist.evaluation.results import load_ranks
 
+    if known is not None and known["parent"] != lineage.parent:
+        raise UserError(
+            f"this trial started from {known['parent']}, not from {lineage.parent}",
+            where=trial,
+            remedy="choose another name=..., name that parent, or remove the folder",
+        )
+    if not (trial / "validation.npz").is_file():
+        return
     key = load_ranks(trial / "validation.npz").key
     if lineage.fingerprints != {key.target: key.manifest}:
         raise UserError(
@@ -334,24 +442,32 @@ def relearn_worker(settings: dict[str, Any]) -> None:
 
     from antdist.training.world import agree, current_world
 
-    world, folder = current_world(), Path(settings["folder"])
+    world, folder, desk = current_world(), Path(settings["folder"]), Path(settings["desk"])
     told = settings["parent"]
     parent = open_parent(None if told is None else ResolvedModel(Path(told["folder"]), told["uri"]))
-    with alone(world, folder):
-        for strategy in strategies_of(config):
-            for seed in config.seeds:
-                mine = trial_folder(folder, strategy, seed)
-                if not agree(world, (mine / "outcome.json").is_file()):
-                    try:
-                        _run_trial(config, strategy, seed, mine, parent, world, settings["uri"])
-                    except Preempted as preempted:
-                        if world.leader:
-                            write_json(folder / "preempted.json", {"preempted": str(preempted)})
-                        return
+    with alone(world, desk):
+        for strategy, seed in trials_of(config):
+            mine = trial_folder(folder, strategy, seed)
+            if agree(world, (mine / "outcome.json").is_file()):
+                continue
+            try:
+                with led(mine) if world.leader and mine != desk else contextlib.nullcontext():
+                    _run_trial(config, strategy, seed, mine, desk, parent, world, settings["uri"])
+            except Preempted as preempted:
+                if world.leader:
+                    write_json(desk / "preempted.json", {"preempted": str(preempted)})
+                return
 
 
 def _run_trial(
-    config: RelearnConfig, strategy: Strategy, seed: int, folder: Path, parent: Parent | None, world: World, uri: str
+    config: RelearnConfig,
+    strategy: Strategy,
+    seed: int,
+    folder: Path,
+    desk: Path,
+    parent: Parent | None,
+    world: World,
+    uri: str,
 ) -> None:
     from antdist.training.loop import Diverged
 
@@ -361,7 +477,7 @@ def _run_trial(
         tracked = TrackedRun(uri, run_id, folder, resumed=True)
     outcome, status = None, "FAILED"
     try:
-        outcome = _train_trial(config, strategy, seed, folder, parent, world, tracked)
+        outcome = _train_trial(config, strategy, seed, folder, desk, parent, world, tracked)
         status = "FINISHED" if outcome is not None else "KILLED"
     except Preempted:
         status = "KILLED"
@@ -380,6 +496,7 @@ def _train_trial(
     strategy: Strategy,
     seed: int,
     folder: Path,
+    desk: Path,
     parent: Parent | None,
     world: World,
     tracked: Any,
@@ -421,7 +538,7 @@ def _train_trial(
         name=f"{config.target} {strategy} seed {seed}",
         evaluate=evaluate,
         tracked=tracked,
-        log_folder=folder.parent,
+        log_folder=desk,
         remote=remote_of(folder, config.ray) if world.leader else None,
         profile=config.profile,
     )
@@ -476,20 +593,25 @@ def _key(config: RelearnConfig, inputs: Inputs, seed: int, split: Any) -> RunKey
     )
 
 
-def _conclude(config: RelearnConfig, folder: Path, uri: str, domain: Domain, parent_uri: str | None) -> Relearned:
-    from antdist.evaluation.report import results_row
+def _pooled(config: RelearnConfig, folder: Path, strategies: list[Strategy]) -> dict[tuple[str, str], Run]:
+    """What trials reached, by strategy and split, with all seeds."""
     from antdist.evaluation.results import load_ranks, pool
-    from antdist.evaluation.significance import judge, metric_of
 
-    strategies = strategies_of(config)
-    runs: dict[tuple[str, str], Run] = {
+    return {
         (strategy, split): pool([load_ranks(trial_folder(folder, strategy, s) / f"{split}.npz") for s in config.seeds])
         for strategy in strategies
         for split in SPLITS
     }
+
+
+def _judge(config: RelearnConfig, folder: Path, runs: Mapping[tuple[str, str], Run], notes: list[str]) -> Judged:
+    from antdist.evaluation.report import results_row
+    from antdist.evaluation.significance import judge
+
     scratch = {split: runs.get(("scratch", split)) or _known_scratch(folder, config, split) for split in SPLITS}
     if scratch["test"] is None:
         say(f"no scratch trials with the same seeds in {folder}: the transfer is unknown (strategy=scratch makes them)")
+    strategies = [s for s in strategies_of(config) if (s, "test") in runs]
     verdicts: dict[Strategy, Verdict] = {
         s: judge(runs[s, "validation"], scratch["validation"]) for s in strategies if s != "scratch"
     }
@@ -497,6 +619,16 @@ def _conclude(config: RelearnConfig, folder: Path, uri: str, domain: Domain, par
         results_row(s, runs[s, "test"], None if s == "scratch" else judge(runs[s, "test"], scratch["test"]))
         for s in strategies
     ]
+    return Judged(str(config.target), config.seeds, rows, verdicts, folder, notes)
+
+
+def _conclude(config: RelearnConfig, folder: Path, uri: str, domain: Domain, parent_uri: str | None) -> Relearned:
+    from antdist.evaluation.significance import metric_of
+
+    strategies = strategies_of(config)
+    runs = _pooled(config, folder, strategies)
+    judged = _judge(config, folder, runs, [])
+    verdicts = judged.verdicts
     validation = {s: float(metric_of(runs[s, "validation"], "Recall@10").mean()) for s in strategies}
     chosen, promote = choose(validation, {strategy: verdict.transfer for strategy, verdict in verdicts.items()})
     per_seed = metric_of(runs[chosen, "validation"], "Recall@10").mean(1)
@@ -518,13 +650,17 @@ def _conclude(config: RelearnConfig, folder: Path, uri: str, domain: Domain, par
         stored_run(uri, (read_json(mine / "run.json") or {})["run_id"], mine),
         mine / "model",
         config.tracking.registered_model or f"{config.name}-{config.target}",
-        _lineage(config, domain.fingerprint, chosen, parent_uri),
+        lineage_of(config, domain.fingerprint, chosen, parent_uri),
         validation=float(per_seed.max()),
         promote=promote,
         tags={"transfer": transfer, "seed": str(seed), "seeds": " ".join(map(str, config.seeds))},
     )
-    assert config.target is not None
-    return Relearned(config.target, chosen, version.uri, version.champion, rows, verdicts, folder, uri, notes)
+    done = Relearned(
+        judged.target, judged.seeds, judged.rows, verdicts, folder, notes,
+        chosen=chosen, model=version.uri, champion=version.champion, holder=version.holder, tracking_uri=uri,
+    )  # fmt: skip
+    write_json(folder / VERDICT, done.to_json())
+    return done
 
 
 def choose(validation: Mapping[Strategy, float], transfers: Mapping[Strategy, Transfer]) -> tuple[Strategy, bool]:

@@ -9,7 +9,7 @@ STORAGE/NAME/
   stop            while the workers are asked to save their state and leave
   hang/           the stacks of a rank that made no progress
   skipped.jsonl   steps without numbers, and their data
-  lock, leader.lock   held by the command, by the leading worker
+  lock, leader.lock   held by the command, by the leading worker; settling.lock for a moment
   checkpoints/  best/  model/  training_state/
   from.json  from-*/  what the run started from
   profile/        a trace of some steps a worker, where profile=true asks for it
@@ -62,30 +62,75 @@ GENTLER = frozenset({"training.learning_rate", "training.clip", "training.precis
 
 @contextlib.contextmanager
 def claimed(
-    folder: Path, config: PretrainConfig | RelearnConfig, adjustable: frozenset[str] = frozenset()
+    folder: Path,
+    config: PretrainConfig | RelearnConfig,
+    adjustable: frozenset[str] = frozenset(),
+    *,
+    parts: Sequence[Path] = (),
+    whole: bool = True,
 ) -> Iterator[None]:
     """Within the block the run's folder is this command's: made, or taken up again if it, or its copy in
     `ray.remote_storage`, holds the same run.
+
+    Args:
+        parts: folders in it that other commands may work in on their own.
+        whole: False for such a command: only `parts` are its own, and others may work beside it.
 
     Raises:
         UserError: another command holds it; earlier workers do not end; it holds a run of another configuration, saying
             which keys differ.
     """
+    with contextlib.ExitStack() as held:
+        held.enter_context(_held(folder, "run", shared=not whole))
+        for part in () if whole else parts:
+            held.enter_context(_held(part, "trial"))
+        for place in filter(Path.is_dir, (folder, *parts)):
+            with led(place):  # a killed command's workers outlive it by some seconds, and write to the same outbox
+                pass
+        with settling(folder):
+            _take_up(folder, config, adjustable)
+        yield
+
+
+@contextlib.contextmanager
+def _held(folder: Path, what: str, shared: bool = False) -> Iterator[None]:
     folder.mkdir(parents=True, exist_ok=True)
-    with (folder / "lock").open("a") as lock:
-        if not _locked(lock):
+    with (folder / "lock").open("a+") as lock:  # NFS shares a lock only of what may be read
+        if not _locked(lock, shared=shared):
             raise UserError(
-                "another command is working on this run",
+                f"another command is working on this {what}",
                 where=folder,
                 remedy="wait for it or stop it, or choose another name=...",
             )
-        with _led(folder):  # a killed command's workers outlive it by some seconds, and write to the same outbox
-            pass
-        _take_up(folder, config, adjustable)
+        yield
+
+
+@contextlib.contextmanager
+def settling(folder: Path) -> Iterator[None]:
+    """Alone at what the commands that share a run's folder write there: its configuration, what it starts from."""
+    with (folder / "settling.lock").open("a") as lock:
+        if not _locked(lock, EARLIER_WORKERS_SECONDS):
+            raise UserError("another command holds the run's folder", where=folder, remedy="stop it")
         yield
 
 
 def _take_up(folder: Path, config: PretrainConfig | RelearnConfig, adjustable: frozenset[str]) -> None:
+    refuse_another(folder, config, adjustable)
+    file, remote = folder / "config.yaml", remote_of(folder, config.ray)
+    text = redact(dump_config(config)).encode()  # for people, and to compare at the next start
+    partial = file.with_suffix(".partial")
+    partial.write_bytes(text)
+    flush_to_disk(partial)
+    partial.replace(file)
+    if remote is not None:
+        remote.write(file.name, text)
+
+
+def refuse_another(
+    folder: Path, config: PretrainConfig | RelearnConfig, adjustable: frozenset[str] = frozenset(), quiet: bool = False
+) -> None:
+    """Raises UserError if a run's folder, or its copy, holds a run of another configuration. If it holds this one that is
+    said, unless `quiet`."""
     file, remote = folder / "config.yaml", remote_of(folder, config.ray)
     begun = {str(folder): file.read_bytes()} if file.is_file() else {}
     if remote is not None and (there := remote.read(file.name)) is not None:
@@ -99,15 +144,8 @@ def _take_up(folder: Path, config: PretrainConfig | RelearnConfig, adjustable: f
                 where=where,
                 remedy="choose another name=..., undo the change to go on with that run, or remove its folder",
             )
-        if where == next(iter(begun)):
+        if where == next(iter(begun)) and not quiet:
             say(f"{where} exists: going on with that run" + "".join(f"; {told}" for told in changed.values()))
-    text = redact(dump_config(config)).encode()  # for people, and to compare at the next start
-    partial = file.with_suffix(".partial")
-    partial.write_bytes(text)
-    flush_to_disk(partial)
-    partial.replace(file)
-    if remote is not None:
-        remote.write(file.name, text)
 
 
 def remote_of(folder: Path, config: RayConfig) -> Remote | None:
@@ -179,12 +217,13 @@ def _changed(there: dict[str, Any], here: dict[str, Any], prefix: str = "") -> d
     return told
 
 
-def _locked(file: TextIO, seconds: float = 0.0) -> bool:
+def _locked(file: TextIO, seconds: float = 0.0, shared: bool = False) -> bool:
     """Whether the file could be locked, within so long; the lock goes when the file is closed or the process dies."""
+    kind = fcntl.LOCK_SH if shared else fcntl.LOCK_EX
     deadline = time.monotonic() + seconds
     while True:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(file, kind | fcntl.LOCK_NB)
             return True
         except BlockingIOError:
             if time.monotonic() >= deadline:
@@ -248,12 +287,13 @@ def leading(folder: Path) -> Iterator[None]:
     Raises:
         UserError: earlier workers of this run do not end.
     """
-    with (folder / "log.txt").open("a", encoding="utf-8", buffering=1) as log, tee(log), _led(folder):
+    with (folder / "log.txt").open("a", encoding="utf-8", buffering=1) as log, tee(log), led(folder):
         yield
 
 
 @contextlib.contextmanager
-def _led(folder: Path) -> Iterator[None]:
+def led(folder: Path) -> Iterator[None]:
+    """Alone among the leading workers in this folder. Raises UserError: earlier ones do not end."""
     with (folder / "leader.lock").open("a") as lock:
         told = min(TELL_SECONDS, EARLIER_WORKERS_SECONDS)
         if not _locked(lock, told):

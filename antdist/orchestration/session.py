@@ -71,7 +71,7 @@ def ray_session(config: RayConfig) -> Iterator[None]:
             "the address out for a local Ray",
         ) from None
     try:
-        with _terminable():
+        with terminable():
             yield
     finally:
         ray.shutdown()
@@ -94,7 +94,7 @@ def local_head(config: RayConfig) -> Iterator[tuple[str, str]]:
     except (OSError, ValueError, RuntimeError) as error:
         raise UserError(f"no local Ray starts ({str(error).partition(chr(10))[0]})", where="ray") from None
     try:
-        with _terminable():
+        with terminable():
             yield f"http://{get_dashboard_url()}", ray.get_runtime_context().gcs_address
     finally:
         ray.shutdown()
@@ -129,7 +129,7 @@ def _start_local(config: RayConfig, **options: Any) -> None:
 
 
 @contextlib.contextmanager
-def _terminable() -> Iterator[None]:
+def terminable() -> Iterator[None]:
     """A scheduler's SIGTERM ends the command in order, as Ctrl-C does; Ray's own answer is a dump of its stack."""
     if threading.current_thread() is not threading.main_thread():
         yield

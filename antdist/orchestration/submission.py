@@ -62,28 +62,50 @@ def read_submission(command: click.Command, arguments: Sequence[str], *, here: b
             "a job has no file of yours to write to", where="--json", remedy="read the figures with `antdist logs`"
         )
     context = command.make_context(command.name, list(arguments))
-    python = sys.executable if here else "python"
-    metadata = {"verb": command.name, "run": "", "storage": "", "mlflow": "", "config": "", "code": code}
-    ray = RayConfig()
     if command.name in ("pretrain", "relearn"):
         kind: Any = PretrainConfig if command.name == "pretrain" else RelearnConfig
-        config = _settled(load_config(kind, context.params["config_file"], context.params["overrides"]), here)
-        ray, argv = config.ray, ["--config", CONFIG_FILE]
-        metadata |= {
-            "run": f"{config.name}/{config.target}" if isinstance(config, RelearnConfig) else config.name,
-            "storage": config.ray.storage,
-            "mlflow": redact(_store(config.tracking, config.ray.storage, here)),
-            "config": dump_config(config, defaults=False),
-        }
-    else:
-        argv = _argv(command, context, here)
-        domains = context.params.get("domains") or [context.params["domain"]]
-        metadata["run"] = ",".join(Path(domain).name for domain in domains)
-    # in the shell's place: it would die of a signal before its child, and where the container's first process reaps no orphans,
-    # Ray would wait for that child until the last
-    entrypoint = f"exec {shlex.join([python, '-m', 'antdist', command.name, *argv])}"
+        config = settled(load_config(kind, context.params["config_file"], context.params["overrides"]), here)
+        only = context.params.get("only")
+        return submission_of(command.name, config, [f"--only={only}"] if only else [], here=here, code=code)
+    metadata = {"verb": command.name, "run": "", "storage": "", "mlflow": "", "config": "", "code": code}
+    argv = _argv(command, context, here)
+    domains = context.params.get("domains") or [context.params["domain"]]
+    metadata["run"] = ",".join(Path(domain).name for domain in domains)
+    entrypoint = _entrypoint([command.name, *argv], here)
+    _refuse_credentials(entrypoint)
+    return Submission(entrypoint, metadata, RayConfig())
+
+
+def submission_of(
+    verb: str, config: PretrainConfig | RelearnConfig, arguments: Sequence[str], *, here: bool, code: str
+) -> Submission:
+    """Of a verb with a settled configuration, which goes along as a file.
+
+    Raises:
+        UserError: credentials, which the cluster would list.
+    """
+    run = config.name
+    if isinstance(config, RelearnConfig):
+        run += f"/{config.target}"
+        if "--only=trial" in arguments and isinstance(config.strategy, str):
+            run += f"/{config.strategy}-seed{config.seeds[0]}"  # below ray.storage, the trial's folder
+    metadata = {
+        "verb": verb,
+        "run": run,
+        "storage": config.ray.storage,
+        "mlflow": redact(_store(config.tracking, config.ray.storage, here)),
+        "config": dump_config(config, defaults=False),
+        "code": code,
+    }
+    entrypoint = _entrypoint([verb, "--config", CONFIG_FILE, *arguments], here)
     _refuse_credentials(entrypoint, metadata["config"])
-    return Submission(entrypoint, metadata, ray)
+    return Submission(entrypoint, metadata, config.ray)
+
+
+def _entrypoint(words: Sequence[str], here: bool) -> str:
+    """For a shell, whose place it takes: the shell would die of a signal before its child, and where the container's first
+    process reaps no orphans, Ray would wait for that child until the last."""
+    return f"exec {shlex.join([sys.executable if here else 'python', '-m', 'antdist', *words])}"
 
 
 def again(entrypoint: str, metadata: dict[str, str]) -> Submission:
@@ -119,8 +141,8 @@ def own_code() -> str:
     return str(Path(antdist.__file__).resolve().parents[1])
 
 
-def _settled(config: Run, here: bool) -> Run:
-    """With absolute folders, and checked for all that the configuration alone tells."""
+def settled(config: Run, here: bool) -> Run:
+    """With absolute folders, and checked for all that the configuration alone tells. Raises UserError."""
     from antdist.orchestration.checks import check_settings
 
     check_settings(config)

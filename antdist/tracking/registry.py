@@ -69,13 +69,14 @@ class Lineage:
 
 @dataclass(frozen=True)
 class ModelVersionInfo:
-    """A registered version; `champion` says in words what became of that alias."""
+    """A registered version; `champion` says in words what became of that alias, `holder` which version has it."""
 
     name: str
     version: int
     source: str
     digest: str
     champion: str
+    holder: str | None
 
     @property
     def uri(self) -> str:
@@ -159,12 +160,15 @@ def _register(
         client.set_registered_model_alias(name, "newest", str(number))
     for alias in aliases:
         client.set_registered_model_alias(name, alias, str(number))
-    moves, champion = judge("champion", alias_holder(client, name, "champion"), version)
+    holder = alias_holder(client, name, "champion")
+    moves, champion = judge("champion", holder, version)
     if not promote:
         moves, champion = False, "kept from being champion by its caller"
     if moves:
         client.set_registered_model_alias(name, "champion", str(number))
-    return ModelVersionInfo(name, number, version.source, digest, champion)
+        holder = version
+    held = None if holder is None else f"models:/{name}/{holder.version}"
+    return ModelVersionInfo(name, number, version.source, digest, champion, held)
 
 
 def check_model_name(name: str) -> None:

@@ -22,7 +22,9 @@ from antdist.orchestration.relearning import (
     _open_trial,
     _refuse_unfinished,
     choose,
+    train_trial,
     trial_folder,
+    trials_of,
 )
 from antdist.tracking.registry import Lineage, resolve
 from antdist.tracking.run import start_run
@@ -60,6 +62,24 @@ def test_transfer_must_show_that_it_helps(
     validation: dict[Any, float], transfers: dict[Any, Any], chosen: str, promoted: bool
 ) -> None:
     assert choose(validation, transfers) == (chosen, promoted)
+
+
+def test_several_strategies_are_taken_in_the_order_in_which_they_win_ties() -> None:
+    config = check_config(RelearnConfig, {"strategy": ["relearn", "scratch"], "seeds": [1, 0]})
+    assert trials_of(config) == [("scratch", 1), ("scratch", 0), ("relearn", 1), ("relearn", 0)]
+    for strategies in ([], ["scratch", "scratch"]):
+        with pytest.raises(UserError, match="must name at least one strategy, and each once"):
+            check_config(RelearnConfig, {"strategy": strategies})
+    for wrong in ("magic", ["scratch", "magic"]):
+        with pytest.raises(UserError, match="configuration: strategy: input should be 'scratch', 'finetune'"):
+            check_config(RelearnConfig, {"strategy": wrong})
+
+
+def test_a_trial_is_one() -> None:
+    for changes in ({"seeds": [0, 1]}, {"strategy": "auto"}):
+        config = check_config(RelearnConfig, {"target": "t", "strategy": "scratch", **changes})
+        with pytest.raises(UserError, match="strategy, seeds: one trial is one strategy and one seed, not "):
+            train_trial(config)
 
 
 USERS = 200

@@ -40,6 +40,38 @@ def test_a_second_command_on_the_same_run_is_refused(tmp_path: Path) -> None:
         pass
 
 
+def test_trials_of_a_run_stand_beside_each_other_and_the_whole_run_stands_alone(tmp_path: Path) -> None:
+    run, one, other = tmp_path / "run", tmp_path / "run/one", tmp_path / "run/other"
+    whole = pytest.raises(UserError, match="run: another command is working on this run")
+    with claimed(run, config(), parts=[one], whole=False):
+        with claimed(run, config(), parts=[other], whole=False):
+            pass
+        again = pytest.raises(UserError, match="run/one: another command is working on this trial")
+        with again, claimed(run, config(), parts=[one], whole=False):
+            pass
+        with whole, claimed(run, config(), parts=[one, other]):
+            pass
+    with claimed(run, config(), parts=[one, other]), whole, claimed(run, config(), parts=[one], whole=False):
+        pass
+    with (
+        pytest.raises(UserError, match=r"another configuration: training\.weight_decay"),
+        claimed(run, config(weight_decay=0.5), parts=[one], whole=False),
+    ):
+        pass
+
+
+def test_the_whole_run_waits_for_the_workers_of_a_trial_that_was_killed_and_a_trial_for_those_of_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(runs, "EARLIER_WORKERS_SECONDS", 0.1)
+    one = tmp_path / "one"
+    one.mkdir()
+    for at_work, whole in [(one, True), (one, False), (tmp_path, False)]:
+        refused = pytest.raises(UserError, match="earlier workers of this run are still at work")
+        with leading(at_work), refused, claimed(tmp_path, config(), parts=[one], whole=whole):
+            pass
+
+
 HOLDING = """
 import sys, time
 from pathlib import Path

@@ -112,6 +112,14 @@ def test_overrides_never_stand_in_the_entry_point(evil: str, tmp_path: Path) -> 
     assert set(sent.new_id()) <= set("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789._-")
 
 
+def test_a_trial_of_a_target_is_a_run_of_its_own(tmp_path: Path) -> None:
+    sent = read("relearn", "--only", "trial", "target=food", "strategy=scratch", "seeds=[3]", *PLACES)
+    assert sent.metadata["run"] == "relearn/food/scratch-seed3"
+    assert received(sent.entrypoint, tmp_path)[2:] == ["relearn", "--config", CONFIG_FILE, "--only=trial"]
+    whole = read("relearn", "target=food", "strategy=scratch", "seeds=[3]", *PLACES)
+    assert whole.metadata["run"] == "relearn/food"
+
+
 def test_the_configuration_arrives_as_it_was_resolved_here(tmp_path: Path) -> None:
     (tmp_path / "run.yaml").write_text("name: books\ntraining: {epochs: 3, learning_rate: 1e-3}\n")
     overrides = ["training.epochs=5", "data.domains=[aa, bbb]", "resume=models:/books/latest", *PLACES]
