@@ -142,13 +142,15 @@ def _register(
     """Goes on wherever an earlier trial ended: each step looks first for what is done."""
     client, digest = connect(uri), told["digest"]
     version = next((v for v in _versions(client, name) if v.run_id == run_id and v.tags.get("digest") == digest), None)
-    if version is None:
-        # A run may register several times (after each session): each content has its own place.
-        path = f"{MODEL}/{digest[:12]}"
-        with moving_files(uri):
+    # A run may register several times (after each session): each content has its own place.
+    path, known = f"{MODEL}/{digest[:12]}", {} if version is None else version.tags
+    with moving_files(uri):
+        if version is None:
             client.log_artifacts(run_id, str(folder), path)
-            if training_state is not None:
-                client.log_artifacts(run_id, str(training_state), told["training_state"])
+        if training_state is not None and known.get("training_state") != told["training_state"]:
+            # also of a longer run whose best model is the one that is registered
+            client.log_artifacts(run_id, str(training_state), told["training_state"])
+    if version is None:
         source = f"{client.get_run(run_id).info.artifact_uri}/{path}"
         _ensure_model(client, name)
         version = client.create_model_version(name, source, run_id, tags=dict(told))

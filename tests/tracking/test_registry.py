@@ -207,6 +207,16 @@ def test_training_state_comes_back_checked(uri: str, known: Any, tmp_path: Path)
     (state / "weights.safetensors").write_text("state")
 
 
+def test_a_longer_run_without_a_better_model_is_resumed_from_its_later_state(uri: str, tmp_path: Path) -> None:
+    run_id, model = new_run(uri, tmp_path / "run"), model_folder(tmp_path / "m", "best")
+    for epoch in ("early", "late"):
+        state = model_folder(tmp_path / epoch, epoch)
+        version = register(uri, run_id, model, "longer", PRETRAIN, training_state=state)
+    assert version.version == 1
+    found = resolve_training_state("models:/longer/1", uri).folder
+    assert (found / "weights.safetensors").read_text() == "late"
+
+
 @pytest.mark.parametrize("damage", ["change", "add", "remove", "gone"])
 def test_a_damaged_version_is_refused(uri: str, tmp_path: Path, damage: str) -> None:
     register(uri, new_run(uri, tmp_path / "run"), model_folder(tmp_path / "m", damage), f"damaged-{damage}", PRETRAIN)
