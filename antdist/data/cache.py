@@ -3,7 +3,8 @@
 FOLDER/
   <digest>           a whole file; what it holds is checked whenever it is opened, for disks err
   <digest>.partial   one that is on its way, at its full size from the start; its fetcher holds it under lock
-  lock               held while room is made, so that files in use and on their way never exceed the bound together
+  lock               held while room is made, so that files in use and on their way never exceed the bound together; it
+                     says how many bytes they are, so that the folder is looked through only where some must go
 
 A name says what is in a file, so nothing there can be stale, and domains, runs and ranks share what is equal. Readers hold
 what they opened under a shared lock (flock), by which it stays; the rest goes when room is needed, the longest unused first.
@@ -192,8 +193,17 @@ class Cache:
         partial.truncate(0)  # what a killed process left
         deadline = time.monotonic() + FULL_SECONDS
         while True:
-            with self._alone():
-                if self._make_room(size):
+            with self._alone() as lock:
+                told = lock.read()
+                taken = int(told) if told.isdigit() else self.bound
+                if size <= self.bound and (taken + size > self.bound or size > _free(self.folder)):
+                    taken = self._make_room(size)
+                if taken + size <= self.bound:
+                    lock.truncate(
+                        0
+                    )  # it may say too much, never too little: what goes in another way is found by a look
+                    lock.write(str(taken + size).encode())
+                    lock.flush()
                     _allocate(partial, size)
                     return
             if size > self.bound or time.monotonic() > deadline:
@@ -206,26 +216,28 @@ class Cache:
             time.sleep(POLL_SECONDS)
 
     @contextlib.contextmanager
-    def _alone(self) -> Iterator[None]:
+    def _alone(self) -> Iterator[IO[bytes]]:
+        """With the lock, whose file says how many bytes all files have, those on their way included."""
         while True:
             with contextlib.suppress(FileNotFoundError):
                 self._make_folder()
-                lock = (self.folder / "lock").open("a")
+                lock = (self.folder / "lock").open("a+b")
                 break
         with lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
-            yield
+            lock.seek(0)
+            yield lock
 
-    def _make_room(self, size: int) -> bool:
-        """Remove files, the longest unused first, until `size` bytes fit. Whether they do, the disk apart."""
+    def _make_room(self, size: int) -> int:
+        """Remove files, the longest unused first, until `size` bytes fit, or nothing more can go; the bytes that are left."""
         files = sorted(self._files())
-        over, short = sum(taken for _, taken, _ in files) + size - self.bound, size - _free(self.folder)
-        for _, taken, path in files:
-            if over <= 0 and short <= 0:
+        taken, short = sum(found for _, found, _ in files), size - _free(self.folder)
+        for _, found, path in files:
+            if taken + size <= self.bound and short <= 0:
                 break
-            if taken and _removed(path):
-                over, short = over - taken, short - taken
-        return over <= 0  # a full disk tells itself
+            if found and _removed(path):
+                taken, short = taken - found, short - found
+        return taken
 
     def _files(self) -> Iterator[tuple[int, int, Path]]:
         """When each was used last, its bytes, its path. Files of other names are not ours."""

@@ -17,7 +17,7 @@ from antdist.errors import UserError, redact
 from antdist.storage import asking, is_uri, open_storage, patiently
 
 PIECE = 4 << 20  # bytes asked for together
-AT_ONCE = 4  # files on their way to a process
+AT_ONCE = 8  # files on their way to a process
 Kind = TypeVar("Kind", bound=File)
 
 

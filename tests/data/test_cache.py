@@ -137,7 +137,25 @@ def test_files_in_use_that_fill_it_are_told_and_one_that_never_fits(tmp_path: Pa
         assert held.read() == b"a" * 10
     with pytest.raises(UserError, match=r"a file of 2\.1e-08 GB is larger than the cache"):
         source.read(cache, source.files[2])
+    assert set(lying(tmp_path)) == {source.files[0].sha256}, "what is there went for what cannot be there"
     assert source.read(cache, source.files[1]) == b"b" * 10
+
+
+def test_the_folder_is_looked_through_only_where_some_must_go(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source, cache, looks = Source(*(bytes([n]) * 10 for n in range(12))), Cache(tmp_path, 100), list[int]()
+    real = Cache._files
+    monkeypatch.setattr(Cache, "_files", lambda self: looks.append(1) or real(self))
+    for file in source.files[:10]:
+        source.read(cache, file)
+    assert len(looks) == 1, "a new folder"
+    for file in source.files[10:]:
+        source.read(cache, file)
+    assert len(looks) == 3 and sum(lying(tmp_path).values()) == 100
+    for file in source.files[2:8]:  # others remove some: the count says too much, and a look puts it right
+        (tmp_path / file.sha256).unlink()
+    for file in source.files[2:8]:
+        source.read(cache, file)
+    assert len(looks) == 4 and sum(lying(tmp_path).values()) == 100 and len(source.fetched) == 18
 
 
 def test_what_waits_for_room_goes_on_when_there_is_some(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
