@@ -38,6 +38,7 @@ KEY = "data.cache"
 WAITS = (1.0, 5.0, 15.0)  # seconds between trials to fetch a file
 POLL_SECONDS = 0.02  # while another process fetches the same file, or uses what would have to go
 FULL_SECONDS = 120.0  # that the cache may be full of files in use
+MOST_FETCHES = 10  # of a file that is gone, or damaged, whenever it has been fetched
 FULL = (errno.ENOSPC, errno.EDQUOT)
 _OURS = re.compile(r"[0-9a-f]{64}(\.partial)?")
 
@@ -71,13 +72,14 @@ class Cache:
             Unreachable, Damaged: each time, of so many as `WAITS` allows.
             UserError: there is no such file; it does not fit, or the disk is full.
         """
-        waits = iter(WAITS)
-        while True:
+        waits, fetches = iter(WAITS), 0
+        while fetches < MOST_FETCHES:
             if (held := self._held(file)) is not None:
                 return held
             try:
                 with self._turn(file) as partial:
                     if partial is not None:
+                        fetches += 1
                         self._fetch(file, partial, source, where)
                         continue
             except FileNotFoundError:  # the folder has just gone
@@ -89,6 +91,11 @@ class Cache:
                 time.sleep(wait)
             else:
                 time.sleep(POLL_SECONDS)
+        raise UserError(
+            f"what is written there does not stay as it was ({file.name})",
+            where=f"{KEY} {self.folder}",
+            remedy=f"see to its disk, or name a folder on another with {KEY}=FOLDER",
+        )
 
     def has(self, file: File) -> bool:
         """Whether the file is here, by its name and size alone."""
@@ -119,6 +126,8 @@ class Cache:
             if hashlib.file_digest(stream, "sha256").hexdigest() == file.sha256:
                 stream.seek(0)
                 return stream
+        except OSError as error:
+            say(f"{path} cannot be read ({error.strerror})")
         except BaseException:
             stream.close()
             raise
@@ -169,8 +178,7 @@ class Cache:
             if digest.hexdigest() != file.sha256:
                 raise Damaged(where, "its SHA-256 differs")
             partial.flush()
-            with contextlib.suppress(FileNotFoundError):  # the folder has just gone: it is fetched again
-                path.rename(self.folder / file.sha256)
+            path.rename(self.folder / file.sha256)
         except BaseException as error:
             path.unlink(missing_ok=True)
             if isinstance(error, OSError) and error.errno in FULL:

@@ -117,13 +117,14 @@ class Stream:
             )
 
     def bytes_in_reach(self) -> int:
-        """Bytes of the remote shards that may be in use together: of each canonical stream the window that is used and the
-        one that is read ahead. Where the cache has room for them, each is fetched once a pass, for all ranks of a node."""
+        """Bytes of the remote shards that may be in use together on a node: of each canonical stream the window that the
+        slowest rank reads, the one after it, and the one that the fastest reads ahead. Where the cache has room for them,
+        each shard is fetched once a pass, for all ranks."""
         total = 0
         for domain in self.domains:
             if isinstance(domain.folder, RemotePath):
                 sizes = sorted((shard.bytes for shard in domain.manifest.sequence_shards), reverse=True)
-                total += sum(sizes[: 2 * self.config.streams * self.config.window_shards])
+                total += sum(sizes[: 3 * self.config.streams * self.config.window_shards])
         return total
 
     def batches(self, epoch: int, start: int = 0) -> Generator[GlobalBatch, None, None]:

@@ -207,6 +207,22 @@ def test_a_bit_that_flips_on_the_disk_is_found_and_the_file_fetched_again(
     assert len(source.fetched) == 4
 
 
+def test_a_disk_that_keeps_nothing_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source, cache = Source(b"hello world"), Cache(tmp_path, 100)
+
+    def broken(*_: Any) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    with monkeypatch.context() as patch:
+        patch.setattr("antdist.data.cache.hashlib.file_digest", broken)
+        with pytest.raises(
+            UserError, match=rf"data\.cache {tmp_path}: what is written there does not stay .*See to its disk"
+        ):
+            source.read(cache, source.files[0])
+    assert 1 < len(source.fetched) < 20
+    assert source.read(cache, source.files[0]) == b"hello world"
+
+
 def test_the_folder_may_go_at_any_time(tmp_path: Path) -> None:
     folder = tmp_path / "cache"
     source, cache = Source(b"hello world", b"other"), Cache(folder, 100)

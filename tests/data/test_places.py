@@ -64,9 +64,9 @@ def test_batches_are_those_of_the_folder_though_the_cache_is_smaller_than_the_da
 ) -> None:
     shards = [shard.bytes for shard in local.manifest.sequence_shards]
     near = stream_of(local, mode=mode)
-    remote = stream_of(far(local, tmp_path, bound=5 * max(shards)), mode=mode)
-    assert near.bytes_in_reach() == 0 and remote.bytes_in_reach() == sum(sorted(shards)[-4:])
-    assert sum(shards) > 2 * 5 * max(shards) and near.order == remote.order
+    remote = stream_of(far(local, tmp_path, bound=6 * max(shards)), mode=mode)
+    assert near.bytes_in_reach() == 0 and remote.bytes_in_reach() == sum(sorted(shards)[-6:])
+    assert sum(shards) > 1.9 * 6 * max(shards) and near.order == remote.order
     passes = 3
     for epoch in range(passes):
         for a, b in zip(near.batches(epoch), remote.batches(epoch), strict=True):
@@ -74,6 +74,26 @@ def test_batches_are_those_of_the_folder_though_the_cache_is_smaller_than_the_da
     fetched = opened(log)
     assert set(fetched) >= {shard.name for shard in local.manifest.sequence_shards}
     assert max(fetched[shard.name] for shard in local.manifest.sequence_shards) <= passes
+
+
+@pytest.mark.parametrize("lag", [0, 1, 2])
+def test_a_rank_that_lags_behind_another_by_up_to_a_window_makes_nothing_be_fetched_again(
+    local: Domain, tmp_path: Path, log: Path, lag: int
+) -> None:
+    """The steps of a window are far more than ranks of a run may be apart; here they are three to six."""
+    shards = [shard.bytes for shard in local.manifest.sequence_shards]
+    bound = 6 * max(shards)
+    first, second = (stream_of(far(local, tmp_path, bound)) for _ in range(2))
+    assert first.bytes_in_reach() <= bound < sum(shards) and first.steps_per_epoch >= 12 / 2 * 3
+    epochs = range(3)
+    ahead = (batch for epoch in epochs for batch in first.batches(epoch))
+    for _ in range(lag):
+        next(ahead)
+    for batch in (batch for epoch in epochs for batch in second.batches(epoch)):
+        assert batch.predictions
+        next(ahead, None)
+    fetched = opened(log)
+    assert max(fetched[shard.name] for shard in local.manifest.sequence_shards) <= len(epochs)
 
 
 def test_what_fits_the_cache_is_fetched_once_for_all_who_open_it(local: Domain, tmp_path: Path, log: Path) -> None:

@@ -157,7 +157,7 @@ def test_a_cache_that_cannot_hold_what_is_in_use_together_is_refused_with_what_w
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     domain = make_domain(tmp_path / "data", "d", users=96, blocks_per_shard=1, missing=0.0)
-    shards = sum(sorted(shard.bytes for shard in domain.manifest.sequence_shards)[-4:])
+    shards = sum(sorted(shard.bytes for shard in domain.manifest.sequence_shards)[-6:])
     features = sum(path.stat().st_size for path in (tmp_path / "data/d/features").glob("*.npy"))
     with pytest.raises(
         UserError, match=rf"^data\.cache_gb: the cache has room for 1e-05 GB.* {shards / 1e9:.3g} GB; feat"
@@ -181,7 +181,7 @@ def test_features_that_do_not_all_fit_are_told(tmp_path: Path) -> None:
     domain = make_domain(tmp_path / "data", "d", users=96, items=600, blocks_per_shard=1, dims={})
     for modality in ("text", "image", "price"):
         give_parts(domain, modality, 64, items_a_part=4)
-    shards = sum(sorted(shard.bytes for shard in domain.manifest.sequence_shards)[-4:])
+    shards = sum(sorted(shard.bytes for shard in domain.manifest.sequence_shards)[-6:])
     (note,) = check_pretrain(far(tmp_path, (shards + 60_000) / 1e9)).notes
     assert note.startswith("of the features, 0.000") and "the cache holds 6e-05 GB: the rest is fetched again" in note
 

@@ -29,7 +29,7 @@ from tests.ranks import on_ranks
 from tests.worlds import make_domain
 
 DIMS = {"text": 12, "price": 6}
-EPOCHS = 3
+EPOCHS = 2
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +53,7 @@ def learn(root: str, cache: Path, bound: int, trouble: bool, environment: dict[s
     config = ModelConfig(modalities=list(DIMS), dim=8, experts=2, inner=8, max_length=6)
     training = TrainingConfig(epochs=EPOCHS, log_every=1)
     catalogue = Catalogue(domains, config.modalities)
-    stream = Stream(domains, StreamConfig(batch_size=60, streams=2, window_shards=1), max_length=6, seed=0)
+    stream = Stream(domains, StreamConfig(batch_size=16, streams=1, window_shards=1), max_length=6, seed=0)
     catalogue.leave_room(stream.bytes_in_reach())
     users: list[list[int]] = []
 
@@ -126,7 +126,7 @@ def test_two_ranks_train_on_more_than_the_cache_holds_to_the_very_same_weights(
     features = sum(
         table.bytes for table in Catalogue([open_domain(data / n) for n in ("one", "three")], list(DIMS))._all_tables()
     )
-    bound = 8 * max(sizes) + features
+    bound = 6 * max(sizes) + features
     assert sum(sizes) > 2 * bound > 0, "nothing would have to go"
     far = on_ranks(2, learn, f"noted://{data}", tmp_path / "cache", bound, False, {LOG: str(tmp_path / "log")})
     same(near, far)
