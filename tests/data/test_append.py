@@ -285,20 +285,13 @@ def test_an_append_that_dies_leaves_the_domain_as_it_was(tmp_path: Path, file: s
 
 
 def test_killed_before_the_manifest_and_started_again(tmp_path: Path) -> None:
+    """Through the entry point that Ray jobs have."""
     old = base(tmp_path, FIRST)
-    folder = source(tmp_path / "more", LATER, ["g"])
-    command = [
-        sys.executable,
-        "-m",
-        "antdist",
-        "prepare",
-        str(folder),
-        "--domain",
-        "d",
-        "--out",
-        str(tmp_path),
-        "--append",
-    ]
+    entry, folder = (
+        Path(__file__).resolve().parents[2] / "launch" / "prepare.py",
+        source(tmp_path / "more", LATER, ["g"]),
+    )
+    command = [sys.executable, str(entry), str(folder), "--domain", "d", "--out", str(tmp_path), "--append"]
     fault = json.dumps([{"fault": "kill", "at": "append", "file": "manifest"}])
     killed = subprocess.run(command, env={**os.environ, faults.VARIABLE: fault}, capture_output=True, check=False)
     assert killed.returncode == -9
