@@ -24,9 +24,6 @@ from antdist.training.live import Live
 
 # Ray kills a job's entry point 3 s after it asked it to stop; a step and a checkpoint take longer
 STOP_SECONDS = 600
-# Ray's shell gets the signal too, and leaves behind a child that the first process of a container may never lay to rest:
-# Ray would wait for it, all that time
-EXEC = "exec "
 POLL_SECONDS = 0.5
 CHATTER = ("ray.dashboard.modules.job.sdk", "ray.dashboard.modules.dashboard_sdk")
 STATES = {"PENDING": "waits", "RUNNING": "runs", "SUCCEEDED": "done", "STOPPED": "stopped", "FAILED": "failed"}
@@ -75,7 +72,7 @@ class Cluster:
                 environment["working_dir"] = folder
             return str(
                 self._client.submit_job(
-                    entrypoint=EXEC + submission.entrypoint,
+                    entrypoint=submission.entrypoint,
                     runtime_env=environment,
                     metadata=dict(submission.metadata),
                     submission_id=submission.new_id(),
@@ -88,7 +85,7 @@ class Cluster:
         if not info.status.is_terminal():
             raise UserError(f"the job {STATES[info.status]}", where=job, remedy="stop it first: antdist stop JOB")
         try:
-            submission = again(info.entrypoint.removeprefix(EXEC), info.metadata or {})
+            submission = again(info.entrypoint, info.metadata or {})
         except KeyError:
             raise UserError(
                 "was not submitted by `antdist submit`", where=job, remedy="submit it as it was before"
