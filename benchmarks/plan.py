@@ -14,6 +14,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -58,9 +59,8 @@ SHORT = [size("batch 64", Shape(200, 150, 7.0), 2, 64, ModelConfig(dim=32, inner
 
 def run(options: Options) -> Report:
     sizes = SHORT if options.short else SIZES
-    calibration = (
-        calibrate((32, 64), 200, ((256, 256, 256),), ModelConfig(dim=32, inner=32)) if options.short else calibrate()
-    )
+    short: tuple[Any, ...] = ((32, 64), 200, ((256, 256, 256),), ModelConfig(dim=32, inner=32))
+    calibration = in_fresh_process(calibrated, options.threads, *(short if options.short else ()))
     lines: list[Line] = []
     for entry in sizes:
         with tempfile.TemporaryDirectory() as folder:
@@ -89,6 +89,12 @@ def run(options: Options) -> Report:
         lines,
         ["calibration: " + "; ".join(" ".join(line.split()) for line in calibration.lines())],
     )
+
+
+def calibrated(threads: int, *arguments: Any) -> Calibration:
+    """In a process that has not trained: what it kept would hide what a step takes."""
+    torch.set_num_threads(threads)
+    return calibrate(*arguments)
 
 
 def predicted(entry: Size, domain: Domain, calibration: Calibration) -> Plan:
