@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 from click.testing import CliRunner
 
@@ -59,6 +61,21 @@ def test_champion_is_refused(uri: str, name: str, version: int, told: str) -> No
     with pytest.raises(UserError, match=told):
         promote(f"models:/food/{version}", "champion", uri)
     assert held(uri, name, "champion") == 1
+
+
+@pytest.mark.parametrize("transfer", [None, "ground truth", "positive"])
+def test_champion_moves_to_what_is_better_and_no_doubtful_transfer(
+    uri: str, tmp_path: Path, transfer: str | None
+) -> None:
+    made = f"moving {transfer}"
+    make_version(uri, tmp_path, made, FOOD, validation=0.25)
+    tags = {} if transfer is None else {"transfer": transfer}
+    make_version(uri, tmp_path, made, FOOD, validation=0.5, promote=False, tags=tags)
+    assert promote(f"models:/{made}/2", "champion", uri).forced is None and held(uri, made, "champion") == 2
+
+
+def test_other_aliases_ask_for_no_transfer(uri: str, name: str) -> None:
+    assert promote("models:/food/3", "doubtful", uri).forced is None and held(uri, name, "doubtful") == 3
 
 
 def test_force_moves_it_and_leaves_a_tag(uri: str, name: str) -> None:
