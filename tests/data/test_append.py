@@ -259,6 +259,11 @@ def test_orders_of_two_epochs_see_each_user_once(tmp_path: Path) -> None:
     assert any(shard.users == 0 for shard in grown.manifest.sequence_shards)
     assert ledger(grown) == expected_targets(grown)
     assert sum(ledger(grown).values()) == grown.manifest.interactions - 3 * grown.manifest.users
+    stream = Stream(
+        [grown], StreamConfig(batch_size=7, streams=2, window_shards=1, window_blocks=2), max_length=4, seed=3
+    )
+    for whole, tail in zip(list(stream.batches(1))[5:], stream.batches(1, 5), strict=True):  # begun within an epoch
+        assert whole.index == tail.index and whole.items.tolist() == tail.items.tolist()
     scored = [pair for shard in range(len(grown.manifest.sequence_shards)) for pair in users_to_score(grown, shard)]
     assert [user for ids, _ in scored for user in ids] == grown.user_ids()
     np.testing.assert_array_equal(np.concatenate([block.items for _, block in scored]), grown.sequences().items)
