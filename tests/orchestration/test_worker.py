@@ -41,7 +41,7 @@ def train(job: str, data: Path, runs: Path) -> tuple[str, float]:
             pretraining._train(check_config(PretrainConfig, common), world, runs, None, None)
         else:
             config = check_config(RelearnConfig, {**common, "target": "aa", "strategy": "scratch"})
-            relearning._train_trial(config, "scratch", 0, runs, None, world, None)
+            relearning._train_trial(config, "scratch", 0, runs, runs, None, world, None)
     except (UserError, RuntimeError) as error:
         return f"{type(error).__name__} {error}", time.monotonic() - begin
     return "finished", time.monotonic() - begin
