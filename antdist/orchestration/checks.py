@@ -13,6 +13,7 @@ from antdist.progress import say
 from antdist.storage import is_uri
 
 if TYPE_CHECKING:
+    from antdist.features.table import FeatureTable, Part
     from antdist.orchestration.inputs import Inputs
     from antdist.orchestration.relearning import Parent
     from antdist.tracking.registry import ResolvedModel
@@ -209,7 +210,7 @@ def _check_cache(inputs: Inputs, config: PretrainConfig | RelearnConfig, report:
     cache = open_cache(config.data.cache, config.data.cache_gb)
     tables = inputs.catalogue.remote_tables()
     shards, features = inputs.stream.bytes_in_reach(), sum(table.bytes for table in tables)
-    largest = max((part.bytes for table in tables for part in table.meta.parts), default=0)
+    largest = max((part.bytes for part in _parts(tables)), default=0)
     # of tables that do not fit, a rank has a part in use and some on their way
     least = shards + min(features, 2 * config.ray.workers * (1 + AT_ONCE) * largest)
     room, all_of_it = cache.room(), shards + features
@@ -228,10 +229,20 @@ def _check_cache(inputs: Inputs, config: PretrainConfig | RelearnConfig, report:
         )
     report.checked.append(f"cache {cache.folder}: room for {room / GB:.3g} GB, {least / GB:.3g} GB needed")
     if room < all_of_it:
+        again = "are fetched at the start, and again for each validation"
+        if config.loss.negatives != "catalogue":
+            micro = config.stream.batch_size / config.training.accumulation
+            items = min(inputs.catalogue.size, 2 * micro + config.loss.samples)
+            step = sum(part.bytes * min(1.0, items * part.items / inputs.catalogue.size) for part in _parts(tables))
+            again = f"are fetched again as steps ask for their items, up to {step / GB:.3g} GB a step"
         report.notes.append(
-            f"of the features, {features / GB:.3g} GB, the cache holds {(room - shards) / GB:.3g} GB: the rest is fetched "
-            f"again and again as steps ask for it. data.cache_gb={enough(all_of_it)} would hold them all"
+            f"of the features, {features / GB:.3g} GB, the cache holds {(room - shards) / GB:.3g} GB: they {again}. "
+            f"data.cache_gb={enough(all_of_it)} would hold them all"
         )
+
+
+def _parts(tables: list[FeatureTable]) -> list[Part]:
+    return [part for table in tables for part in table.meta.parts]
 
 
 def estimate_memory(config: PretrainConfig | RelearnConfig, inputs: Inputs) -> int:

@@ -183,7 +183,13 @@ def test_features_that_do_not_all_fit_are_told(tmp_path: Path) -> None:
         give_parts(domain, modality, 64, items_a_part=4)
     shards = sum(sorted(shard.bytes for shard in domain.manifest.sequence_shards)[-6:])
     (note,) = check_pretrain(far(tmp_path, (shards + 60_000) / 1e9)).notes
-    assert note.startswith("of the features, 0.000") and "the cache holds 6e-05 GB: the rest is fetched again" in note
+    assert note.startswith("of the features, 0.000") and "the cache holds 6e-05 GB: they are fetched again" in note
+    rows = (path for path in (tmp_path / "data/d/features").glob("*.npy") if "present" not in path.name)
+    features = sum(path.stat().st_size for path in rows)
+    assert f"up to {features / 1e9:.3g} GB a step" in note  # so many items are in a step that all parts are asked for
+    tree = far(tmp_path, (shards + 60_000) / 1e9).model_dump()
+    (note,) = check_pretrain(check_config(PretrainConfig, {**tree, "loss": {"negatives": "catalogue"}})).notes
+    assert "they are fetched at the start, and again for each validation" in note
 
 
 @pytest.mark.parametrize(("name", "how"), [("sequences-00000.tar", "cut"), ("features/image-00000.npy", "gone")])

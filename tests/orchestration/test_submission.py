@@ -156,6 +156,8 @@ def test_here_relative_places_are_those_of_this_folder(tmp_path: Path, monkeypat
         ("pretrain", ["ray.storage=/shared/runs"], r"data.root: 'data' would be looked for in the job's passing copy"),
         ("pretrain", ["data.root=/shared/data"], r"ray.storage: 'runs' would be looked for"),
         ("pretrain", [*PLACES, "ray.remote_storage=copies"], r"ray.remote_storage: 'copies' would be looked for"),
+        ("pretrain", [*PLACES, "data.cache=cache"], r"data.cache: 'cache' would be looked for"),
+        ("pretrain", ["data.root=s3://key:secret@b/data", "ray.storage=/s"], "a user name, password or token stands in a URI"),
         ("pretrain", [*PLACES, "resume=runs/old/model"], r"resume: 'runs/old/model' would be looked for"),
         ("pretrain", [*PLACES, "continue=runs/old"], r"continue: 'runs/old' would be looked for"),
         ("pretrain", [*PLACES, "continue=models:/a/1", "resume=models:/a/1"], "give one of the two"),
@@ -175,6 +177,15 @@ def test_what_can_be_seen_here_is_refused_here(verb: str, arguments: list[str], 
     with pytest.raises(UserError, match=message) as told:
         read(verb, *arguments)
     assert "secret" not in str(told.value)
+
+
+def test_data_under_a_uri_go_as_they_were_typed(tmp_path: Path) -> None:
+    sent = read("pretrain", "data.root=s3://bucket/data", "data.cache=/nvme/cache", "ray.storage=/shared/runs")
+    stage(sent, tmp_path)
+    assert load_config(PretrainConfig, tmp_path / CONFIG_FILE).data.root == "s3://bucket/data"
+    sent = read("evaluate", "models:/m@champion", "s3://bucket/data/food")
+    assert shlex.split(sent.entrypoint)[-2:] == ["models:/m@champion", "s3://bucket/data/food"]
+    assert sent.metadata["run"] == "food"
 
 
 def test_scores_go_to_a_uri_as_it_was_typed() -> None:

@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,7 @@ from antdist.model.recommender import build_recommender
 from antdist.serving import score as score_module
 from antdist.serving.recommend import recommend
 from antdist.serving.score import ScoreReport, item_ranges, score
-from antdist.serving.use import embed_domain, find_model
+from antdist.serving.use import embed_domain, evaluate_model, find_model, open_model, recommend_items
 from tests.stores import Bucket
 from tests.worlds import give_features, make_domain
 
@@ -96,6 +97,22 @@ def assert_same(found: dict[str, list[tuple[str, float]]], expected: dict[str, l
     for user, best in expected.items():
         assert [item for item, _ in found[user]] == [item for item, _ in best], user
         np.testing.assert_allclose([s for _, s in found[user]], [s for _, s in best], atol=1e-6)
+
+
+def test_a_domain_under_a_uri_is_put_to_use_as_its_folder_is(
+    model: Path, domain: Domain, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))  # where the cache is that verbs have
+    uri = f"file://{domain.folder}"
+    run(model, domain, tmp_path / "near")
+    run(model, open_domain(uri), tmp_path / "far")
+    assert rows(tmp_path / "far") == rows(tmp_path / "near")
+    asked = [open_model(str(model), place, Path("runs")) for place in (str(domain.folder), uri)]
+    assert evaluate_model(asked[0], "test") == evaluate_model(asked[1], "test")
+    near, far = (recommend_items(opened, user="user-3", history=None, n=4) for opened in asked)
+    assert near == far
+    (cache,) = tmp_path.glob("antdist-cache-*")
+    assert len(list(cache.iterdir())) > 10
 
 
 @pytest.mark.parametrize(
