@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
+import ipaddress
 import os
+import socket
 from dataclasses import dataclass
 from typing import Any
 
@@ -56,9 +59,26 @@ class GroupBackend(_TorchBackend):
 def join() -> None:
     """On a worker, before it meets the others."""
     faults.at("join", rank=ray.train.get_context().get_world_rank())
-    name = interface_of(ray.util.get_node_ip_address())
+    address = ray.util.get_node_ip_address()
+    name = interface_of(address)
     if name is not None:
         os.environ.setdefault(INTERFACE, name)
+    if ipaddress.ip_address(address).is_loopback:
+        _keep_store_at(address)
+
+
+def _keep_store_at(address: str) -> None:
+    """The store over which a group's members meet listens at this address alone; torch has it listen at all, whatever it is
+    told, and asks nobody who he is."""
+    from torch.distributed import TCPStore
+
+    def store(*, port: int, is_master: bool, **options: Any) -> TCPStore:
+        if is_master:
+            options["master_listen_fd"] = socket.create_server((address, port)).detach()
+        return TCPStore(port=port, is_master=is_master, **options)
+
+    # by its name: torch.distributed has a function called like this module
+    vars(importlib.import_module("torch.distributed.rendezvous"))["TCPStore"] = store
 
 
 def interface_of(address: str) -> str | None:

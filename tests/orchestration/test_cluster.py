@@ -143,8 +143,16 @@ def test_what_only_the_cluster_can_see_is_refused_there_before_workers_are_asked
 def test_a_wrong_token_a_wrong_job_and_a_wrong_address_are_one_line(head: Head, tmp_path: Path) -> None:
     shutil.copy(head.environment["RAY_AUTH_TOKEN_PATH"], tmp_path / "token")
     (tmp_path / "token").write_text("0" * 64)
+    wrong = {"RAY_AUTH_TOKEN_PATH": str(tmp_path / "token")}
+    # without one Ray looks for ~/.ray/auth_token
+    missing = {"RAY_AUTH_TOKEN_PATH": "", "HOME": str(tmp_path)}
+    nothing = ["submit", "featurize", f"{tmp_path}/data/aa"]
     for done, message in [
-        (antdist(head, "jobs", RAY_AUTH_TOKEN_PATH=str(tmp_path / "token")), "the cluster refuses the token"),
+        (antdist(head, "jobs", **wrong), "the cluster refuses the token"),
+        (antdist(head, *nothing, **wrong), "the cluster refuses the token"),
+        (antdist(head, "jobs", **missing), "RAY_AUTH_TOKEN_PATH"),
+        (antdist(head, *nothing, **missing), "RAY_AUTH_TOKEN_PATH"),
+        (antdist(head, "jobs", RAY_AUTH_MODE="disabled"), "RAY_AUTH_TOKEN_PATH"),
         (antdist(head, "stop", "nobody"), "error: nobody: no such job"),
         (antdist(head, "logs", "nobody", "-f"), "error: nobody: no such job"),
         (antdist(head, "jobs", "--address", "http://127.0.0.1:9", address=False), "error: http://127.0.0.1:9: "),
