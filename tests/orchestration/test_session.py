@@ -158,14 +158,18 @@ def test_workers_that_do_not_find_each_other_are_tried_again_as_often_as_they_ma
 
 
 @pytest.mark.ray
-def test_gloo_is_told_the_interface_that_has_rays_address(local_ray: None, tmp_path: Path) -> None:
-    """A local Ray's is that of loopback, whatever the machine's own name stands for."""
+def test_workers_meet_on_the_interface_that_has_rays_address(local_ray: None, tmp_path: Path) -> None:
+    """A local Ray's is that of loopback, whatever the machine's own name stands for: gloo is told, and torch's store, which
+    listens at all addresses by itself, is kept to it."""
 
     def work(settings: dict[str, Any]) -> None:
-        (tmp_path / "told").write_text(os.environ["GLOO_SOCKET_IFNAME"])
+        listening = [each.laddr.ip for each in psutil.Process().net_connections("inet") if each.status == "LISTEN"]
+        write_json(tmp_path / "told", [os.environ["GLOO_SOCKET_IFNAME"], sorted({*listening})])
 
     run_workers(work, {}, RayConfig(storage=str(tmp_path), max_failures=0), "interface", HangConfig())
-    assert (tmp_path / "told").read_text() == "lo"
+    interface, addresses = json.loads((tmp_path / "told").read_text())
+    assert interface == "lo" and "127.0.0.1" in addresses
+    assert {*addresses} <= {"127.0.0.1", "::1", "::ffff:127.0.0.1"}
 
 
 def test_the_interface_of_an_address() -> None:
