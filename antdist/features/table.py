@@ -476,7 +476,6 @@ class Catalogue:
                 )
             self._tables[modality] = [table if table and table.meta.present else None for table in tables]
         self.leave_room()
-        make_room(sum(len(table.meta.parts) for table in self._staying_tables()))
 
     @property
     def size(self) -> int:
@@ -499,11 +498,13 @@ class Catalogue:
         return ItemFeatures(values, present, torch.from_numpy(item_ids.copy()))
 
     def leave_room(self, reserved: int | None = None) -> None:
-        """Keep no more of remote tables in the node's cache than leaves `reserved` bytes of it (None: a quarter) to others."""
+        """Keep no more of remote tables in the node's cache than leaves `reserved` bytes of it (None: a quarter) to others.
+        Raises UserError: more parts would stay mapped than the system allows."""
         remote = self.remote_tables()
         if remote:
             cache = remote[0].folder.cache  # type: ignore[union-attr]
             self._kept.limit = room_for_parts(cache, sum(table.bytes for table in remote), reserved)
+        make_room(sum(len(table.meta.parts) for table in self._staying_tables()))
 
     def remote_tables(self) -> list[FeatureTable]:
         """Those that are not on this machine."""
@@ -511,13 +512,9 @@ class Catalogue:
 
     def _staying_tables(self) -> list[FeatureTable]:
         """Those of which every part may stay mapped."""
-        remote = self.remote_tables()
-        stay = sum(table.bytes for table in remote) <= self._kept.limit
-        return (
-            self._all_tables()
-            if stay
-            else [table for table in self._all_tables() if not isinstance(table.folder, RemotePath)]
-        )
+        if sum(table.bytes for table in self.remote_tables()) <= self._kept.limit:
+            return self._all_tables()
+        return [table for table in self._all_tables() if not isinstance(table.folder, RemotePath)]
 
     def verify(self) -> int:
         """Read every table in full (`FeatureTable.verify`); returns how many bytes that were."""
