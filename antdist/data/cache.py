@@ -178,7 +178,8 @@ class Cache:
             if digest.hexdigest() != file.sha256:
                 raise Damaged(where, "its SHA-256 differs")
             partial.flush()
-            path.rename(self.folder / file.sha256)
+            with self._alone():  # who looks through the folder meanwhile could miss both names
+                path.rename(self.folder / file.sha256)
         except BaseException as error:
             path.unlink(missing_ok=True)
             if isinstance(error, OSError) and error.errno in FULL:

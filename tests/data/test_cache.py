@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import hashlib
 import os
 import shutil
@@ -304,6 +305,24 @@ def test_processes_that_race_for_a_file_fetch_it_once(tmp_path: Path) -> None:
     (tmp_path / "go").touch()
     assert [racer.wait(60) for racer in racers] == [0] * 4
     assert (tmp_path / "log").read_text() == "fetched\n" and set(lying(tmp_path / "cache")) == {digest}
+
+
+def test_a_file_gets_its_name_while_nobody_looks_through_the_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Reading a folder may miss a file that is renamed meanwhile, under both its names: the bound would not hold."""
+    source, cache, renamed = Source(b"hello world"), Cache(tmp_path, 100), list[str]()
+    rename = Path.rename
+
+    def locked(path: Path, to: Path) -> Path:
+        with (tmp_path / "lock").open("ab") as lock, pytest.raises(BlockingIOError):
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        renamed.append(path.suffix)
+        return rename(path, to)
+
+    monkeypatch.setattr(Path, "rename", locked)
+    source.read(cache, source.files[0])
+    assert renamed == [".partial"]
 
 
 def test_a_full_disk_is_told_and_what_can_go_goes_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
