@@ -112,7 +112,7 @@ class Fanned:
                 for note in self.verdicts.get(target, {}).get("notes", [])
                 if note.startswith("not ")
             ]
-            if target not in self.verdicts:
+            if target not in self.verdicts and f"{target} verdict" not in {failure.task for failure in self.failures}:
                 told.append(f"{target}: no strategy is trained with all seeds")
         told += [f"failed: {f.task}: {f.why} (antdist logs {f.job})" for f in self.failures]
         if self.left:
@@ -145,7 +145,7 @@ def _counts(rows: dict[str, list[Row]]) -> list[str]:
         found.setdefault(row.strategy, []).append(row.verdict.transfer if row.verdict else "")
     kinds = ("positive", "none", "negative", "unknown")
     return [
-        f"{strategy}: transfer " + ", ".join(f"{kind} on {ts.count(kind)}" for kind in kinds if kind in ts) + " targets"
+        f"{strategy}: transfer {', '.join(f'{kind} on {ts.count(kind)}' for kind in kinds if kind in ts)} of {len(ts)} targets"
         for strategy, ts in found.items()
     ]
 
@@ -317,8 +317,8 @@ def run_jobs(
         if how.code != 0:
             done.failures.append(Failure(str(ended), job, cluster.why(job)))
         if ended.trial is None:
-            if how.code == 0:
-                done.verdicts[ended.target] = document(cluster.logs(job)) or {}
+            if how.code == 0 and (told := document(cluster.logs(job))) is not None:
+                done.verdicts[ended.target] = told
             return
         if how.code == 0:
             open_trials[ended.target].remove(ended.trial)
@@ -380,9 +380,9 @@ def _drive(
 def _stop(cluster: Jobs, jobs: list[str]) -> None:
     """Have them save their state and leave; a second Ctrl-C leaves them to themselves."""
     say(f"stopping {len(jobs)} jobs, which save their state first; Ctrl-C leaves them to themselves")
-    for job in jobs:
-        cluster.ask_to_stop(job)
-    while any(cluster.ended(job) is None for job in jobs):
+    deaf = set(jobs)  # a job that is about to start does not hear yet
+    while left := [job for job in jobs if cluster.ended(job) is None]:
+        deaf = {job for job in deaf.intersection(left) if not cluster.ask_to_stop(job)}
         time.sleep(POLL_SECONDS)
     say(f"stopped: {AGAIN} to go on")
 

@@ -120,6 +120,7 @@ def test_it_begins_with_weights_and_moments_and_learns_the_grown_data_from_their
                 both = {key: moments[f"{key}/{name}"].clone() for key in ("exp_avg", "exp_avg_sq")}
                 self.optimizer.state[parameter] = {"step": torch.tensor(float(updates)), **both}
 
+    (tmp_path / "hand").mkdir()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("antdist.training.engine.PlainEngine", Loaded)
         learn(

@@ -138,6 +138,8 @@ class Feigned:
         self.trained: set[str] = set()
         self.most = 0
         self.interrupt_at: int | None = None
+        self.deaf: set[str] = set()  # jobs that, from an interrupt on, do not hear the first time that they are to stop
+        self.stopping = False
         self.stopped: list[str] = []
 
     def at_work(self) -> dict[tuple[str, ...], str]:
@@ -145,6 +147,7 @@ class Feigned:
 
     def submit(self, submission: Submission) -> str:
         if len(self.jobs) == self.interrupt_at:
+            self.stopping, self.deaf = True, set(self.at_work().values())
             raise KeyboardInterrupt
         job = f"job-{len(self.jobs)}"
         self.jobs.append((job, submission))
@@ -154,7 +157,7 @@ class Feigned:
 
     def ended(self, job: str) -> Ended | None:
         self.looks[job] += 1
-        if job not in self.state and self.looks[job] < 2:
+        if job not in self.state and (self.looks[job] < 2 or self.stopping):
             return None
         run = dict(self.jobs)[job].metadata["run"]
         if job not in self.state:
@@ -177,6 +180,9 @@ class Feigned:
         return f"said before\n{json.dumps(told)}\nsaid after it\n"
 
     def ask_to_stop(self, job: str) -> bool:
+        if job in self.deaf:
+            self.deaf.remove(job)
+            return False
         self.stopped.append(job)
         self.state[job] = Ended(job, "stopped", Preempted.EXIT_CODE)
         return True
@@ -271,6 +277,14 @@ def test_without_a_strategy_that_is_whole_there_is_no_verdict(cluster: Feigned) 
     assert "a: no strategy is trained with all seeds" in done.lines()
 
 
+def test_a_verdict_that_fails_is_told_and_left(cluster: Feigned) -> None:
+    cluster.failing = {"n/a"}
+    done = run(cluster, ["a"])
+    assert [failure.task for failure in done.failures] == ["a verdict"] and done.left == 1
+    told = "\n".join(done.lines())
+    assert "failed: a verdict" in told and "no strategy" not in told and told.endswith("again: 1 job is left")
+
+
 def test_jobs_of_an_earlier_fanout_that_are_at_work_are_taken_up(cluster: Feigned) -> None:
     everything = found(cluster, ["a"])
     job = cluster.submit(
@@ -301,7 +315,7 @@ def test_ctrl_c_stops_the_jobs_in_flight_and_says_how_to_go_on(
         run(cluster, ["a"])
     assert cluster.stopped == ["job-4"] and len(cluster.jobs) == 5
     assert "stopped: run the same command again to go on" in capsys.readouterr().err
-    cluster.interrupt_at = None
+    cluster.interrupt_at, cluster.stopping = None, False
     assert run(cluster, ["a"]).left == 0
     assert sorted(cluster.runs()[5:]) == ["n/a", "n/a/relearn-seed1", "n/a/relearn-seed2"]
 
@@ -448,7 +462,7 @@ def test_a_survey_knows_what_is_done_and_the_verdict_is_the_paired_test_of_the_s
     mean, deviation = np.mean(reached), np.std(reached, ddof=1)
     row = next(line for line in table if "relearn  " in line)
     assert f"{mean:.4f} ± {deviation:.4f}" in row and f"{gains.mean():+.4f}" in row
-    assert row.endswith("positive  models:/done-food/1") and "relearn: transfer positive on 1 targets" in table
+    assert row.endswith("positive  models:/done-food/1") and "relearn: transfer positive on 1 of 1 targets" in table
     # of other seeds or strategies it says nothing, and of trials that were trained since neither
     assert survey(on_disk(world, "done", seeds=[0]), ["food"]).targets["food"] == Found([], None)
     assert survey(on_disk(world, "done", strategy="scratch"), ["food"]).targets["food"] == Found([], None)

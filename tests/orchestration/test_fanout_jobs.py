@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -86,11 +87,11 @@ def most_at_once(listed: list[dict[str, Any]]) -> int:
     return int(level.max())
 
 
-def kill_the_stalled(head: Head, world: Path) -> str:
+def kill_the_stalled(head: Head, world: Path, fan: subprocess.Popen[str]) -> str:
     """kill -9 the driver of the trial whose worker stalls; the trial."""
     deadline = time.monotonic() + 600
     while not (stalled := [log for log in world.glob("runs/fan/*/*/log.txt") if "stall at step" in log.read_text()]):
-        assert time.monotonic() < deadline
+        assert time.monotonic() < deadline and fan.poll() is None
         time.sleep(0.2)
     trial = str(stalled[0].parent.relative_to(world / "runs"))
     job = next(job["submission_id"] for job in jobs(head) if job["metadata"]["run"] == trial)
@@ -119,7 +120,7 @@ def test_twelve_trials_two_at_a_time_one_fails_and_one_is_killed_then_just_these
         f"--json={world}/fan.json", "name=fan", *RUN, *places,
     ]  # fmt: skip
     fan = start(head, *command)
-    killed = kill_the_stalled(head, world)
+    killed = kill_the_stalled(head, world, fan)
     told, said = fan.communicate(timeout=900)
     assert fan.returncode == 1, told + said
     first = jobs(head)
@@ -193,3 +194,25 @@ def test_a_finished_fan_out_runs_nothing_and_launch_does_what_the_verb_does(head
     assert "food    relearn" in done.logs and "champion" in done.logs
     verbs = [job["metadata"].get("verb") for job in jobs(head)[before:]]
     assert "relearn" not in verbs, verbs
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_ctrl_c_stops_the_trials_with_their_state_saved(head: Head, world: Path) -> None:
+    fan = start(
+        head, "fanout", "--targets=food", "--strategies=scratch", "--seeds=0-5", "--parallel=2", "name=long", *RUN,
+        f"data.root={world}/data", f"ray.storage={world}/runs", "training.epochs=100000", "training.checkpoint_every=100000",
+    )  # fmt: skip
+    trials_at_work = [world / f"runs/long/food/scratch-seed{seed}" for seed in (0, 1)]
+    deadline = time.monotonic() + 400
+    while not all((trial / "live.json").is_file() for trial in trials_at_work):
+        assert time.monotonic() < deadline and fan.poll() is None
+        time.sleep(0.2)
+    fan.send_signal(signal.SIGINT)
+    _, said = fan.communicate(timeout=120)
+    assert fan.returncode == 130 and "stopped: run the same command again to go on" in said, said
+    mine = [job for job in jobs(head) if job["metadata"]["run"].startswith("long/food/scratch")]
+    assert [job["status"] for job in mine] == ["STOPPED", "STOPPED"]
+    for trial in trials_at_work:
+        assert list(trial.glob("checkpoints/step-*/COMPLETE.json"))
