@@ -1,8 +1,9 @@
-"""Storage for tests: a local folder as `noted://FOLDER` that notes what is opened, and fails as it is told."""
+"""Storage for tests: a local folder as `noted://FOLDER` that notes what is opened, and fails or dawdles as it is told."""
 
 from __future__ import annotations
 
 import os
+import time
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
 LOG, AWAY = "NOTED_LOG", "NOTED_AWAY"  # files: one line an opening; while it is there, nothing is answered
+SLOW = "NOTED_SLOW"  # seconds that an opening takes
 
 
 class Noted(LocalFileSystem):
@@ -35,6 +37,8 @@ class Noted(LocalFileSystem):
         if log := os.environ.get(LOG):
             with Path(log).open("a") as file:  # a short line, so whole, whoever else writes
                 file.write(f"{Path(path).name}\n")
+        if slow := os.environ.get(SLOW):
+            time.sleep(float(slow))
         return super()._open(path, mode, **options)
 
 

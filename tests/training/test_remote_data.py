@@ -24,7 +24,7 @@ from antdist.training.feed import Feed, StepInput
 from antdist.training.loop import Job, train
 from antdist.training.world import current_world
 from tests.features.test_parts import give_parts
-from tests.noted import LOG, opened
+from tests.noted import LOG, SLOW, opened
 from tests.ranks import on_ranks
 from tests.worlds import make_domain
 
@@ -141,8 +141,9 @@ def test_two_ranks_train_on_more_than_the_cache_holds_to_the_very_same_weights(
 def test_what_befalls_the_cache_in_mid_run_costs_time_alone(
     data: Path, tmp_path: Path, near: list[dict[str, Any]]
 ) -> None:
-    """Deleted, its files damaged, while features do not fit and are fetched as needed."""
+    """Deleted, its files damaged, the storage slow, while features do not fit and are fetched as needed."""
     bound = 10 * max(shard.bytes for shard in shards_of(data))
-    far = on_ranks(2, learn, f"noted://{data}", tmp_path / "cache", bound, True, {LOG: str(tmp_path / "log")})
+    environment = {LOG: str(tmp_path / "log"), SLOW: "0.01"}
+    far = on_ranks(2, learn, f"noted://{data}", tmp_path / "cache", bound, True, environment)
     same(near, far)
     assert max(opened(tmp_path / "log").values()) > EPOCHS
