@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import shutil
 import threading
 import uuid
@@ -39,6 +40,8 @@ from antdist.training.checkpoint import (
 KEY = "ray.remote_storage"
 # what has buckets and no folders: to make a folder there may make a bucket, and a write is whole or not at all
 BUCKETS = {"s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "oci", "oss"}
+# of a file on its way to S3 or from there: s3fs by itself holds half a gigabyte, and more, of a checkpoint in memory
+PIECE_BYTES, PIECES_AT_ONCE, MOST_PIECES = 16 * 2**20, 4, 5000
 PROBE_SECONDS = 60.0
 WAITS = (1.0, 5.0, 15.0)  # seconds between trials at a resume, which cannot go on without
 
@@ -56,7 +59,8 @@ class Remote:
         self.uri = uri.rstrip("/")
         self._files, self._root = open_storage(self.uri, f"{KEY} {self.uri}")
         protocols = self._files.protocol
-        self._has_folders = BUCKETS.isdisjoint([protocols] if isinstance(protocols, str) else protocols)
+        kinds = {protocols} if isinstance(protocols, str) else {*protocols}
+        self._has_folders, self._is_s3 = BUCKETS.isdisjoint(kinds), "s3" in kinds
         self._best_sent: dict[str, Any] | None = None  # as a checkpoint describes it, by this process
         self._best_named: dict[int, str | None] = {}  # by the checkpoint of each step
 
@@ -191,7 +195,7 @@ class Remote:
         """One file, down to the disk. Raises UserError if it is not as it was described."""
         try:
             with asking(self.uri):
-                self._files.get_file(self._path(there), str(here))
+                self._files.get_file(self._path(there), str(here), **self._pieces())
         except FileNotFoundError:
             here.unlink(missing_ok=True)
         if not here.is_file() or describe(here) != described:
@@ -244,7 +248,13 @@ class Remote:
         self._whole(path, lambda place: self._files.pipe_file(place, content))
 
     def _put(self, here: Path, path: str) -> None:
-        self._whole(path, lambda place: self._files.put_file(str(here), place))
+        pieces = self._pieces(here.stat().st_size)
+        self._whole(path, lambda place: self._files.put_file(str(here), place, **pieces))
+
+    def _pieces(self, size: int = 0) -> dict[str, int]:
+        """How a file is cut on its way; one of so many bytes that is sent, into no more pieces than S3 takes."""
+        piece = max(PIECE_BYTES, math.ceil(size / MOST_PIECES))
+        return {"chunksize": piece, "max_concurrency": PIECES_AT_ONCE} if self._is_s3 else {}
 
     def _whole(self, path: str, write: Callable[[str], Any]) -> None:
         """`write` to the place of `path` so that nobody sees half of it."""

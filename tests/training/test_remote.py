@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import subprocess
 import sys
@@ -12,6 +13,7 @@ from typing import Any, Literal
 
 import fsspec
 import pytest
+import torch
 from fsspec.registry import _registry as known_storage
 from s3fs import S3FileSystem
 
@@ -19,6 +21,7 @@ from antdist.errors import UserError
 from antdist.faults import corrupt
 from antdist.training import remote as module
 from antdist.training.checkpoint import best_weights, describe, load_latest, save_checkpoint, steps_in, write_tensors
+from antdist.training.engine import EngineState
 from antdist.training.remote import Remote
 from tests.ranks import on_ranks
 from tests.stores import Bucket
@@ -283,6 +286,42 @@ def test_killed_in_the_middle_of_a_copy_no_marker_is_there_and_the_run_goes_on_b
     resumed = run(data, tmp_path / "killed", noise=True, checkpoint_every=1, remote=there.as_uri())
     assert_same({**straight, "curve": straight["curve"][whole[-1] :]}, resumed)
     assert resumed["history"] == straight["history"]
+
+
+# the arguments: the URI, the run's folder, one that is new; says by how many bytes sending and fetching let the memory grow
+FREIGHT = r"""
+import json, re, sys
+from pathlib import Path
+from antdist.training.remote import Remote
+
+def peak():
+    return int(re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024
+
+copy = Remote(sys.argv[1])
+copy.check()
+before = peak()
+copy.upload(Path(sys.argv[2]), 2, 2, None)
+sent = peak()
+copy.bring(Path(sys.argv[3]))
+print(json.dumps([sent - before, peak() - before]))
+"""
+
+
+@pytest.mark.slow
+def test_a_checkpoint_of_hundreds_of_megabytes_goes_and_comes_in_little_memory(s3: Bucket, tmp_path: Path) -> None:
+    size = 384 * 2**20
+    heavy = EngineState(weights={"w": torch.randn(size // 4)}, moments={"exp_avg": {"w": torch.zeros(4)}}, updates=2)
+    save_checkpoint(tmp_path / "here" / "checkpoints", 2, heavy, {"progress": {"step": 2}}, 9)
+    done = subprocess.run(
+        [sys.executable, "-c", FREIGHT, f"{s3.uri}/run", tmp_path / "here", tmp_path / "new"],
+        cwd=PROJECT,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    assert max(json.loads(done.stdout)) < size * 0.7, done.stdout
+    assert load_latest(tmp_path / "new" / "checkpoints") is not None  # by its digests
 
 
 # -- storage that cannot be used -----------------------------------------------------------------------------------------
