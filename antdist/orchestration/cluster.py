@@ -25,6 +25,7 @@ from antdist.training.live import Live
 # Ray kills a job's entry point 3 s after it asked it to stop; a step and a checkpoint take longer
 STOP_SECONDS = 600
 POLL_SECONDS = 0.5
+SILENCE_SECONDS = 60.0  # of a log, until the head is asked how the job is
 CHATTER = ("ray.dashboard.modules.job.sdk", "ray.dashboard.modules.dashboard_sdk")
 STATES = {"PENDING": "waits", "RUNNING": "runs", "SUCCEEDED": "done", "STOPPED": "stopped", "FAILED": "failed"}
 COLUMNS = ("job", "state", "verb", "run", "step", "rate/s", "loss", "left", "MLflow")
@@ -136,8 +137,12 @@ class Cluster:
 
         async def show() -> None:
             nonlocal shown
-            told = 0
-            async for text in self._client.tail_job_logs(job):
+            told, chunks = 0, aiter(self._client.tail_job_logs(job))
+            while True:
+                try:
+                    text = await asyncio.wait_for(anext(chunks), SILENCE_SECONDS)
+                except (StopAsyncIteration, TimeoutError):  # the end; or a head that is cut off, of which nobody tells
+                    return
                 told += len(text)
                 if told > shown:  # a connection made anew begins with the first line
                     print(text[-(told - shown) :], end="", flush=True)

@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import re
 import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from antdist.errors import UserError
 from antdist.files import write_json
-from antdist.orchestration.cluster import STOP_SECONDS, _row
+from antdist.orchestration import cluster as cluster_module
+from antdist.orchestration.cluster import STOP_SECONDS, Cluster, _row
 from antdist.tracking.store import connect
 from tests.heads import PROJECT, Head, ray_head
 from tests.worlds import make_domains
@@ -191,6 +194,33 @@ def test_a_row_tells_of_this_jobs_run_and_not_of_an_earlier_ones(tmp_path: Path)
         (tmp_path / "shop/live.json").write_text(damaged)
         (tmp_path / "shop/run.json").write_text(damaged)
         assert _row(info(metadata=seen))[4:] == ("", "", "", "", "http://mlflow:5000")
+
+
+def test_who_follows_a_job_does_not_wait_for_ever_for_a_head_that_is_cut_off(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A connection whose packets get lost is not closed; a job that is merely silent is followed on, no line twice."""
+    from ray.job_submission import JobStatus
+
+    monkeypatch.setattr(cluster_module, "SILENCE_SECONDS", 0.05)
+    answers = iter([info(metadata={}, status=JobStatus.RUNNING)] * 3)
+
+    async def tail(job: str) -> AsyncIterator[str]:
+        yield "one\n"
+        yield "two\n"
+        await asyncio.sleep(60)
+
+    def ask(job: str) -> Any:
+        found = next(answers, None)
+        if found is None:
+            raise ConnectionError("no route to host")
+        return found
+
+    cluster = Cluster.__new__(Cluster)
+    cluster.address, cluster._client = "http://head:8265", SimpleNamespace(tail_job_logs=tail, get_job_info=ask)
+    with pytest.raises(UserError, match=r"job server does not do it \(no route to host\)"):
+        cluster.follow("j")
+    assert capsys.readouterr().out == "one\ntwo\n"
 
 
 def test_a_job_is_given_time_to_save_its_state() -> None:
