@@ -71,7 +71,7 @@ def ray_head(cpus: int = 2, *, wait: float = 90) -> Iterator[Head]:
     """Start a head with free ports and a folder and token of its own; at the end stop it, and no other."""
     # Ray's sockets lie below its folder, and a socket's path has at most 107 characters
     folder = Path(tempfile.mkdtemp(prefix="ray-", dir="/tmp"))
-    environment = _environment(folder)
+    environment = ray_environment(folder)
     jobs = f"127.0.0.1:{free_port()}"
     command: list[str | Path] = [
         RAY, "start", "--head", "--block", f"--num-cpus={cpus}", f"--temp-dir={folder}", f"--port={free_port()}",
@@ -95,7 +95,7 @@ def ray_head(cpus: int = 2, *, wait: float = 90) -> Iterator[Head]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _environment(folder: Path) -> dict[str, str]:
+def ray_environment(folder: Path) -> dict[str, str]:
     token = folder / "token"
     token.touch(mode=0o600)
     token.write_text(secrets.token_hex(32))

@@ -91,7 +91,8 @@ class Network:
     machines: list[Machine] = field(default_factory=list)
 
     def ip(self, *arguments: str) -> None:
-        subprocess.run(["nsenter", f"--target={self.holder.pid}", "--net", "--", "ip", *arguments], check=True)
+        command = ["nsenter", f"--target={self.holder.pid}", "--net", "--", "ip", *arguments]
+        subprocess.run(command, check=True, stderr=subprocess.DEVNULL)
 
     def switch_on(self, name: str, number: int) -> Machine:
         """A machine of this name with the address 10.77.0.NUMBER."""
@@ -105,6 +106,8 @@ class Network:
         )  # fmt: skip
         machine = Machine(name, f"10.77.0.{number}", holder, _child(holder), self)
         self.machines.append(machine)
+        with contextlib.suppress(subprocess.CalledProcessError):  # of the machine before it: the kernel takes its time
+            self.ip("link", "delete", f"v-{name}")
         self.ip("link", "add", f"v-{name}", "type", "veth", "peer", "name", "eth0", "netns", str(machine.init))
         self.ip("link", "set", f"v-{name}", "master", "bridge", "up")
         settled = machine.run("sh", "-c", SETTLE, "settle", name, machine.address, str(folder), BRIDGE)
@@ -127,8 +130,8 @@ def _child(holder: subprocess.Popen[bytes]) -> int:
 @contextlib.contextmanager
 def network(folder: Path) -> Iterator[Network]:
     """A bridge without machines; at the end all are switched off. Skips the test where namespaces cannot be made."""
-    if any(shutil.which(program) is None for program in ("unshare", "nsenter", "ip")):
-        pytest.skip("no network namespaces: unshare, nsenter or ip is not installed")
+    if any(shutil.which(program) is None for program in ("unshare", "nsenter", "ip", "ss")):
+        pytest.skip("no network namespaces: unshare, nsenter, ip or ss is not installed")
     if subprocess.run(["unshare", *INSIDE, "--fork", "true"], capture_output=True).returncode:
         pytest.skip("no network namespaces: not allowed to make them")
     # no --fork: the process itself is in the namespace

@@ -12,7 +12,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from safetensors.numpy import load_file
 
 from antdist.config.load import check_config
 from antdist.config.schema import PretrainConfig
@@ -22,7 +21,7 @@ from antdist.features.featurize import featurize
 from antdist.orchestration import session
 from antdist.orchestration.pretraining import Pretrained, pretrain
 from tests.items import some_items
-from tests.orchestration.test_elastic import assert_same_curve, restarts, stalls, until
+from tests.orchestration.test_elastic import assert_same_curve, assert_same_weights, restarts, stalls, until
 from tests.worlds import make_domains
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
@@ -118,10 +117,6 @@ def straight(cluster: Any, folder: Path) -> Pretrained:
     return done
 
 
-def weights(run: Pretrained) -> dict[str, np.ndarray]:
-    return load_file(run.folder / "model" / "weights.safetensors")
-
-
 def swap_at(stalled: Path, steps: list[int], cluster: Any) -> None:
     """A node goes at the first of these steps, and another comes at the second, or at once if there is none."""
     import ray
@@ -171,9 +166,7 @@ def test_a_run_of_three_nodes_shrinks_to_two_and_grows_back(
     assert [workers for _, workers in restarts(done.folder)] == [2, 3]
     assert len(set(list(seen.nodes.values())[:3])) == 3 and len(set(list(seen.nodes.values())[-3:])) == 3
     assert_same_curve(done, straight)
-    ours, theirs = weights(done), weights(straight)
-    for key, value in theirs.items():
-        np.testing.assert_allclose(ours[key], value, rtol=1e-5, atol=1e-5, err_msg=key)
+    assert_same_weights(done.folder, straight.folder)
 
 
 def test_more_workers_than_nodes_are_told_and_not_waited_for_for_ever(
