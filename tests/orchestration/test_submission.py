@@ -81,7 +81,7 @@ NASTY = st.text(
 ).filter(lambda text: "\0" not in text)  # which no command line can hold
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(text=NASTY, other=NASTY)
 def test_whatever_is_typed_a_shell_gives_it_back_letter_by_letter(text: str, other: str) -> None:
     model, path = f"models:/{text}", Path(f"/data/x{other}")
