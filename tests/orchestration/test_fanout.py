@@ -425,6 +425,9 @@ def test_all_targets_are_those_that_the_parent_did_not_learn_from(world: Path) -
     # without a parent every domain may be one
     alone = survey(on_disk(world, "all", strategy="scratch", **{"from": None}), None)
     assert list(alone.targets) == ["aa", "arts1", "bbb", "food"]
+    remote = on_disk(world, "all", data={"root": f"file://{world}/data", "cache": str(world / "cache")})
+    (world / "data/no-domain").mkdir()
+    assert list(survey(remote, None).targets) == ["arts1", "food"]
     named = survey(on_disk(world, "all"), ["aa"])
     assert "the target aa is one of the parent's auxiliary domains: its gain is no transfer" in named.notes
 
