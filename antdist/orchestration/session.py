@@ -89,7 +89,7 @@ def local_head(config: RayConfig) -> Iterator[tuple[str, str]]:
     from ray._private.worker import get_dashboard_url
 
     try:
-        with _any_agent_port():
+        with _any_agent_port(), _deaf_to_interrupts():
             _start_local(config, include_dashboard=True, dashboard_host="127.0.0.1")
     except (OSError, ValueError, RuntimeError) as error:
         raise UserError(f"no local Ray starts ({str(error).partition(chr(10))[0]})", where="ray") from None
@@ -98,6 +98,20 @@ def local_head(config: RayConfig) -> Iterator[tuple[str, str]]:
             yield f"http://{get_dashboard_url()}", ray.get_runtime_context().gcs_address
     finally:
         ray.shutdown()
+
+
+@contextlib.contextmanager
+def _deaf_to_interrupts() -> Iterator[None]:
+    """Processes that start in the block ignore Ctrl-C, which a terminal sends to all: the job server would die of it, and
+    could not be asked to stop its jobs."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 @contextlib.contextmanager

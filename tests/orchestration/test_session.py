@@ -251,3 +251,30 @@ def test_a_signal_ends_a_run_in_order(sign: int, tmp_path: Path) -> None:
     assert told.rstrip().endswith(last) and "Traceback" not in told
     left = psutil.wait_procs(started, timeout=20)[1]
     assert not left, left
+
+
+INTERRUPTED = """
+import time
+from antdist.config.schema import RayConfig
+from antdist.orchestration.cluster import Cluster
+from antdist.orchestration.session import local_head
+with local_head(RayConfig()) as (jobs, _):
+    print("started", flush=True)
+    try:
+        time.sleep(600)
+    except KeyboardInterrupt:
+        time.sleep(2)
+        print(*Cluster(jobs).table(), flush=True)
+"""
+
+
+@pytest.mark.slow
+def test_ctrl_c_at_a_terminal_leaves_the_local_job_server_up(tmp_path: Path) -> None:
+    """It goes to all processes of the terminal's group; jobs are to be stopped through the server afterwards."""
+    environment = {key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"}
+    command = subprocess.Popen(
+        [sys.executable, "-c", INTERRUPTED], env=environment, stdout=subprocess.PIPE, text=True, start_new_session=True
+    )
+    assert command.stdout is not None and command.stdout.readline() == "started\n"
+    os.killpg(command.pid, signal.SIGINT)
+    assert command.communicate(timeout=120)[0].startswith("no job waits or runs") and command.returncode == 0
