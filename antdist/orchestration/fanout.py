@@ -110,7 +110,7 @@ class Fanned:
             told += [
                 f"{target}: {note}"
                 for note in self.verdicts.get(target, {}).get("notes", [])
-                if note.startswith("not ")
+                if note.startswith("not ") or "stays champion" in note
             ]
             if target not in self.verdicts and f"{target} verdict" not in {failure.task for failure in self.failures}:
                 told.append(f"{target}: no strategy is trained with all seeds")

@@ -655,6 +655,12 @@ def _conclude(config: RelearnConfig, folder: Path, uri: str, domain: Domain, par
         promote=promote,
         tags={"transfer": transfer, "seed": str(seed), "seeds": " ".join(map(str, config.seeds))},
     )
+    doubted = next((s for s in verdicts if s == version.holder_strategy and verdicts[s].transfer != "positive"), None)
+    if doubted is not None and promote:  # it won with other seeds, and by more than this model reaches
+        notes.append(
+            f"{version.holder}, a {doubted} model, stays champion by its validation, but with these seeds the transfer of "
+            f"{doubted} is {verdicts[doubted].transfer}: `antdist promote {version.uri} champion --force` moves it"
+        )
     done = Relearned(
         judged.target, judged.seeds, judged.rows, verdicts, folder, notes,
         chosen=chosen, model=version.uri, champion=version.champion, holder=version.holder, tracking_uri=uri,

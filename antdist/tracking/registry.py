@@ -69,7 +69,8 @@ class Lineage:
 
 @dataclass(frozen=True)
 class ModelVersionInfo:
-    """A registered version; `champion` says in words what became of that alias, `holder` which version has it."""
+    """A registered version; `champion` says in words what became of that alias, `holder` which version has it, and
+    `holder_strategy` by which strategy that one was made, if by one."""
 
     name: str
     version: int
@@ -77,6 +78,7 @@ class ModelVersionInfo:
     digest: str
     champion: str
     holder: str | None
+    holder_strategy: str | None
 
     @property
     def uri(self) -> str:
@@ -170,7 +172,8 @@ def _register(
         client.set_registered_model_alias(name, "champion", str(number))
         holder = version
     held = None if holder is None else f"models:/{name}/{holder.version}"
-    return ModelVersionInfo(name, number, version.source, digest, champion, held)
+    strategy = None if holder is None else holder.tags.get("strategy")
+    return ModelVersionInfo(name, number, version.source, digest, champion, held, strategy)
 
 
 def check_model_name(name: str) -> None:

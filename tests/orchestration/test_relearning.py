@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -86,22 +87,23 @@ USERS = 200
 PARENT = "models:/parent/1"
 
 
-def trial(uri: str, folder: Path, strategy: Any, hits: int) -> None:
+def trial(uri: str, folder: Path, strategy: Any, hits: int, seed: int = 0) -> None:
     """A finished trial whose model puts the targets of the first `hits` users among the ten best."""
-    mine = trial_folder(folder, strategy, 0)
+    mine = trial_folder(folder, strategy, seed)
     run = start_run(uri, "e", strategy, mine)
     assert run.finish() is None
     write_json(mine / "run.json", {"run_id": run.run_id, "parent": None if strategy == "scratch" else PARENT})
     (mine / "model").mkdir()
-    (mine / "model" / "weights").write_text(f"{strategy} {hits}")
+    (mine / "model" / "weights").write_text(f"{strategy} {seed} {hits}")
     ranks = Ranks(np.arange(USERS), np.where(np.arange(USERS) < hits, 1, 99), np.zeros(USERS, bool))
     for split in ("validation", "test"):
-        key = RunKey(target="t", manifest="f", features={}, seeds=(0,), epochs=1, budget="b", split=split)
+        key = RunKey(target="t", manifest="f", features={}, seeds=(seed,), epochs=1, budget="b", split=split)
         save_ranks(mine / f"{split}.npz", Run(key, [ranks]))
 
 
-def conclude(uri: str, folder: Path, strategy: str) -> Relearned:
-    config = check_config(RelearnConfig, {"name": folder.name, "target": "t", "strategy": strategy})
+def conclude(uri: str, folder: Path, strategy: str, seeds: tuple[int, ...] = (0,)) -> Relearned:
+    asked = {"name": folder.name, "target": "t", "strategy": strategy, "seeds": list(seeds)}
+    config = check_config(RelearnConfig, asked)
     domain: Any = SimpleNamespace(fingerprint="f")
     with pytest.MonkeyPatch.context() as patch:  # the trials' models are no models
         patch.setattr(relearning, "make_servable", lambda folder, domain: None)
@@ -139,6 +141,21 @@ def test_a_gain_that_is_no_chance_makes_the_champion(uri: str, tmp_path: Path) -
     harmed = conclude(uri, folder, "finetune")
     assert harmed.verdicts["finetune"].transfer == "negative" and "kept from being champion" in harmed.champion
     assert resolve("models:/gain-t@champion", uri).uri == done.model
+
+
+def test_a_champion_whose_gain_more_seeds_do_not_show_is_told(uri: str, tmp_path: Path) -> None:
+    folder = tmp_path / "doubt"
+    hits = {"scratch": (60, 78), "finetune": (20, 20), "relearn": (80, 40)}
+    for strategy, seed in itertools.product(hits, (0, 1)):
+        trial(uri, folder, strategy, hits[strategy][seed], seed)
+    first = conclude(uri, folder, "auto")
+    assert first.holder == first.model and not any("stays champion" in note for note in first.notes)
+    more = conclude(uri, folder, "auto", (0, 1))
+    assert (more.chosen, more.holder) == ("scratch", first.model)
+    assert (
+        f"{first.model}, a relearn model, stays champion by its validation, but with these seeds the transfer of relearn is "
+        f"negative: `antdist promote {more.model} champion --force` moves it"
+    ) in more.notes
 
 
 def test_without_scratch_nothing_becomes_champion(uri: str, tmp_path: Path) -> None:
