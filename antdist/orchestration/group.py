@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import importlib
 import ipaddress
 import os
 import socket
+import sys
 from dataclasses import dataclass
 from typing import Any
 
@@ -77,8 +77,8 @@ def _keep_store_at(address: str) -> None:
             options["master_listen_fd"] = socket.create_server((address, port)).detach()
         return TCPStore(port=port, is_master=is_master, **options)
 
-    # by its name: torch.distributed has a function called like this module
-    vars(importlib.import_module("torch.distributed.rendezvous"))["TCPStore"] = store
+    # by its name, as torch.distributed, which has imported it, has a function called like this module
+    vars(sys.modules["torch.distributed.rendezvous"])["TCPStore"] = store
 
 
 def interface_of(address: str) -> str | None:

@@ -88,7 +88,8 @@ def site(folder: Path) -> Iterator[Site]:
     with network(folder) as made:
         head, laptop = made.switch_on("head", HEAD), made.switch_on("laptop", LAPTOP)
         laptop.hide(folder / "shared")
-        command = [RAY, "start", "--head", "--block", "--num-cpus=0", "--port=6379", "--dashboard-host=0.0.0.0", MEMORY]
+        dashboard = f"--dashboard-host={head.address}"
+        command = [RAY, "start", "--head", "--block", "--num-cpus=0", "--port=6379", dashboard, MEMORY]
         head.popen(command, folder / "head.log", environment)
         until(
             lambda: (
