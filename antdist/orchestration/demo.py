@@ -1,4 +1,4 @@
-"""`make demo`: the main job from nothing to recommendations, on one machine, on generated data.
+"""`make demo`: the main job from nothing to recommendations for all, on one machine, on generated data.
 
 Each stage is what a verb of the command line does; the command is shown before it runs.
 """
@@ -34,7 +34,8 @@ def main(arguments: Sequence[str] = ()) -> None:
     from antdist.orchestration.pretraining import pretrain
     from antdist.orchestration.relearning import relearn
     from antdist.orchestration.session import ray_session
-    from antdist.serving.use import open_model, recommend_items
+    from antdist.serving.score import score
+    from antdist.serving.use import find_model, open_model, recommend_items
     from antdist.tracking.store import open_pages_command
 
     with ray_session(pretrain_config.ray):
@@ -52,6 +53,9 @@ def main(arguments: Sequence[str] = ()) -> None:
         print(f"{user} last took: {'; '.join(item.title for item in past[-2:])}")
         for item in items:
             print(f"    next: {item.title}  ({item.score:.2f})")
+    out = f"{OUT}/scores/{target}"
+    _stage("score", f"antdist score {adapted.model} {OUT}/data/{target} --out {out} --storage {OUT}/runs --workers 0")
+    _print(score(find_model(adapted.model, OUT / "runs"), opened.domain, out, workers=0).lines())
     _stage("result")
     _print(adapted.lines())
     print(f"data in {OUT}/data, runs and models in {OUT}/runs")
