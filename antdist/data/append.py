@@ -55,7 +55,7 @@ from antdist.data.manifest import (
 )
 from antdist.data.prepare import Format, check_sizes, cut, item_records, known_items, order, read_source
 from antdist.data.quarantine import MAX_BAD, Quarantine, write_quarantine
-from antdist.data.readers.form import Item, Source, Tally
+from antdist.data.readers.form import Item, Source, Tally, tally_lines
 from antdist.data.shards import without
 from antdist.data.windows import ranges, starts_of
 from antdist.errors import UserError
@@ -98,9 +98,7 @@ class AppendReport:
             f"in all {self.users:,} users, {self.items:,} items, {self.interactions:,} interactions; {self.waiting:,} users "
             f"wait for their third interaction",
         ]
-        for kind, count in self.notes.items():
-            told.append(f"{kind}: {count:,}")
-            told += [f"  {example}" for example in self.examples[kind]]
+        told += tally_lines(self.notes, self.examples)
         if self.set_aside:
             told.append(f"bad records set aside: {self.set_aside:,}")
         if self.fingerprint == self.was:

@@ -208,9 +208,8 @@ class Cache:
                 if size <= self.bound and (taken + size > self.bound or size > _free(self.folder)):
                     taken = self._make_room(size)
                 if taken + size <= self.bound:
-                    lock.truncate(
-                        0
-                    )  # it may say too much, never too little: what goes in another way is found by a look
+                    # it may say too much, never too little: what goes in another way is found by a look
+                    lock.truncate(0)
                     lock.write(str(taken + size).encode())
                     lock.flush()
                     _allocate(partial, size)

@@ -35,7 +35,7 @@ from antdist.data.quarantine import (
     allowed,
     write_quarantine,
 )
-from antdist.data.readers.form import Item, Source, Tally
+from antdist.data.readers.form import Item, Source, Tally, tally_lines
 from antdist.errors import UserError
 from antdist.progress import track
 
@@ -69,9 +69,7 @@ class PrepareReport:
             f"{self.domain}: {self.users:,} users, {self.items:,} items, {self.interactions:,} interactions",
             f"items with text {self.with_text:,}, with price {self.with_price:,}, with images {self.with_image:,}",
         ]
-        for kind, count in self.notes.items():
-            told.append(f"{kind}: {count:,}")
-            told += [f"  {example}" for example in self.examples[kind]]
+        told += tally_lines(self.notes, self.examples)
         if self.set_aside:
             file = Path(self.folder) / QUARANTINE_NAME
             told.append(f"bad records set aside: {self.set_aside:,}, each with its place and reason in {file}")

@@ -100,18 +100,10 @@ def local_head(config: RayConfig) -> Iterator[tuple[str, str]]:
         ray.shutdown()
 
 
-@contextlib.contextmanager
-def _deaf_to_interrupts() -> Iterator[None]:
+def _deaf_to_interrupts() -> contextlib.AbstractContextManager[None]:
     """Processes that start in the block ignore Ctrl-C, which a terminal sends to all: the job server would die of it, and
     could not be asked to stop its jobs."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)
+    return _answering(signal.SIGINT, signal.SIG_IGN)
 
 
 @contextlib.contextmanager
@@ -142,17 +134,22 @@ def _start_local(config: RayConfig, **options: Any) -> None:
         ray.init("local", num_cpus=max(os.cpu_count() or 1, needed), **options, **QUIET)
 
 
-@contextlib.contextmanager
-def terminable() -> Iterator[None]:
+def terminable() -> contextlib.AbstractContextManager[None]:
     """A scheduler's SIGTERM ends the command in order, as Ctrl-C does; Ray's own answer is a dump of its stack."""
+    return _answering(signal.SIGTERM, signal.default_int_handler)
+
+
+@contextlib.contextmanager
+def _answering(sent: signal.Signals, answer: Callable[..., Any] | signal.Handlers) -> Iterator[None]:
+    """Within the block a signal is answered so; in a thread, which may not say, as before."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    before = signal.signal(sent, answer)
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        signal.signal(sent, before)
 
 
 @contextlib.contextmanager
@@ -160,19 +157,15 @@ def stoppable(ask: Path) -> Iterator[None]:
     """Within the block SIGTERM makes the file `ask`, by which workers are asked to save their state and leave; a second one
     ends the command at once."""
     ask.unlink(missing_ok=True)
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
 
     def tell(*_: object) -> None:
         signal.signal(signal.SIGTERM, signal.default_int_handler)
         ask.touch()
 
-    before = signal.signal(signal.SIGTERM, tell)
     try:
-        yield
+        with _answering(signal.SIGTERM, tell):
+            yield
     finally:
-        signal.signal(signal.SIGTERM, before)
         ask.unlink(missing_ok=True)
 
 

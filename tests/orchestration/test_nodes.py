@@ -13,7 +13,6 @@ from typing import Any
 import numpy as np
 import pytest
 
-from antdist.config.load import check_config
 from antdist.config.schema import PretrainConfig
 from antdist.data.domain import Domain, Sequences, open_domain, write_domain
 from antdist.errors import UserError
@@ -21,12 +20,12 @@ from antdist.features.featurize import featurize
 from antdist.orchestration import session
 from antdist.orchestration.pretraining import Pretrained, pretrain
 from tests.items import some_items
+from tests.orchestration import test_elastic as elastic
 from tests.orchestration.test_elastic import assert_same_curve, assert_same_weights, restarts, stalls, until
 from tests.worlds import make_domains
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
-EPOCHS = 14
 NODE = {"num_cpus": 2, "object_store_memory": 80 * 1024**2}
 
 
@@ -60,21 +59,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def config(folder: Path, name: str, **ray: Any) -> PretrainConfig:
-    tree = {
-        "name": name,
-        "data": {"root": str(folder / "data"), "domains": ["aa", "bbb"]},
-        "model": {"dim": 16, "inner": 16, "experts": 2, "max_length": 8, "mixture": False, "dropout": 0.0},
-        "stream": {"batch_size": 100},
-        "training": {
-            "epochs": EPOCHS,
-            "log_every": 2,
-            "validate_every": EPOCHS,
-            "engine": "plain",
-            "checkpoint_every": 20,
-        },
-        "ray": {"storage": str(folder / "runs"), "max_failures": 5, "workers": 3, "wait_minutes": 3, **ray},
-    }
-    return check_config(PretrainConfig, tree)
+    return elastic.config(folder, name, **{"workers": 3, "wait_minutes": 3, **ray})
 
 
 class Seen:

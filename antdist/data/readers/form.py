@@ -5,7 +5,7 @@ from __future__ import annotations
 import html
 import math
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from decimal import Decimal
 from pathlib import Path
@@ -33,6 +33,13 @@ class Tally:
         cases = self.examples.setdefault(kind, [])
         if example is not None and len(cases) < EXAMPLES:
             cases.append(example)
+
+
+def tally_lines(counts: Mapping[str, int], examples: Mapping[str, Sequence[str]]) -> list[str]:
+    """A tally for the terminal: each kind with its count, its examples below."""
+    return [
+        line for kind, count in counts.items() for line in (f"{kind}: {count:,}", *(f"  {e}" for e in examples[kind]))
+    ]
 
 
 @dataclass(frozen=True)
