@@ -130,7 +130,7 @@ def curve(run: Path) -> list[tuple[int, float]]:
 def test_a_run_over_a_network_outlives_machines_that_are_killed_and_cut_off_and_ends_as_on_one(
     site: Site, straight: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """It prints what docs/machines.md quotes."""
+    """It prints what docs/operations/machines.md quotes."""
     run = site.shared / "runs" / "run"
     places = [f"data.root={site.shared}/data", f"ray.storage={site.shared}/runs"]
     assert site.laptop.run("ls", str(site.shared)).stdout == ""
