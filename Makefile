@@ -12,12 +12,13 @@ export DS_BUILD_OPS := 0
 export RAY_USAGE_STATS_ENABLED := 0
 export MLFLOW_DISABLE_TELEMETRY := true
 
-.PHONY: help setup demo test test-all lint format clean
+.PHONY: help setup demo test test-all lint docs format clean
 
 help:
 	@echo "make demo      the main job on generated data: pre-train, re-learn, recommend"
 	@echo "make test      the tests (make test-all: the slow ones too)"
 	@echo "make lint      ruff and mypy"
+	@echo "make docs      the documentation, built strictly into site/"
 	@echo "make setup     only the virtual environment"
 
 setup: $(VENV)/.ready
@@ -47,9 +48,13 @@ lint: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy antdist launch benchmarks
 
+# strict: a dead link, a page that the navigation lacks or a reference that cannot be generated is an error
+docs: setup
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
 format: setup
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf demo-out build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf demo-out build dist site *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
