@@ -33,7 +33,7 @@ $(VENV)/.ready: setup.cfg constraints.txt
 	touch $@
 
 demo: setup
-	$(BIN)/python -m antdist.orchestration.demo
+	$(BIN)/python -m antdist.cli.demo
 
 # Ray allows one cluster a machine, so its tests run one after the other
 test: setup
@@ -47,6 +47,7 @@ lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy antdist launch benchmarks
+	$(BIN)/lint-imports --no-cache
 
 # strict: a dead link, a page that the navigation lacks or a reference that cannot be generated is an error
 docs: setup

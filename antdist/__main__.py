@@ -1,5 +1,5 @@
 """`python -m antdist` is `antdist`."""
 
-from antdist.cli import main
+from antdist.cli.main import main
 
 main()

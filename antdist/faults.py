@@ -31,7 +31,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from antdist.errors import UserError
-from antdist.progress import say
+from antdist.io.progress import say
 
 VARIABLE = "ANTDIST_FAULTS"
 KINDS = ("kill", "stall", "raise", "full", "nan")

@@ -9,7 +9,7 @@ import contextlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from antdist.progress import say
+from antdist.io.progress import say
 
 WAIT, WARM_UP, RECORDED = 3, 2, 5  # steps: let be, traced and thrown away, traced and kept
 

@@ -35,7 +35,7 @@ def prepare_from(folder: Path, interactions: str, out: str, threads: int) -> tup
     start = time.perf_counter()
     import pyarrow
 
-    from antdist.data.prepare import prepare
+    from antdist.data.ingest.prepare import prepare
 
     pyarrow.set_cpu_count(threads)
     source, items = folder / interactions, folder / "items.csv"
@@ -48,7 +48,7 @@ def append_late(folder: Path, threads: int) -> tuple[float, float, int]:
     start = time.perf_counter()
     import pyarrow
 
-    from antdist.data.append import append
+    from antdist.data.ingest.append import append
 
     pyarrow.set_cpu_count(threads)
     report = append(interactions=folder / "late.csv", domain="generated", out=folder / "grown")

@@ -28,7 +28,7 @@ from antdist import faults
 PRELOADED = [
     "torch._dynamo",
     "antdist.training.adaptation",
-    "antdist.training.loop",
+    "antdist.training.trainer",
     "benchmarks.jobs",
     "benchmarks.worlds",
 ]
@@ -127,8 +127,8 @@ def train_noting(run: Run, attempt: int) -> None:
     """Take the run up and train it to its end; a line into the ledger after each step."""
     import numpy as np
 
-    from antdist.training import loop
-    from antdist.training.world import current_world
+    from antdist.distributed.world import current_world
+    from antdist.training import trainer as loop
 
     world = current_world()
     ledger = run.folder / "ledger" / f"attempt-{attempt:04d}-rank-{world.rank}.jsonl"
@@ -163,7 +163,7 @@ def _job(run: Run, world: Any) -> Any:
     from antdist.data.domain import open_domain
     from antdist.model.recommender import build_recommender
     from antdist.training.adaptation import adapt
-    from antdist.training.engine import PlainEngine
+    from antdist.training.engines.plain import PlainEngine
     from benchmarks.jobs import make_job
     from benchmarks.worlds import RandomFeatures
 
@@ -232,7 +232,7 @@ def counted(run: Run) -> dict[int, list[Line]]:
 def end_state(run: Run) -> dict[str, bytes]:
     """The bytes of the newest checkpoint's files and of the best weights that it names: weights, moments, progress,
     history."""
-    from antdist.training.checkpoint import PREFIX, best_weights, steps_in
+    from antdist.training.checkpoints.local import PREFIX, best_weights, steps_in
 
     folder = run.checkpoints / f"{PREFIX}{steps_in(run.checkpoints)[-1]:08d}"
     found = {path.name: path.read_bytes() for path in sorted(folder.iterdir())}

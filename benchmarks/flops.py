@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from antdist.batch import Batch
 from antdist.config.schema import LossConfig, ModelConfig
-from antdist.orchestration.calibration import step_of
-from antdist.orchestration.plan import useful_operations
+from antdist.planning.calibration import step_of
+from antdist.planning.costs import useful_operations
 
 
 def useful_flops(batch: Batch, model: ModelConfig, dims: dict[str, int], *, aligned: bool) -> float:
-    """Operations of a rank's matrix products in a training step (`antdist.orchestration.plan.useful_operations`)."""
+    """Operations of a rank's matrix products in a training step (`antdist.planning.costs.useful_operations`)."""
     loss = LossConfig(alignment=1.0 if aligned else 0.0)
     return useful_operations(step_of(batch, loss, model, dims).rank, model, dims)
 

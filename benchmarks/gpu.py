@@ -23,12 +23,12 @@ import torch.distributed as dist
 
 from antdist.config.schema import LossConfig, ModelConfig, StreamConfig, TrainingConfig
 from antdist.data.domain import Domain
+from antdist.distributed.world import World
 from antdist.errors import UserError
-from antdist.orchestration.calibration import GEMM_SIZES, Sizes, gemm_peak, synchronise
-from antdist.products import exact_products
-from antdist.training.engine import PlainEngine
-from antdist.training.loop import train_step
-from antdist.training.world import World
+from antdist.model.ops.products import exact_products
+from antdist.planning.calibration import GEMM_SIZES, Sizes, gemm_peak, synchronise
+from antdist.training.engines.plain import PlainEngine
+from antdist.training.trainer import train_step
 from benchmarks.baseline import Baseline
 from benchmarks.flops import useful_flops
 from benchmarks.jobs import EngineOf, make_job
@@ -79,7 +79,7 @@ def _variants(short: bool) -> list[Variant]:
         Variant("plain, bf16, large batch", "bf16", large),
     ]
     if importlib.util.find_spec("deepspeed"):
-        from antdist.training.deepspeed_engine import DeepSpeedEngine
+        from antdist.training.engines.deepspeed import DeepSpeedEngine
 
         found.append(Variant("DeepSpeed, ZeRO 1, bf16", "bf16", small, DeepSpeedEngine))
     return found

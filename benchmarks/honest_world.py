@@ -19,10 +19,11 @@ from safetensors.torch import load_file
 
 from antdist.config.schema import LossConfig, ModelConfig, ScheduleConfig, StreamConfig, TrainingConfig
 from antdist.data.domain import Domain, open_domain
-from antdist.data.grammar import shuffle_orders
-from antdist.data.prepare import prepare
-from antdist.data.stream import Stream
-from antdist.data.synth import SynthReport, synth
+from antdist.data.ingest.prepare import prepare
+from antdist.data.stream.stream import Stream
+from antdist.data.synthetic.grammar import shuffle_orders
+from antdist.data.synthetic.world import SynthReport, synth
+from antdist.distributed.world import World
 from antdist.evaluation.baseline import rank_by_popularity
 from antdist.evaluation.metrics import summary
 from antdist.evaluation.ranking import Queries, embed_catalogue, rank_targets, test_queries, validation_queries
@@ -30,11 +31,10 @@ from antdist.features.featurize import featurize
 from antdist.features.table import Catalogue
 from antdist.model.recommender import Recommender
 from antdist.training.adaptation import adapt
-from antdist.training.checkpoint import best_weights
-from antdist.training.engine import PlainEngine
+from antdist.training.checkpoints.local import best_weights
+from antdist.training.engines.plain import PlainEngine
 from antdist.training.feed import Feed
-from antdist.training.loop import Job, train
-from antdist.training.world import World
+from antdist.training.trainer import Job, train
 from benchmarks.report import Line, Options, Report, ratio
 
 MODEL = ModelConfig(dim=128, experts=4, inner=128, dropout=0.2)

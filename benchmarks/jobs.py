@@ -12,14 +12,14 @@ from torch import nn
 
 from antdist.config.schema import LossConfig, ModelConfig, StreamConfig, TrainingConfig
 from antdist.data.domain import Domain
-from antdist.data.stream import Stream
+from antdist.data.stream.stream import Stream
+from antdist.distributed.world import World
+from antdist.model.ops.products import exact_products
 from antdist.model.recommender import build_recommender
-from antdist.products import exact_products
-from antdist.training.engine import Engine, PlainEngine
+from antdist.training.engines.plain import Engine, PlainEngine
 from antdist.training.feed import Feed, StepInput
-from antdist.training.loop import Job, train_step
 from antdist.training.memory import keep_memory
-from antdist.training.world import World
+from antdist.training.trainer import Job, train_step
 
 Steps = Iterator[StepInput]
 EngineOf = Callable[[nn.Module, TrainingConfig, World], Engine]

@@ -12,7 +12,7 @@ from pathlib import Path
 from antdist.config.schema import LossConfig, ModelConfig, StreamConfig, TrainingConfig
 from antdist.data.domain import open_domain
 from antdist.features.table import Catalogue
-from antdist.training.loop import Job
+from antdist.training.trainer import Job
 from benchmarks.jobs import Steps, make_job, rate
 from benchmarks.report import Line, Options, Report, ratio, taking_turns
 from benchmarks.worlds import TARGET, RandomFeatures, Shape, write_world

@@ -1,6 +1,6 @@
 """What a run loses to logging, progress and checkpoints, and to waiting for data.
 
-The same steps from the same start, taking turns: `antdist.training.loop.train` with MLflow on SQLite, the live figures for
+The same steps from the same start, taking turns: `antdist.training.trainer.train` with MLflow on SQLite, the live figures for
 the driver, `log_every` and `checkpoint_every` at their defaults (a checkpoint an epoch), against the bare
 steps. Validation costs nothing here and always finds a better model, so that its weights are kept each time. Turns differ
 by the machine's noise, so the time between the steps of the full run, other than waiting for data, is told too.
@@ -19,11 +19,11 @@ from torch import Tensor
 
 from antdist.config.schema import LossConfig, ModelConfig, StreamConfig, TrainingConfig
 from antdist.data.domain import Domain
-from antdist.orchestration.runs import show_live
-from antdist.products import exact_products
+from antdist.model.ops.products import exact_products
+from antdist.runs.folder import show_live
 from antdist.tracking.run import start_run
-from antdist.training.engine import PlainEngine
-from antdist.training.loop import Job, train, train_step
+from antdist.training.engines.plain import PlainEngine
+from antdist.training.trainer import Job, train, train_step
 from benchmarks.jobs import make_job
 from benchmarks.report import Line, Options, Report, ratio
 from benchmarks.worlds import PAPER_DIMS, TARGET, RandomFeatures, Shape, write_world

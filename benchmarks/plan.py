@@ -21,11 +21,11 @@ import torch
 
 from antdist.config.schema import LossConfig, ModelConfig, PretrainConfig, StreamConfig, TrainingConfig
 from antdist.data.domain import Domain, open_domain
-from antdist.orchestration.calibration import Calibration, calibrate, line_through
-from antdist.orchestration.plan import MACHINES, Plan, Workload, counted, make_plan, useful_operations
-from antdist.products import exact_products
-from antdist.training.loop import Job, train_step
+from antdist.model.ops.products import exact_products
+from antdist.planning.calibration import Calibration, calibrate, line_through
+from antdist.planning.costs import MACHINES, Plan, Workload, counted, make_plan, useful_operations
 from antdist.training.memory import forget_peak, peak_bytes, resident_bytes
+from antdist.training.trainer import Job, train_step
 from benchmarks.jobs import Steps, make_job
 from benchmarks.processes import in_fresh_process
 from benchmarks.report import Line, Options, Report

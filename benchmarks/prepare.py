@@ -44,7 +44,7 @@ def ours(folder: Path, threads: int) -> tuple[float, float]:
     start = time.perf_counter()
     import pyarrow
 
-    from antdist.data.prepare import prepare
+    from antdist.data.ingest.prepare import prepare
 
     pyarrow.set_cpu_count(threads)
 

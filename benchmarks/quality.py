@@ -20,7 +20,8 @@ import numpy as np
 from antdist.config.load import load_config
 from antdist.config.schema import RelearnConfig
 from antdist.data.domain import Domain, open_domain
-from antdist.data.stream import Stream
+from antdist.data.stream.stream import Stream
+from antdist.distributed.world import World
 from antdist.errors import UserError
 from antdist.evaluation.metrics import per_user, summary
 from antdist.evaluation.ranking import Ranks, embed_catalogue, rank_targets, test_queries, validation_queries
@@ -28,11 +29,10 @@ from antdist.evaluation.significance import compare
 from antdist.features.table import Catalogue, table_if_any
 from antdist.model.recommender import Recommender
 from antdist.training.adaptation import adapt
-from antdist.training.checkpoint import best_weights
-from antdist.training.engine import PlainEngine
+from antdist.training.checkpoints.local import best_weights
+from antdist.training.engines.plain import PlainEngine
 from antdist.training.feed import Feed
-from antdist.training.loop import CHOSEN_BY, Job, train
-from antdist.training.world import World
+from antdist.training.trainer import CHOSEN_BY, Job, train
 from benchmarks.report import Line, Options, Report
 from benchmarks.worlds import RandomFeatures, Shape, write_world
 

@@ -15,9 +15,9 @@ from pathlib import Path
 from antdist.batch import Batch
 from antdist.config.schema import LossConfig, ModelConfig, StreamConfig, TrainingConfig
 from antdist.data.domain import open_domain
-from antdist.products import exact_products
-from antdist.training.loop import train_step
-from antdist.training.world import barrier, current_world
+from antdist.distributed.world import barrier, current_world
+from antdist.model.ops.products import exact_products
+from antdist.training.trainer import train_step
 from benchmarks.flops import useful_flops
 from benchmarks.jobs import make_job, rate
 from benchmarks.processes import on_ranks

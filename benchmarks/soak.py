@@ -22,8 +22,8 @@ from typing import Any, Literal
 
 from antdist.errors import UserError
 from antdist.faults import STALL_SECONDS, Fault, corrupt
-from antdist.progress import say
-from antdist.training.checkpoint import PREFIX, load_latest, steps_in
+from antdist.io.progress import say
+from antdist.training.checkpoints.local import PREFIX, load_latest, steps_in
 from benchmarks.drill import Run, counted, end_state, finish, lines, start
 from benchmarks.report import Line, Options, Report
 from benchmarks.worlds import Shape, write_world

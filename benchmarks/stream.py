@@ -1,6 +1,6 @@
 """Users a second of one process from shards in the page cache, shuffled.
 
-`antdist.data.stream.Stream` in both modes, against a pipeline as it is usually written with webdataset over the same
+`antdist.data.stream.stream.Stream` in both modes, against a pipeline as it is usually written with webdataset over the same
 shards: each user a sample of its own, shards and users shuffled (a buffer of 10,000), batches collated to ids and offsets.
 The stream in `sequence` mode also from a URI whose shards lie in the node's cache.
 A window of the stream is a user's training items: in `sequence` mode once, in `prefix` mode each of its prefixes.
@@ -20,7 +20,7 @@ import numpy as np
 from antdist.config.schema import StreamConfig
 from antdist.data.cache import Cache
 from antdist.data.domain import Domain, ItemRecord, Sequences, open_domain, write_domain
-from antdist.data.stream import Stream
+from antdist.data.stream.stream import Stream
 from benchmarks.report import Line, Options, Report, ratio, taking_turns
 
 LENGTH, SHARDS, BATCH, BUFFER = 8, 16, 2048, 10_000

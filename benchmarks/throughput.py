@@ -20,9 +20,9 @@ from torch import Tensor
 from antdist.batch import Batch
 from antdist.config.schema import LossConfig, ModelConfig, StreamConfig, TrainingConfig
 from antdist.data.domain import open_domain
-from antdist.orchestration.calibration import GEMM_SIZES, Sizes, gemm_peak
-from antdist.products import exact_products
-from antdist.training.loop import train_step
+from antdist.model.ops.products import exact_products
+from antdist.planning.calibration import GEMM_SIZES, Sizes, gemm_peak
+from antdist.training.trainer import train_step
 from benchmarks.baseline import Baseline
 from benchmarks.flops import padded_flops, useful_flops
 from benchmarks.jobs import make_job

@@ -2,7 +2,7 @@
 
 import sys
 
-from antdist.cli import main
+from antdist.cli.main import main
 
 if __name__ == "__main__":
     sys.argv[1:1] = ["evaluate"]

@@ -12,7 +12,7 @@ from typing import Any
 import torch.multiprocessing as mp
 
 # imported once, in the server that the ranks are forked from: seconds each otherwise
-PRELOADED = ["torch._dynamo", "deepspeed", "antdist.training.loop"]
+PRELOADED = ["torch._dynamo", "deepspeed", "antdist.training.trainer"]
 
 
 def free_port() -> int:

@@ -12,13 +12,13 @@ from typing import Any
 
 import pytest
 
-from antdist import progress
 from antdist.config.load import load_config
 from antdist.config.schema import PretrainConfig
 from antdist.errors import UserError
-from antdist.orchestration.runs import claimed
-from antdist.storage import Unreachable
-from antdist.training.remote import Remote
+from antdist.io import progress
+from antdist.io.storage import Unreachable
+from antdist.runs.folder import claimed
+from antdist.training.checkpoints.remote import Remote
 
 PROJECT = Path(__file__).resolve().parents[1]
 SOURCES = sorted(path for room in ("antdist", "launch") for path in (PROJECT / room).rglob("*.py"))
@@ -104,7 +104,7 @@ def test_configuration_names_no_code(tmp_path: Path, text: str) -> None:
 
 def test_deepspeeds_section_imports_nothing() -> None:
     """DeepSpeed imports the modules that this list names."""
-    from antdist.training.deepspeed_engine import check_passthrough
+    from antdist.training.engines.deepspeed import check_passthrough
 
     with pytest.raises(UserError, match=r"training\.deepspeed\.torch_autocast: this is decided elsewhere"):
         check_passthrough({"torch_autocast": {"lower_precision_safe_modules": ["antigravity.x"]}})
@@ -159,7 +159,7 @@ LISTENING = """
 import sys, time
 import psutil
 from antdist.config.schema import RayConfig
-from antdist.orchestration.session import ray_session
+from antdist.distributed.ray_session import ray_session
 with ray_session(RayConfig()):
     time.sleep(1)
     me = psutil.Process()

@@ -27,10 +27,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, BinaryIO
 
-from antdist.data.manifest import File
+from antdist.data.entries import File
 from antdist.errors import UserError
-from antdist.progress import say
-from antdist.storage import Unreachable, is_uri
+from antdist.io.progress import say
+from antdist.io.storage import Unreachable, is_uri
 
 GB = 10**9
 DEFAULT_GB = 50.0

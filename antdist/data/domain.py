@@ -17,11 +17,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from antdist.data.cache import Cache
+from antdist.data.entries import PLAIN_NAME, File
 from antdist.data.manifest import (
     MANIFEST_NAME,
-    PLAIN_NAME,
     Block,
-    File,
     ItemShard,
     Manifest,
     SequenceShard,
@@ -52,9 +51,9 @@ from antdist.data.shards import (
     read_samples,
     without,
 )
-from antdist.data.windows import ranges, starts_of
 from antdist.errors import UserError
-from antdist.files import write_json
+from antdist.io.files import write_json
+from antdist.ragged import ranges, starts_of
 
 BLOCK_USERS = 1024
 ITEMS_PER_SHARD = 4096

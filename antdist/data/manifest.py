@@ -8,31 +8,22 @@ from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, model_validator
 
+from antdist.data.entries import PLAIN_NAME, Count, Digest, File, _Record
 from antdist.errors import UserError
-from antdist.files import flush_to_disk
+from antdist.io.files import flush_to_disk
 
 if TYPE_CHECKING:
     from antdist.data.places import Place
+
 
 SCHEMA_VERSION = 1
 MANIFEST_NAME = "manifest.json"
 # bytes that each takes in a shard: a tar header and a block of JSON; an offset; an index and a time
 SMALLEST_ITEM, SMALLEST_USER, SMALLEST_INTERACTION = 1024, 8, 12
 
-Count = Annotated[int, Field(ge=0)]
-Bytes = Annotated[int, Field(ge=0, le=1 << 40)]  # of one file
-Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
-# One plain file name: nothing that could lead out of the domain's folder.
-PLAIN_NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
 DomainName = Annotated[str, Field(pattern=PLAIN_NAME, max_length=200)]
-# What an append adds lies in a folder of its own; else the name is plain.
-FileName = Annotated[str, Field(pattern=r"^(append-[0-9]{5}/)?" + PLAIN_NAME[1:], max_length=200)]
-
-
-class _Record(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
 
 def _absent(value: Any) -> bool:
@@ -65,14 +56,6 @@ class Block(_Record):
     def stored_interactions(self) -> int:
         """Those that the file holds."""
         return self.interactions + (self.superseded.interactions if self.superseded else 0)
-
-
-class File(_Record):
-    """A file of the folder, its size in bytes and its SHA-256."""
-
-    name: FileName
-    bytes: Bytes
-    sha256: Digest
 
 
 class ItemShard(File):

@@ -11,10 +11,10 @@ from typing import Any, BinaryIO, TypeVar
 
 from antdist.data import cache as cached
 from antdist.data.cache import Cache, open_cache
-from antdist.data.manifest import File
+from antdist.data.entries import File
 from antdist.data.shards import TORN
 from antdist.errors import UserError, redact
-from antdist.storage import asking, is_uri, open_storage, patiently
+from antdist.io.storage import asking, is_uri, open_storage, patiently
 
 PIECE = 4 << 20  # bytes asked for together
 AT_ONCE = 8  # files on their way to a process

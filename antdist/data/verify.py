@@ -21,8 +21,9 @@ from antdist.data.domain import (
     open_domain,
     training_popularity,
 )
+from antdist.data.entries import File
 from antdist.data.images import BadImage, modest
-from antdist.data.manifest import MANIFEST_NAME, File, ItemShard, SequenceShard, kept_name, read_manifest
+from antdist.data.manifest import MANIFEST_NAME, ItemShard, SequenceShard, kept_name, read_manifest
 from antdist.data.places import Place, RemotePath, file_names, open_unchecked
 from antdist.data.quarantine import QUARANTINE_NAME
 from antdist.data.shards import (
@@ -37,8 +38,8 @@ from antdist.data.shards import (
     without,
 )
 from antdist.errors import UserError
-from antdist.files import file_sha256
-from antdist.progress import track
+from antdist.io.files import file_sha256
+from antdist.io.progress import track
 
 
 @dataclass(frozen=True)

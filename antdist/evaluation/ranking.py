@@ -15,7 +15,7 @@ from torch.nn import functional
 
 from antdist.batch import IntArray
 from antdist.errors import UserError
-from antdist.products import exact_products
+from antdist.model.ops.products import exact_products
 
 if TYPE_CHECKING:
     from antdist.data.domain import Sequences

@@ -20,11 +20,19 @@ from numpy.typing import NDArray
 from pydantic import ValidationError
 
 from antdist.data.quarantine import MAX_BAD, QUARANTINE_NAME, BadRecord, allowed, write_quarantine
+from antdist.distributed.local_ray import ray_data_session
 from antdist.errors import UserError
-from antdist.features.encoder import Encoded, Encoder, Loaded
-from antdist.features.image import MAX_PIXELS, HistogramImage, find_image_encoder
-from antdist.features.local_ray import ray_data_session
-from antdist.features.price import DIM, FREQUENCY, PriceEncoder, Scale
+from antdist.features.encoders.base import Encoded, Encoder, Loaded
+from antdist.features.encoders.image import MAX_PIXELS, HistogramImage, find_image_encoder
+from antdist.features.encoders.price import DIM, FREQUENCY, PriceEncoder, Scale
+from antdist.features.encoders.text import (
+    FIT_TEXTS,
+    HashedText,
+    Pooling,
+    find_text_encoder,
+    fit_projection,
+    open_projection,
+)
 from antdist.features.source import item_facts
 from antdist.features.table import (
     Dtype,
@@ -34,9 +42,8 @@ from antdist.features.table import (
     write_meta,
     write_part,
 )
-from antdist.features.text import FIT_TEXTS, HashedText, Pooling, find_text_encoder, fit_projection, open_projection
-from antdist.files import write_json
-from antdist.progress import say, track
+from antdist.io.files import write_json
+from antdist.io.progress import say, track
 
 if TYPE_CHECKING:
     from antdist.data.domain import Domain, ItemRecord
@@ -126,13 +133,13 @@ def featurize(
         text: `minilm`, `hashed`, or a transformers encoder's folder or name; None: no text features.
         image: `histogram`, or a transformers vision model's folder or name; None: no image features.
         price: the scale, `raw`, `minmax`, `log` or `quantile`; None: no price features.
-        pooling, max_length: of a transformers text encoder (`antdist.features.text.find_text_encoder`).
+        pooling, max_length: of a transformers text encoder (`antdist.features.encoders.text.find_text_encoder`).
         text_dim: of `hashed`.
         projection: of `hashed`: a file fitted before, or where to put the one fitted now, jointly on all `domains`.
             None: `hashed-text.safetensors` beside the first domain's folder.
         max_images, max_pixels: pictures averaged an item; a picture of more pixels counts as broken.
         max_bad: how many of a domain's pictures may be broken, as a share; they are listed in `features/quarantine.jsonl`.
-        price_range, price_frequency: see `antdist.features.price`.
+        price_range, price_frequency: see `antdist.features.encoders.price`.
         batch_size: texts or pictures a forward pass.
         dtype: that the tables are stored in.
         device: `auto`, `cpu` or `cuda`.

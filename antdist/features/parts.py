@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from antdist.data.cache import Cache
-from antdist.data.manifest import File
+from antdist.data.entries import File
 from antdist.data.places import RemotePath
 from antdist.errors import UserError
 

@@ -20,13 +20,14 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
 
 from antdist.batch import IntArray, ItemFeatures
-from antdist.data.manifest import File, read_manifest
+from antdist.data.entries import File
+from antdist.data.manifest import read_manifest
 from antdist.data.places import AT_ONCE, Place, RemotePath
 from antdist.errors import UserError
 from antdist.features.maps import make_room
 from antdist.features.parts import Kept, check_array, map_file, room_for_parts
 from antdist.features.source import source_has
-from antdist.files import file_sha256, write_json
+from antdist.io.files import file_sha256, write_json
 
 if TYPE_CHECKING:
     import torch

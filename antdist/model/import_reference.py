@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from antdist.config.schema import Modality, ModelConfig
 from antdist.errors import UserError
-from antdist.files import file_sha256
+from antdist.io.files import file_sha256
 from antdist.model.io import ModelCard, save_model
 
 if TYPE_CHECKING:

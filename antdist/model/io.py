@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from antdist.config.schema import ModelConfig, Strategy
 from antdist.errors import UserError
-from antdist.files import flush_to_disk
+from antdist.io.files import flush_to_disk
 
 if TYPE_CHECKING:
     from antdist.model.recommender import Recommender

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 from antdist.batch import Batch, ItemFeatures
 from antdist.config.schema import LossConfig, ModelConfig
-from antdist.model.encoder import Norm, SequenceEncoder, token_positions
-from antdist.model.loss import alignment_loss, next_item_loss
-from antdist.model.tower import Experts, ItemEmbeddings, ItemTower, Projection
+from antdist.model.items.features import Experts, ItemEmbeddings, ItemTower, Projection
+from antdist.model.losses import alignment_loss, next_item_loss
+from antdist.model.sequence.sasrec import Norm, SequenceEncoder, token_positions
 from antdist.profiling import part
 
 Gather = Callable[[Tensor], Tensor]

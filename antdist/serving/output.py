@@ -20,8 +20,8 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from antdist.errors import UserError
-from antdist.files import file_sha256, flush_to_disk
-from antdist.storage import asking, open_storage
+from antdist.io.files import file_sha256, flush_to_disk
+from antdist.io.storage import asking, open_storage
 
 SUMMARY, INPUTS = "_score.json", "_parts/inputs.json"
 

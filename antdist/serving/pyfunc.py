@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import yaml
 
 from antdist.errors import UserError
-from antdist.files import file_sha256
+from antdist.io.files import file_sha256
 from antdist.model.io import CARD, WEIGHTS, load_model, read_card
 
 if TYPE_CHECKING:

@@ -43,7 +43,7 @@ def recommend(
         UserError: the history is empty, or the model's vectors are not finite.
     """
     from antdist.evaluation.ranking import encode_histories, unit
-    from antdist.products import exact_products
+    from antdist.model.ops.products import exact_products
 
     if not history:
         raise UserError("the history is empty", remedy="name at least one item")

@@ -24,12 +24,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from antdist.batch import IntArray
+from antdist.distributed.local_ray import ray_data_session
 from antdist.errors import UserError, redact
-from antdist.features.local_ray import ray_data_session
 from antdist.features.table import table_if_any
-from antdist.files import file_sha256
+from antdist.io.files import file_sha256
+from antdist.io.progress import track
 from antdist.model.io import WEIGHTS
-from antdist.progress import track
 from antdist.serving.output import SUMMARY, Output
 from antdist.serving.recommend import TOGETHER
 from antdist.serving.use import FoundModel, catalogue_for

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from antdist.batch import IntArray
 from antdist.evaluation.ranking import unit
-from antdist.products import exact_products
+from antdist.model.ops.products import exact_products
 
 # Items that are scored together: as many as keep the scores of 512 users in a processor's cache; on a GPU, 128 MiB.
 PIECE, GPU_PIECE = 8192, 65536

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from antdist.errors import UserError
-from antdist.progress import say
+from antdist.io.progress import say
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -19,7 +19,7 @@ from urllib.parse import urlsplit
 from urllib.request import url2pathname
 
 from antdist.errors import UserError
-from antdist.files import file_sha256
+from antdist.io.files import file_sha256
 from antdist.tracking.run import clean_key
 from antdist.tracking.store import (
     StoreAway,

@@ -33,7 +33,7 @@ import yaml
 
 from antdist import __version__
 from antdist.errors import UserError
-from antdist.files import read_json, write_json
+from antdist.io.files import read_json, write_json
 from antdist.tracking.store import (
     StoreAway,
     artifact_location,

@@ -26,10 +26,10 @@ from torch import Tensor
 
 from antdist.batch import ROWS, Batch, GlobalBatch, IntArray, ItemFeatures
 from antdist.config.schema import LossConfig
-from antdist.data.deal import deal, share, split
-from antdist.data.stream import Stream
-from antdist.data.windows import starts_of
-from antdist.training.world import World
+from antdist.data.stream.shard_batch import deal, share, split
+from antdist.data.stream.stream import Stream
+from antdist.distributed.world import World
+from antdist.ragged import starts_of
 
 AHEAD = 2  # steps
 HELD_SHARE = 0.2  # of a GPU's free memory, for features

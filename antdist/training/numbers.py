@@ -21,8 +21,8 @@ from typing import Any
 import numpy as np
 
 from antdist.batch import GlobalBatch, IntArray
-from antdist.data.stream import Stream
-from antdist.data.windows import starts_of
+from antdist.data.stream.stream import Stream
+from antdist.ragged import starts_of
 
 WINDOW = 100  # times `training.max_skipped`: the steps among which so many may be skipped
 REMEMBERED = 50  # points of the loss's curve

@@ -18,7 +18,7 @@ from types import TracebackType
 from typing import Literal
 
 from antdist.config.schema import HangConfig
-from antdist.progress import say
+from antdist.io.progress import say
 
 Phase = Literal["start", "step", "checkpoint"]
 HUNG = 76  # the exit status of a rank that ends itself

@@ -23,9 +23,9 @@ from hypothesis import strategies as st
 
 from antdist.data import cache as module
 from antdist.data.cache import Cache, Damaged, default_folder, open_cache
-from antdist.data.manifest import File
+from antdist.data.entries import File
 from antdist.errors import UserError
-from antdist.storage import Unreachable
+from antdist.io.storage import Unreachable
 
 PROJECT = Path(__file__).resolve().parents[2]
 

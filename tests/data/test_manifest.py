@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-from antdist.data.manifest import Block, File, ItemShard, Manifest, SequenceShard, read_manifest, write_manifest
+from antdist.data.entries import File
+from antdist.data.manifest import Block, ItemShard, Manifest, SequenceShard, read_manifest, write_manifest
 from antdist.errors import UserError
 
 DIGEST = "0" * 64

@@ -16,11 +16,11 @@ from antdist.config.schema import StreamConfig
 from antdist.data import cache as cached
 from antdist.data.cache import Cache
 from antdist.data.domain import Domain, open_domain
-from antdist.data.stream import Stream
+from antdist.data.stream.stream import Stream
 from antdist.data.verify import verify
 from antdist.errors import UserError
 from antdist.faults import corrupt
-from tests.data.test_append import FIRST, ITEMS, LATER, base, grow, histories, waiting
+from tests.data.ingest.test_append import FIRST, ITEMS, LATER, base, grow, histories, waiting
 from tests.domains import numbered_domain
 from tests.noted import AWAY, LOG, opened
 from tests.stores import Bucket
@@ -193,7 +193,7 @@ def test_storage_that_is_away_for_a_while_is_waited_for(
     away.touch()
     with pytest.raises(UserError, match=r"d/manifest.json: does not answer, or refuses \(connection refused\)"):
         open_domain(f"noted://{local.folder}", cache)
-    monkeypatch.setattr("antdist.storage.time.sleep", lambda _: away.unlink())
+    monkeypatch.setattr("antdist.io.storage.time.sleep", lambda _: away.unlink())
     assert open_domain(f"noted://{local.folder}", cache).fingerprint == local.fingerprint
     assert "connection refused) Trying again" in capsys.readouterr().err.replace(").", ")")
 

@@ -25,7 +25,7 @@ from sybil import Example
 from sybil.document import Document
 from sybil.parsers.markdown import CodeBlockParser, PythonCodeBlockParser
 
-from antdist.cli import cli
+from antdist.cli.main import cli
 from antdist.config.load import check_config, load_config, names_target
 from antdist.config.schema import PretrainConfig, RelearnConfig
 

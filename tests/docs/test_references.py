@@ -11,7 +11,7 @@ from types import ModuleType
 import click
 import pytest
 
-from antdist.cli import cli
+from antdist.cli.main import cli
 from antdist.config.load import known_keys
 from antdist.config.schema import PretrainConfig, RelearnConfig
 from tests.docs.pages import ROOT, pages

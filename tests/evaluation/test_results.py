@@ -11,7 +11,7 @@ from antdist.config.schema import RelearnConfig
 from antdist.errors import UserError
 from antdist.evaluation.ranking import Ranks
 from antdist.evaluation.results import Run, RunKey, budget_digest, load_ranks, pool, save_ranks
-from antdist.orchestration.runs import OPERATIONAL
+from antdist.runs.folder import OPERATIONAL
 
 
 def make_run(seeds: tuple[int, ...], users: int = 5, **key: object) -> Run:

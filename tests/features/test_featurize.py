@@ -15,15 +15,15 @@ import pytest
 
 from antdist.data.domain import Domain, ItemRecord, open_domain
 from antdist.data.verify import verify
+from antdist.distributed.local_ray import share_of_cores
 from antdist.errors import UserError
 from antdist.features import featurize as featurize_module
-from antdist.features.encoder import Encoded
+from antdist.features.encoders.base import Encoded
+from antdist.features.encoders.image import HistogramImage
+from antdist.features.encoders.price import PriceEncoder, sinusoid
+from antdist.features.encoders.text import _LoadedText, find_text_encoder, open_projection
 from antdist.features.featurize import featurize
-from antdist.features.image import HistogramImage
-from antdist.features.local_ray import share_of_cores
-from antdist.features.price import PriceEncoder, sinusoid
 from antdist.features.table import Catalogue, open_table
-from antdist.features.text import _LoadedText, find_text_encoder, open_projection
 from tests.items import some_items
 
 
@@ -116,7 +116,7 @@ def test_a_stopped_run_goes_on_where_it_stopped(
 KILLED = """
 import os, signal, sys
 from antdist.data.domain import open_domain
-from antdist.features import text
+from antdist.features.encoders import text
 from antdist.features.featurize import featurize
 real = text._LoadedText.__call__
 def kill(self, items):
@@ -319,7 +319,7 @@ def test_prices_are_encoded_a_shard_at_a_time(make_domain: Any, monkeypatch: pyt
         taken.append(len(prices))
         return sinusoid(prices, frequency)
 
-    monkeypatch.setattr("antdist.features.price.sinusoid", counting)
+    monkeypatch.setattr("antdist.features.encoders.price.sinusoid", counting)
     items = [ItemRecord(n, f"i{n}", None, 1.5**n, []) for n in range(11)]
     domain = make_domain("d", items, items_per_shard=4)
     featurize([domain], price="log", workers=0)

@@ -9,14 +9,14 @@ from typing import Any
 import numpy as np
 import pytest
 
-from antdist.data.append import append
 from antdist.data.domain import Domain, open_domain
-from antdist.data.prepare import prepare
+from antdist.data.ingest.append import append
+from antdist.data.ingest.prepare import prepare
 from antdist.data.verify import verify
 from antdist.errors import UserError
 from antdist.features import featurize as featurize_module
+from antdist.features.encoders.price import PriceEncoder, rescale
 from antdist.features.featurize import featurize
-from antdist.features.price import PriceEncoder, rescale
 from antdist.features.table import Catalogue, open_table
 
 FIRST = [10.0, None, 30.0, 20.0, 40.0]

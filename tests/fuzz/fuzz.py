@@ -36,15 +36,15 @@ import yaml
 
 from antdist.config.load import dump_config, load_config
 from antdist.config.schema import PretrainConfig, RelearnConfig, StreamConfig
-from antdist.data.append import append
 from antdist.data.domain import Sequences, open_domain, write_domain
 from antdist.data.images import BadImage, modest
-from antdist.data.prepare import prepare, read_source
+from antdist.data.ingest.append import append
+from antdist.data.ingest.prepare import prepare, read_source
 from antdist.data.quarantine import Quarantine
-from antdist.data.stream import Stream
+from antdist.data.stream.stream import Stream
 from antdist.data.verify import verify
 from antdist.errors import UserError
-from antdist.features.image import BrokenImageError, read_picture
+from antdist.features.encoders.image import BrokenImageError, read_picture
 from antdist.features.source import item_facts
 from antdist.features.table import Catalogue, open_table
 from tests.fuzz import mutations
@@ -53,8 +53,8 @@ from tests.worlds import make_domain
 
 PROJECT = Path(__file__).resolve().parents[2]
 PARSERS = (
-    "antdist/data/readers/files.py", "antdist/data/readers/columns.py", "antdist/data/readers/tabular.py",
-    "antdist/data/readers/amazon.py", "antdist/data/readers/atomic.py", "antdist/data/readers/form.py",
+    "antdist/data/ingest/readers/files.py", "antdist/data/ingest/readers/columns.py", "antdist/data/ingest/readers/tabular.py",
+    "antdist/data/ingest/readers/amazon.py", "antdist/data/ingest/readers/atomic.py", "antdist/data/ingest/readers/form.py",
     "antdist/data/quarantine.py", "antdist/data/manifest.py", "antdist/data/shards.py", "antdist/data/images.py",
     "antdist/data/verify.py", "antdist/features/source.py", "antdist/config/load.py",
 )  # fmt: skip

@@ -7,7 +7,7 @@ from random import Random
 
 import pytest
 
-from antdist.data import prepare as prepare_module
+from antdist.data.ingest import prepare as prepare_module
 from tests.fuzz import mutations
 from tests.fuzz.fuzz import fuzz, lines_there
 

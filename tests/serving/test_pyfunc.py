@@ -44,7 +44,7 @@ import mlflow, pandas
 
 model = mlflow.pyfunc.load_model(sys.argv[1])
 answer = model.predict(pandas.DataFrame({"history": json.loads(sys.argv[2]), "n": [4, 10, 100]}))
-trained = [m for m in sys.modules if m.startswith(("antdist.training", "antdist.orchestration", "antdist.features"))]
+trained = [m for m in sys.modules if m.startswith(("antdist.training", "antdist.runs", "antdist.features"))]
 print(json.dumps({**answer.to_dict("list"), "trained": trained}))
 """
 

@@ -21,9 +21,9 @@ import torch
 
 from antdist import faults
 from antdist.config.schema import ModelConfig
-from antdist.data.append import append
 from antdist.data.domain import Domain, open_domain
-from antdist.data.prepare import prepare
+from antdist.data.ingest.append import append
+from antdist.data.ingest.prepare import prepare
 from antdist.errors import UserError
 from antdist.features.table import Catalogue
 from antdist.model.io import FeatureSource, ModelCard, save_model

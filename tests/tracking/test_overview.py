@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
-from antdist.cli import cli
+from antdist.cli.main import cli
 from antdist.errors import UserError
 from antdist.tracking import overview as module
 from antdist.tracking.overview import lineage, overview, registry_uri

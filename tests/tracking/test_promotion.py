@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
-from antdist.cli import cli
+from antdist.cli.main import cli
 from antdist.errors import UserError
 from antdist.tracking.promotion import promote
 from antdist.tracking.registry import Lineage, resolve

@@ -10,15 +10,15 @@ import pytest
 
 from antdist.config.schema import LossConfig, ModelConfig, StreamConfig, TrainingConfig
 from antdist.data.domain import open_domain
-from antdist.data.order import shuffled
-from antdist.data.stream import Stream
+from antdist.data.stream.order import shuffled
+from antdist.data.stream.stream import Stream
+from antdist.distributed.world import current_world
 from antdist.errors import UserError
 from antdist.features.table import Catalogue
 from antdist.model.recommender import build_recommender
-from antdist.training.engine import PlainEngine
+from antdist.training.engines.plain import PlainEngine
 from antdist.training.feed import Feed
-from antdist.training.loop import Job, train
-from antdist.training.world import current_world
+from antdist.training.trainer import Job, train
 from tests.ranks import on_ranks
 from tests.worlds import make_domain
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from tests.ranks import on_ranks
-from tests.training.test_loop import NAMES, assert_same, run
+from tests.training.test_trainer import NAMES, assert_same, run
 from tests.worlds import make_domains
 
 

@@ -9,10 +9,15 @@ import pytest
 import torch
 
 from antdist.config.schema import TrainingConfig
+from antdist.distributed.world import current_world, row_gather, row_ranges
 from antdist.errors import UserError
-from antdist.training.deepspeed_engine import DeepSpeedEngine, check_passthrough, check_with_deepspeed, deepspeed_config
-from antdist.training.engine import EngineState, PlainEngine
-from antdist.training.world import current_world, row_gather, row_ranges
+from antdist.training.engines.deepspeed import (
+    DeepSpeedEngine,
+    check_passthrough,
+    check_with_deepspeed,
+    deepspeed_config,
+)
+from antdist.training.engines.plain import EngineState, PlainEngine
 from tests.ranks import on_ranks
 
 STEPS = 4

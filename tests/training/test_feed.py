@@ -14,12 +14,12 @@ import torch
 from antdist.batch import ROWS
 from antdist.config.schema import LossConfig, StreamConfig
 from antdist.data.domain import open_domain
-from antdist.data.stream import Stream
+from antdist.data.stream.stream import Stream
+from antdist.distributed.world import World
 from antdist.errors import UserError
 from antdist.features.table import Catalogue
 from antdist.training import feed as feed_module
 from antdist.training.feed import Feed
-from antdist.training.world import World
 from tests.domains import numbered_domain
 from tests.worlds import make_domains
 

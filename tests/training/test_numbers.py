@@ -12,17 +12,17 @@ import torch
 
 from antdist.config.schema import StreamConfig, TrainingConfig
 from antdist.data.domain import open_domain, read_blocks
-from antdist.data.stream import Stream
+from antdist.data.stream.stream import Stream
+from antdist.distributed.world import current_world
 from antdist.errors import UserError
-from antdist.training.checkpoint import load_latest, steps_in
-from antdist.training.deepspeed_engine import DeepSpeedEngine
-from antdist.training.engine import PlainEngine
-from antdist.training.loop import Diverged, Job, Progress, _refuse_broken
+from antdist.training.checkpoints.local import load_latest, steps_in
+from antdist.training.engines.deepspeed import DeepSpeedEngine
+from antdist.training.engines.plain import PlainEngine
 from antdist.training.numbers import in_a_row, spike, within_window
-from antdist.training.world import current_world
+from antdist.training.trainer import Diverged, Job, Progress, _refuse_broken
 from tests.ranks import on_ranks
 from tests.training.test_engines import arrays, small_model
-from tests.training.test_loop import NAMES, assert_same, run
+from tests.training.test_trainer import NAMES, assert_same, run
 from tests.worlds import make_domains
 
 
@@ -269,7 +269,7 @@ def test_a_leap_of_the_loss_is_told_and_noise_is_not() -> None:
 def test_a_leap_is_a_line_and_a_point_of_a_curve(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from antdist.training import loop
+    from antdist.training import trainer as loop
 
     step = loop.train_step
 

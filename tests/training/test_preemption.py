@@ -9,12 +9,12 @@ from typing import Any
 import numpy as np
 import pytest
 
+from antdist.distributed.world import current_world
 from antdist.errors import Preempted
-from antdist.training.checkpoint import steps_in
-from antdist.training.loop import Asked
-from antdist.training.world import current_world
+from antdist.training.checkpoints.local import steps_in
+from antdist.training.trainer import Asked
 from tests.ranks import on_ranks
-from tests.training.test_loop import NAMES, assert_same, run
+from tests.training.test_trainer import NAMES, assert_same, run
 from tests.worlds import make_domains
 
 

@@ -16,13 +16,13 @@ from antdist.config.schema import LossConfig, ModelConfig, StreamConfig, Trainin
 from antdist.data import cache as cached
 from antdist.data.cache import Cache
 from antdist.data.domain import open_domain
-from antdist.data.stream import Stream
+from antdist.data.stream.stream import Stream
+from antdist.distributed.world import current_world
 from antdist.features.table import Catalogue
 from antdist.model.recommender import build_recommender
-from antdist.training.engine import PlainEngine
+from antdist.training.engines.plain import PlainEngine
 from antdist.training.feed import Feed, StepInput
-from antdist.training.loop import Job, train
-from antdist.training.world import current_world
+from antdist.training.trainer import Job, train
 from tests.features.test_parts import give_parts
 from tests.noted import LOG, SLOW, opened
 from tests.ranks import on_ranks

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 PROJECT = Path(__file__).resolve().parents[2]
-AWAY = ["ray", "mlflow", "deepspeed", "transformers", "polars", "pyarrow", "pandas", "sklearn", "skimage", "scipy"]
+AWAY = ["ray", "mlflow", "deepspeed", "transformers", "polars", "pyarrow", "pandas", "sklearn", "scipy"]
 
 # the arguments: a folder, the packages to keep away
 PLAIN_TRAINING = """
@@ -17,7 +17,7 @@ from pathlib import Path
 
 folder = Path(sys.argv[1])
 sys.modules.update(dict.fromkeys(sys.argv[2:]))  # None: importing it raises ModuleNotFoundError
-from tests.training.test_loop import NAMES, run
+from tests.training.test_trainer import NAMES, run
 from tests.worlds import make_domains
 
 make_domains(folder / "data", NAMES)

@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 
 from antdist.config.schema import HangConfig
-from antdist.training.checkpoint import steps_in
+from antdist.training.checkpoints.local import steps_in
 from antdist.training.watchdog import HUNG
 from tests.ranks import on_ranks, start_ranks
-from tests.training.test_loop import NAMES, run
+from tests.training.test_trainer import NAMES, run
 from tests.worlds import make_domains
 
 PROJECT = Path(__file__).resolve().parents[2]

@@ -1,0 +1,1 @@
+"""Ingest: exports in, prepared domains out."""

@@ -1,0 +1,141 @@
+"""The form `tabular`: two files, interactions and items, each CSV, JSON lines or Parquet, gzip or not."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from antdist.data.ingest.readers.columns import ROLES, choose_columns, present_columns, read_interactions
+from antdist.data.ingest.readers.files import Row, check_file, rows
+from antdist.data.ingest.readers.form import MOST_IMAGES, Item, Source, Tally, compose_text, read_price, valid_text
+from antdist.data.quarantine import Quarantine
+from antdist.errors import UserError
+
+ITEM_ROLES = ("text", "title", "category", "brand", "price", "image")
+
+
+def read_tabular(
+    interactions: Path,
+    items: Path | None,
+    columns: Mapping[str, str] | None = None,
+    quarantine: Quarantine | None = None,
+) -> Source:
+    """Read a domain from two tables.
+
+    Args:
+        interactions: columns `user_id`, `item_id`, `timestamp` (a number).
+        items: columns `item_id` and, where there are any, `text` (or `title`, `category`, `brand`), `price` and `image`
+            (a path or several: a list, or separated by `|`; relative to the file's folder). None: no items.
+        columns: the file's name of a column where it differs, `{"user_id": "customer"}`.
+        quarantine: takes bad lines; None: the first one is refused.
+
+    Raises:
+        UserError: naming file and line.
+    """
+    columns = dict(columns or {})
+    known = (*ROLES, *ITEM_ROLES)
+    for role in columns:
+        if role not in known:
+            raise UserError(f"no column is called {role!r}", where="--column", remedy=f"use one of {', '.join(known)}")
+    if items is not None:
+        check_file(items)
+    check_file(interactions)
+    names = choose_columns(
+        interactions, present_columns(interactions), {role: columns.get(role, role) for role in ROLES}
+    )
+    tally, quarantine = Tally(), quarantine or Quarantine()
+    found = read_interactions(interactions, names, quarantine)
+    return Source(found, [] if items is None else read_items(items, columns, tally, quarantine), tally)
+
+
+def read_items(path: Path, columns: Mapping[str, str], tally: Tally, quarantine: Quarantine) -> list[Item]:
+    """The items in the order of their file; bad ones go into quarantine.
+
+    Raises:
+        UserError: an id is empty or occurs twice, an image path leaves the folder, a field has a wrong type, or a
+            column that the user named is not there.
+    """
+    id_column = columns.get("item_id", "item_id")
+    names = {role: columns.get(role, role) for role in ITEM_ROLES}
+    unseen = {columns[role] for role in ITEM_ROLES if role in columns}
+    seen: dict[str, int] = {}
+    items: list[Item] = []
+    folder = path.parent.resolve()
+    bad = quarantine.file(path)
+    for line, row in rows(path, bad):
+        where = f"{path}:{line}"
+        if not items and id_column not in row:
+            id_column = choose_columns(path, list(row), {"item_id": id_column})["item_id"]
+        unseen -= row.keys()
+        item_id = None
+        try:
+            item_id = _identifier(row.get(id_column), where)
+            if item_id in seen:
+                what = f"item {item_id} occurs twice, first in line {seen[item_id]}"
+                raise UserError(what, where=where, remedy="keep one of the two lines")
+            text, images = _text(row, names, where), _images(row.get(names["image"]), item_id, folder, where, tally)
+        except UserError as fault:
+            bad.set_aside(fault, line, item_id)
+            continue
+        bad.good += 1
+        seen[item_id] = line
+        items.append(Item(item_id, text, read_price(row.get(names["price"]), item_id, tally), images))
+    bad.end()
+    if unseen:
+        raise UserError(f"no row has a column {' or '.join(sorted(unseen))}", where=path, remedy="check --column")
+    if not items:
+        raise UserError("holds no items", where=path)
+    return items
+
+
+def _identifier(value: Any, where: str) -> str:
+    if value is None or not str(value).strip():
+        raise UserError("empty item_id", where=where, remedy="give the item an id, or delete the line")
+    if not isinstance(value, str | int) or isinstance(value, bool):
+        raise UserError(f"item_id is {value!r}, text or a whole number was due", where=where)
+    return valid_text(str(value))
+
+
+def _text(row: Row, names: Mapping[str, str], where: str) -> str | None:
+    text = row.get(names["text"])
+    if text is not None:
+        if not isinstance(text, str):
+            raise UserError(f"text is {text!r}, not text", where=where)
+        return valid_text(text).strip() or None
+    title, category, brand = (row.get(names[role]) for role in ("title", "category", "brand"))
+    categories = category if isinstance(category, list) else [category or ""]
+    for value in (title, brand, *categories):
+        if not isinstance(value, str | None):
+            raise UserError(f"title, category and brand must be text, not {value!r}", where=where)
+    return compose_text(title, categories, brand)
+
+
+def _images(value: Any, item_id: str, folder: Path, where: str, tally: Tally) -> tuple[Path, ...]:
+    names = value.split("|") if isinstance(value, str) else value or []
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise UserError(f"image is {value!r}, a path or several were due", where=where)
+    paths = []
+    for name in (name.strip() for name in names):
+        if not name:
+            continue
+        if name.startswith(("http://", "https://")):
+            tally.add("images left out: an address, nothing is downloaded", example=f"{name} of item {item_id}")
+            continue
+        paths.append(inside(folder, name, where))
+    tally.add(
+        f"images left out: more than {MOST_IMAGES} of an item", max(len(paths) - MOST_IMAGES, 0), f"item {item_id}"
+    )
+    return tuple(paths[:MOST_IMAGES])
+
+
+def inside(folder: Path, name: str, where: str) -> Path:
+    """The path of a file below a resolved folder; anything that leads out of it is refused."""
+    try:
+        path = (folder / name).resolve()
+    except (OSError, ValueError, RuntimeError):
+        raise UserError(f"image path {name!r} is not a path", where=where) from None
+    if not path.is_relative_to(folder):
+        remedy = f"keep images below {folder}"
+        raise UserError(f"image path {name!r} leaves the folder of the items file", where=where, remedy=remedy)
+    return path

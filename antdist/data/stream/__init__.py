@@ -1,0 +1,1 @@
+"""The stream of training examples: order, windows, batches, and their shards."""

@@ -1,0 +1,174 @@
+"""A global batch dealt to ranks: whole windows, tokens balanced, the same items and candidates on every rank (law 2)."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from antdist.batch import Batch, GlobalBatch, IntArray
+from antdist.ragged import ranges, starts_of
+
+FloatArray = NDArray[np.float64]
+
+SPARSE = 32  # items of the catalogue for each id of a micro-batch: above it ids are sorted (65,000 take a millisecond)
+
+
+def assign(lengths: IntArray, parts: int) -> IntArray:
+    """Which part each window goes to, (W,): longest first, there and back again over the parts.
+
+    With W >= parts every part gets a window, and the tokens of two parts differ by no more than the longest window.
+    """
+    rank = np.empty(len(lengths), dtype=np.int64)
+    rank[np.argsort(-lengths, kind="stable")] = np.arange(len(lengths))
+    row, column = np.divmod(rank, parts)
+    return np.where(row % 2 == 0, column, parts - 1 - column)
+
+
+def select(batch: GlobalBatch, windows: IntArray) -> GlobalBatch:
+    """Some windows of a batch (increasing numbers) with their predictions; none is allowed."""
+    begin = batch.offsets[windows]
+    lengths = batch.offsets[windows + 1] - begin
+    offsets = starts_of(lengths)
+    bounds = np.searchsorted(batch.predict_at, batch.offsets)
+    counts = bounds[windows + 1] - bounds[windows]
+    predictions = ranges(bounds[windows], counts)
+    return GlobalBatch(
+        epoch=batch.epoch,
+        index=batch.index,
+        items=batch.items[ranges(begin, lengths)],
+        offsets=offsets,
+        predict_at=batch.predict_at[predictions] + np.repeat(offsets[:-1] - begin, counts),
+        targets=batch.targets[predictions],
+        users=batch.users[windows],
+    )
+
+
+def split(batch: GlobalBatch, parts: int) -> list[GlobalBatch]:
+    """Micro-batches: whole windows in their order, tokens balanced. With fewer windows than parts some are empty."""
+    if parts == 1:
+        return [batch]
+    part = assign(np.diff(batch.offsets), parts)
+    return [select(batch, np.flatnonzero(part == p)) for p in range(parts)]
+
+
+def deal(
+    batch: GlobalBatch,
+    *,
+    rank: int,
+    world_size: int,
+    candidates: Literal["in_batch", "catalogue", "sampled"],
+    catalogue_size: int,
+    samples: int = 0,
+    log_q: bool = False,
+    heaps: IntArray | None = None,
+    seed: int = 0,
+    step: int = 0,
+) -> Batch:
+    """This rank's share of a global (micro-)batch. All but the share is the same on every rank.
+
+    With n_c how often item c is a next item in the global batch, m_c how often it was drawn, and
+    q_c = (popularity_c + 1) / sum(popularity + 1), the candidates and what is added to their logits are
+
+    - `in_batch`: the distinct next items. bias = log n_c, so that the logsumexp over distinct candidates is that over all
+      other predictions' next items; with `log_q` bias = log n_c - log q_c and target_bias = -log q_c.
+    - `catalogue`: all items, no bias.
+    - `sampled`: the distinct next items and the distinct of `samples` draws with replacement, from q with `log_q`, else
+      uniformly. bias = log m_c, minus log(samples q_c) with `log_q`; -inf for an item that was not drawn (it is a
+      candidate of its own predictions only); target_bias = -log(samples q_c) with `log_q`, else none.
+
+    Args:
+        heaps: (catalogue_size + 1,) running sum from 0 of popularity + 1, needed with `log_q` only.
+        seed, step: of the draws of `sampled`; give each micro-batch a step of its own.
+    """
+    assert not log_q or heaps is not None or candidates == "catalogue"
+    heaps = heaps if log_q else None
+    bias: FloatArray | None = None
+    target_bias: FloatArray | None = None
+    if candidates == "catalogue":
+        item_ids = chosen = np.arange(catalogue_size)
+        counts = np.bincount(batch.targets, minlength=catalogue_size)
+    else:
+        draws = np.empty(0, dtype=np.int64)
+        if candidates == "sampled":
+            draws = _draw(samples, catalogue_size, heaps, seed, step)
+        item_ids, (items, targets, draws) = _numbered(catalogue_size, batch.items, batch.targets, draws)
+        batch = replace(batch, items=items, targets=targets)
+        chosen, counts, drawn = _tally(targets, draws, len(item_ids))
+        repeats = drawn if candidates == "sampled" else counts
+        bias, target_bias = _biases(repeats, item_ids[chosen], heaps, samples=max(1, len(draws)))
+    mine = select(batch, np.flatnonzero(assign(np.diff(batch.offsets), world_size) == rank))
+    places = np.empty(len(item_ids), dtype=np.int64)  # where a row stands in the candidates
+    places[chosen] = np.arange(len(chosen))
+    begin, end = share(len(item_ids), rank, world_size)
+    own_begin, own_end = np.searchsorted(chosen, [begin, end]).tolist()
+    return Batch(
+        item_ids=torch.from_numpy(item_ids),
+        share=(begin, end),
+        tokens=torch.from_numpy(mine.items),
+        offsets=torch.from_numpy(mine.offsets),
+        predict_at=torch.from_numpy(mine.predict_at),
+        targets=torch.from_numpy(places[mine.targets]),
+        candidates=torch.from_numpy(chosen),
+        own=(own_begin, own_end),
+        counts=torch.from_numpy(counts.astype(np.float32)),
+        bias=None if bias is None else torch.from_numpy(bias.astype(np.float32)),
+        target_bias=None if target_bias is None else torch.from_numpy(target_bias.astype(np.float32)),
+        predictions=batch.predictions,
+        longest=int(np.diff(mine.offsets).max(initial=0)),
+    )
+
+
+def share(rows: int, rank: int, world_size: int) -> tuple[int, int]:
+    """Which of `rows` rows are this rank's: even runs, the first ranks get one more where it does not divide."""
+    each, over = divmod(rows, world_size)
+    begin = rank * each + min(rank, over)
+    return begin, begin + each + (rank < over)
+
+
+def _numbered(catalogue_size: int, *ids: IntArray) -> tuple[IntArray, list[IntArray]]:
+    """The distinct ids, sorted, and of each array the places of its ids among them.
+
+    By a mark for each item of the catalogue; by a sort where that is many times larger, whatever its size.
+    """
+    together = np.concatenate(ids)
+    if catalogue_size > SPARSE * len(together):
+        distinct, places = np.unique(together, return_inverse=True)
+    else:
+        seen = np.zeros(catalogue_size, dtype=np.bool_)
+        seen[together] = True
+        distinct = np.flatnonzero(seen)
+        place = np.empty(catalogue_size, dtype=np.int64)  # no other than those of distinct ids is read
+        place[distinct] = np.arange(len(distinct))
+        places = place[together]
+    return distinct, np.split(places, np.cumsum([len(some) for some in ids])[:-1])
+
+
+def _tally(targets: IntArray, draws: IntArray, rows: int) -> tuple[IntArray, IntArray, IntArray]:
+    """The rows that are target or drawn, and how often each is the one and the other."""
+    counts, drawn = np.bincount(targets, minlength=rows), np.bincount(draws, minlength=rows)
+    chosen = np.flatnonzero(counts + drawn)
+    return chosen, counts[chosen], drawn[chosen]
+
+
+def _draw(samples: int, catalogue_size: int, heaps: IntArray | None, seed: int, step: int) -> IntArray:
+    random = np.random.default_rng([seed, step])
+    if heaps is None:
+        return random.integers(catalogue_size, size=samples)
+    return np.searchsorted(heaps[1:], random.integers(heaps[-1], size=samples), side="right")
+
+
+def _biases(
+    repeats: IntArray, ids: IntArray, heaps: IntArray | None, samples: int
+) -> tuple[FloatArray, FloatArray | None]:
+    with np.errstate(divide="ignore"):  # log 0 = -inf is meant: never drawn, so nobody's negative
+        bias = np.log(repeats.astype(np.float64))
+    if heaps is None:
+        return bias, None
+    # Each item counts once more than it occurs, so that no probability is 0.
+    chance = (heaps[ids + 1] - heaps[ids]) / heaps[-1]
+    correction = np.log(samples * chance)
+    return bias - correction, -correction

@@ -1,0 +1,1 @@
+"""Generated worlds of domains, for tests, benchmarks and the demo."""

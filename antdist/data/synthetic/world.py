@@ -1,0 +1,293 @@
+"""Write a generated world (`antdist.data.synthetic.grammar`) as a user would bring data: the *tabular* form, a folder a domain.
+
+`OUT/DOMAIN/` holds `interactions.csv.gz` (user_id, item_id, timestamp), `items.jsonl.gz` (item_id, text, price, image:
+a path below the folder) and `images/*.jpg`. No modality tells all: the stage of an item stands in its words alone, the
+colour in its picture alone, the tier in its price alone; category and style stand in the picture and, mostly, in words.
+A few items lack one modality. The same arguments give the same bytes.
+"""
+
+from __future__ import annotations
+
+import gzip
+import json
+import re
+import shutil
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from antdist.data.synthetic.drawing import draw_item
+from antdist.data.synthetic.grammar import LONGEST, SHORTEST, SyntheticDomain, generator, make_domain
+from antdist.errors import UserError
+from antdist.io.progress import track
+
+TARGET = "workshop"
+AUXILIARIES = ("garden", "kitchen", "toys", "office", "music", "pets", "sports")
+FEWEST_ITEMS = 4 * SHORTEST
+
+# Words that every domain uses, by value of the attribute; the first of each is the usual one.
+STAGES = (
+    ("starter", "beginner"),
+    ("basic", "simple"),
+    ("standard", "everyday"),
+    ("advanced", "skilled"),
+    ("expert", "masterclass"),
+)
+STYLES = (("modern", "minimal"), ("rustic", "country"), ("retro", "vintage"), ("ornate", "baroque"))
+CATEGORIES = {
+    "garden": (
+        ("trowel", "spade"),
+        ("planter", "pot"),
+        ("seeds", "bulbs"),
+        ("hose", "sprinkler"),
+        ("trellis", "arch"),
+        ("lantern", "torch"),
+    ),
+    "kitchen": (
+        ("knife", "cleaver"),
+        ("pan", "skillet"),
+        ("bowl", "dish"),
+        ("whisk", "ladle"),
+        ("kettle", "teapot"),
+        ("apron", "towel"),
+    ),
+    "toys": (
+        ("blocks", "bricks"),
+        ("puzzle", "jigsaw"),
+        ("train", "locomotive"),
+        ("doll", "figure"),
+        ("kite", "glider"),
+        ("drum", "xylophone"),
+    ),
+    "workshop": (
+        ("hammer", "mallet"),
+        ("saw", "fretsaw"),
+        ("drill", "driver"),
+        ("plane", "chisel"),
+        ("clamp", "vice"),
+        ("gauge", "level"),
+    ),
+}
+PRICES = {"garden": 12.0, "kitchen": 9.0, "toys": 800.0, "workshop": 25.0}  # of the lowest tier, own currency
+TIER_FACTOR, PRICE_NOISE = 2.5, 0.15
+EXTRAS = ("with carry bag", "gift box", "set of two", "new edition", "long lasting", "easy to clean", "handmade", "")
+SYLLABLES = ("bar", "den", "fol", "gim", "hal", "kes", "lor", "mun", "nep", "ost", "pir", "rud", "sel", "tov", "wik")
+CATEGORY_NAMED, STYLE_NAMED = 0.85, 0.6  # how often the words tell what the picture tells as well
+
+FIRST_DAY, DAY = 1_672_531_200, 86_400  # 1 January 2023, in seconds
+
+
+@dataclass(frozen=True)
+class SynthDomain:
+    """What was written of one domain."""
+
+    name: str
+    users: int
+    items: int
+    interactions: int
+    texts: int  # items that have the modality
+    pictures: int
+    prices: int
+
+
+@dataclass(frozen=True)
+class SynthReport:
+    """What was written, and which domain is meant as the target (the last)."""
+
+    folder: Path
+    target: str
+    domains: list[SynthDomain]
+
+    def lines(self) -> list[str]:
+        return [
+            f"{d.name}{' (target)' if d.name == self.target else ''}: {d.users:,} users, {d.items:,} items, "
+            f"{d.interactions:,} interactions; {d.texts:,} texts, {d.pictures:,} pictures, {d.prices:,} prices"
+            for d in self.domains
+        ]
+
+    def to_json(self) -> dict[str, Any]:
+        return {"folder": str(self.folder), "target": self.target, "domains": [asdict(d) for d in self.domains]}
+
+
+def synth(
+    out: str | Path,
+    *,
+    domains: int | Sequence[str] = 4,
+    users: int = 3000,
+    items: int = 600,
+    target_users: int = 800,
+    target_items: int = 400,
+    mean_length: float = 14.0,
+    missing: float = 0.04,
+    with_images: bool = True,
+    pixels: int = 64,
+    seed: int = 0,
+) -> SynthReport:
+    """Generate a world of auxiliary domains and, last, a target domain, below the folder `out`.
+
+    Args:
+        domains: how many, or their names; the last is the target.
+        users, items: of each auxiliary domain.
+        target_users, target_items: of the target.
+        mean_length: mean interactions of a user (about: they are cut at both ends).
+        missing: share of items that lack their text; as many others lack the picture, as many others the price.
+        with_images: draw pictures; without, no item has one.
+        pixels: side of a picture.
+
+    Raises:
+        UserError: a value out of range, a name that is no folder name, or a domain's folder that exists already.
+    """
+    _check_range("domains", domains if isinstance(domains, int) else len(domains), 1)
+    _check_range("users", min(users, target_users), 1)
+    _check_range("items", min(items, target_items), FEWEST_ITEMS)
+    _check_range("mean_length", mean_length, SHORTEST, LONGEST)
+    _check_range("missing", missing, 0, 1 / 3)
+    _check_range("pixels", pixels, 16, 1024)
+    _check_range("seed", seed, 0)
+    out, names = Path(out), _names(domains)
+    _check_names(out, names)
+    written = []
+    for name in names:
+        size = (target_users, target_items) if name == names[-1] else (users, items)
+        domain = make_domain(name, users=size[0], items=size[1], mean_length=mean_length, seed=seed)
+        partial = out / f".{name}.partial"
+        shutil.rmtree(partial, ignore_errors=True)
+        written.append(_write_domain(partial, domain, missing, pixels if with_images else None, seed))
+        partial.rename(out / name)
+    return SynthReport(out, names[-1], written)
+
+
+def _names(domains: int | Sequence[str]) -> list[str]:
+    if not isinstance(domains, int):
+        return list(domains)
+    more = [f"domain{number}" for number in range(len(AUXILIARIES) + 1, domains)]
+    return [*AUXILIARIES[: domains - 1], *more, TARGET]
+
+
+def _check_names(out: Path, names: list[str]) -> None:
+    for name in names:
+        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
+            raise UserError(
+                f"'{name}' cannot be a folder's name", where="domains", remedy="use letters, digits, '.', '_', '-'"
+            )
+        if (out / name).exists():
+            raise UserError("exists already", where=out / name, remedy="choose another folder, or delete this one")
+    if len(set(names)) != len(names):
+        raise UserError("a domain is named twice", where="domains", remedy="give each domain a name of its own")
+
+
+def _check_range(key: str, value: float, least: float, most: float | None = None) -> None:
+    if value < least or (most is not None and value > most):
+        limits = f"at least {least}" if most is None else f"between {least} and {most:.3g}"
+        raise UserError(f"{value} is out of range", where=key, remedy=f"give {limits}")
+
+
+def _write_domain(folder: Path, domain: SyntheticDomain, missing: float, pixels: int | None, seed: int) -> SynthDomain:
+    folder.mkdir(parents=True)
+    size = len(domain.weights)
+    dice = generator(seed, domain.name, "missing").random(size)
+    has_text, has_price = dice >= missing, (dice < 2 * missing) | (dice >= 3 * missing)
+    has_picture = ((dice < missing) | (dice >= 2 * missing)) & (pixels is not None)
+    texts, prices = describe(domain, seed), price(domain, seed)
+    if pixels is not None:
+        _write_pictures(folder / "images", domain, has_picture, pixels, seed)
+    records = [
+        {
+            "item_id": _item_id(domain, index),
+            "text": texts[index] if has_text[index] else None,
+            "price": prices[index] if has_price[index] else None,
+            "image": f"images/{_item_id(domain, index)}.jpg" if has_picture[index] else None,
+        }
+        for index in range(size)
+    ]
+    _write_gzip(folder / "items.jsonl.gz", "".join(json.dumps(record) + "\n" for record in records))
+    _write_gzip(folder / "interactions.csv.gz", _interactions(domain, seed))
+    return SynthDomain(
+        domain.name,
+        users=len(domain.offsets) - 1,
+        items=size,
+        interactions=len(domain.items),
+        texts=int(has_text.sum()),
+        pictures=int(has_picture.sum()),
+        prices=int(has_price.sum()),
+    )
+
+
+def describe(domain: SyntheticDomain, seed: int) -> list[str]:
+    """An item's words: brand, stage and category always or mostly, style often, in one of two words each, and chaff."""
+    rng = generator(seed, domain.name, "words")
+    size, categories = len(domain.weights), _categories(domain.name)
+    brands = [f"{''.join(rng.choice(SYLLABLES, 2))}".title() for _ in range(12)]
+    second = (rng.random((3, size)) < 0.35).astype(int)  # which of the two words: stage, category, style
+    named_category, named_style = rng.random(size) < CATEGORY_NAMED, rng.random(size) < STYLE_NAMED
+    brand, extra = rng.integers(len(brands), size=size), rng.integers(len(EXTRAS), size=size)
+    texts = []
+    for index, (stage, category, style) in enumerate(zip(*(domain.attributes[a] for a in _IN_WORDS), strict=True)):
+        words = [
+            brands[brand[index]],
+            STAGES[stage][second[0, index]],
+            STYLES[style][second[2, index]] if named_style[index] else "",
+            categories[category][second[1, index]] if named_category[index] else "piece",
+            EXTRAS[extra[index]],
+        ]
+        texts.append(" ".join(word for word in words if word))
+    return texts
+
+
+_IN_WORDS = ("stage", "category", "style")
+
+
+def price(domain: SyntheticDomain, seed: int) -> list[float]:
+    """Prices in the domain's own currency: the tier's, give or take."""
+    rng = generator(seed, domain.name, "prices")
+    lowest = PRICES.get(domain.name, float(np.exp(rng.uniform(np.log(2), np.log(200)))))
+    spread = np.exp(rng.normal(0, PRICE_NOISE, len(domain.weights)))
+    return np.round(lowest * TIER_FACTOR ** domain.attributes["tier"] * spread, 2).tolist()
+
+
+def _categories(domain: str) -> Sequence[Sequence[str]]:
+    """Two words for each category; of a domain without words of its own, made-up ones."""
+    if domain in CATEGORIES:
+        return CATEGORIES[domain]
+    rng = generator(0, domain, "categories")
+    names = ["".join(rng.choice(SYLLABLES, 3)) for _ in range(2 * len(CATEGORIES[TARGET]))]
+    return list(zip(names[::2], names[1::2], strict=True))
+
+
+def _write_pictures(folder: Path, domain: SyntheticDomain, drawn: NDArray[np.bool_], pixels: int, seed: int) -> None:
+    folder.mkdir()
+    rng = generator(seed, domain.name, "pictures")
+    looks = zip(*(domain.attributes[a].tolist() for a in ("category", "colour", "style")), strict=True)
+    for index, (category, colour, style) in enumerate(track(looks, f"drawing {domain.name}", len(drawn))):
+        picture = draw_item(rng, shape=category, colour=colour, texture=style, pixels=pixels)
+        if drawn[index]:
+            (folder / f"{_item_id(domain, index)}.jpg").write_bytes(picture)
+
+
+def _interactions(domain: SyntheticDomain, seed: int) -> str:
+    """All interactions as CSV in order of time; a user's follow within hours or days, after a break within months."""
+    rng = generator(seed, domain.name, "times")
+    lengths = np.diff(domain.offsets)
+    users = np.repeat(np.arange(len(lengths)), lengths)
+    gaps = np.exp(rng.normal(np.log(np.where(domain.fresh, 60 * DAY, DAY // 2)), 0.7)).astype(np.int64) + 1
+    gaps[domain.offsets[:-1]] = rng.integers(0, 365 * DAY, len(lengths))
+    elapsed = np.cumsum(gaps)
+    times = FIRST_DAY + elapsed - np.repeat(elapsed[domain.offsets[:-1]] - gaps[domain.offsets[:-1]], lengths)
+    rows = [
+        f"u{users[row]:06d},{_item_id(domain, domain.items[row])},{times[row]}\n"
+        for row in np.argsort(times, kind="stable")
+    ]
+    return "user_id,item_id,timestamp\n" + "".join(rows)
+
+
+def _item_id(domain: SyntheticDomain, index: int) -> str:
+    return f"{domain.name}-{index:06d}"
+
+
+def _write_gzip(path: Path, text: str) -> None:
+    """Gzip without name and time: the same text gives the same bytes."""
+    path.write_bytes(gzip.compress(text.encode(), compresslevel=6, mtime=0))

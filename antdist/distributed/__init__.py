@@ -1,0 +1,1 @@
+"""Ray sessions, process groups and collectives."""

@@ -1,0 +1,255 @@
+"""Image encoders: any transformers vision model (spec, section 2), and colour and gradient histograms that need no
+download. Pictures are decoded here, with Pillow, and nowhere else."""
+
+from __future__ import annotations
+
+import io
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, cast
+
+import numpy as np
+from numpy.typing import NDArray
+
+from antdist.errors import UserError
+from antdist.features.encoders.base import Encoded, Loaded, find_pretrained, folder_digest, load_frozen
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+    from antdist.data.domain import ItemRecord
+
+MAX_PIXELS = 50_000_000
+
+
+class BrokenImageError(Exception):
+    """A picture that cannot be read, or is larger than allowed."""
+
+
+def read_picture(data: bytes, max_pixels: int = MAX_PIXELS) -> Image:
+    """A JPEG or PNG as RGB: grey, CMYK and palette pictures are converted, transparency is laid on white.
+
+    Raises:
+        BrokenImageError: no picture, cut short, or of more than `max_pixels` (told before it is unpacked).
+    """
+    from PIL import Image, UnidentifiedImageError
+
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # our own cap is asked below
+            picture = Image.open(io.BytesIO(data), formats=("JPEG", "PNG"))
+        if picture.width * picture.height > max_pixels:
+            raise BrokenImageError(f"{picture.width} x {picture.height} pixels")
+        picture.load()
+        return _rgb(picture)
+    except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as error:
+        nothing = isinstance(error, UnidentifiedImageError)  # whose own words name an address in memory
+        raise BrokenImageError("no JPEG or PNG" if nothing else str(error)) from None
+
+
+def _rgb(picture: Image) -> Image:
+    from PIL import Image
+
+    if picture.mode.startswith("I"):  # 16 bits of grey, which Pillow would clip
+        picture = Image.fromarray((np.asarray(picture).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8))
+    if picture.mode in ("RGBA", "LA", "PA") or "transparency" in picture.info:
+        layered = picture.convert("RGBA")
+        picture = Image.new("RGBA", layered.size, "white")
+        picture.alpha_composite(layered)
+    return picture.convert("RGB")
+
+
+def _encode_items(
+    items: Sequence[ItemRecord],
+    encode: Callable[[list[Image]], NDArray[np.float32]],
+    dim: int,
+    *,
+    max_images: int,
+    max_pixels: int,
+    batch_size: int,
+) -> Encoded:
+    """The mean over each item's first `max_images` pictures that can be read; pictures are decoded a batch at a time."""
+    sums = np.zeros((len(items), dim), dtype=np.float64)
+    counts = np.zeros(len(items), dtype=np.int64)
+    seen = 0
+    faults: list[tuple[str, str]] = []
+    pictures: list[Image] = []
+    owners: list[int] = []
+
+    def flush() -> None:
+        if pictures:
+            np.add.at(sums, owners, encode(pictures))
+            np.add.at(counts, owners, 1)
+        pictures.clear()
+        owners.clear()
+
+    for row, item in enumerate(items):
+        for number, data in enumerate(item.images[:max_images]):
+            seen += 1
+            try:
+                pictures.append(read_picture(data, max_pixels))
+                owners.append(row)
+            except BrokenImageError as error:
+                faults.append((item.item_id, f"picture {number} is broken: {error}"))
+            if len(pictures) == batch_size:
+                flush()
+    flush()
+    values = sums / np.maximum(counts, 1)[:, None]
+    return Encoded(values.astype(np.float32), counts > 0, seen, tuple(faults))
+
+
+# ------------------------------------------------------------------------------------------------- transformers
+
+
+@dataclass(frozen=True)
+class TransformersImage:
+    """A transformers vision model; see `find_image_encoder`."""
+
+    name: str
+    folder: Path
+    digest: str
+    max_images: int
+    max_pixels: int
+    batch_size: int
+    device: str
+
+    def description(self) -> dict[str, str | int | float | None]:
+        return {"name": self.name, "kind": "transformers", "digest": self.digest, "max_images": self.max_images}
+
+    def load(self) -> Loaded:
+        return _LoadedImage(self)
+
+
+def find_image_encoder(
+    name: str, *, max_images: int = 4, max_pixels: int = MAX_PIXELS, batch_size: int = 64, device: str = "auto"
+) -> TransformersImage:
+    """Find a vision model by folder or model hub's name, with its image processor.
+
+    Args:
+        name: a folder, or a name such as `microsoft/swin-base-patch4-window7-224` (the paper's kind).
+        max_images: pictures an item that are averaged.
+        max_pixels: a larger picture counts as broken.
+        batch_size: pictures a forward pass.
+        device: `auto`, `cpu`, `cuda` or `cuda:0` ...
+
+    Raises:
+        UserError: no such encoder, or no image processor with it.
+    """
+    folder = find_pretrained(name, "--image")
+    if not (folder / "preprocessor_config.json").is_file() and not (folder / "processor_config.json").is_file():
+        raise UserError(
+            "the model comes without an image processor (preprocessor_config.json)",
+            where=f"--image {name}",
+            remedy="save its image processor into the same folder, or give a vision model",
+        )
+    return TransformersImage(name, folder, folder_digest(folder), max_images, max_pixels, batch_size, device)
+
+
+class _LoadedImage:
+    def __init__(self, encoder: TransformersImage) -> None:
+        from PIL import Image
+        from transformers import AutoImageProcessor
+
+        self.encoder = encoder
+        model, self.device, self.dtype = load_frozen(encoder.folder, "--image", encoder.device)
+        self.model = getattr(model, "vision_model", model)  # of CLIP and its like, the half that sees
+        # Pillow's backend: the other needs torchvision, which antdist does without.
+        try:
+            self.processor = AutoImageProcessor.from_pretrained(
+                str(encoder.folder), backend="pil", local_files_only=True, trust_remote_code=False
+            )
+        except (OSError, ValueError, KeyError, ImportError) as error:
+            reason = str(error).strip().splitlines()[0]
+            raise UserError(f"cannot load its image processor ({reason})", where=f"--image {encoder.name}") from None
+        self.dim = int(self.encode([Image.new("RGB", (32, 32))]).shape[1])
+
+    def __call__(self, items: Sequence[ItemRecord]) -> Encoded:
+        return _encode_items(
+            items,
+            self.encode,
+            self.dim,
+            max_images=self.encoder.max_images,
+            max_pixels=self.encoder.max_pixels,
+            batch_size=self.encoder.batch_size,
+        )
+
+    def encode(self, pictures: list[Image]) -> NDArray[np.float32]:
+        """Pooled output (n, dim); where the model has none, the mean of its last hidden state."""
+        import torch
+
+        inputs = self.processor(images=pictures, return_tensors="pt")
+        with torch.inference_mode():
+            output = self.model(inputs["pixel_values"].to(self.device, self.dtype))
+            pooled = getattr(output, "pooler_output", None)
+            if pooled is None:
+                hidden = output.last_hidden_state  # (n, tokens, dim), or (n, dim, height, width) of a convolution
+                pooled = hidden.mean(1) if hidden.dim() == 3 else hidden.mean((2, 3))
+        return cast("NDArray[np.float32]", pooled.flatten(1).float().cpu().numpy())
+
+
+# --------------------------------------------------------------------------------------------------- histograms
+
+SIDE = 96  # pictures are scaled to SIDE x SIDE
+COLOURS = 4  # levels of each of red, green and blue: 64 bins
+CELLS, ORIENTATIONS = 3, 8  # 3 x 3 cells of 8 gradient orientations: 72 bins
+HISTOGRAM_DIM = COLOURS**3 + CELLS * CELLS * ORIENTATIONS
+
+
+@dataclass(frozen=True)
+class HistogramImage:
+    """What colours a picture has, and which way its edges run where; nothing is fitted, so all domains are comparable."""
+
+    max_images: int = 4
+    max_pixels: int = MAX_PIXELS
+
+    def description(self) -> dict[str, str | int | float | None]:
+        return {"name": "histogram", "kind": "colour and gradient histograms", "max_images": self.max_images}
+
+    def load(self) -> Loaded:
+        return _LoadedHistogram(self)
+
+
+class _LoadedHistogram:
+    dim = HISTOGRAM_DIM
+
+    def __init__(self, encoder: HistogramImage) -> None:
+        self.encoder = encoder
+
+    def __call__(self, items: Sequence[ItemRecord]) -> Encoded:
+        return _encode_items(
+            items,
+            lambda pictures: np.stack([histogram(picture) for picture in pictures]),
+            self.dim,
+            max_images=self.encoder.max_images,
+            max_pixels=self.encoder.max_pixels,
+            batch_size=64,
+        )
+
+
+def histogram(picture: Image) -> NDArray[np.float32]:
+    """An RGB picture to (136,): square roots of the shares of 64 colours and of 72 gradients, scaled so that the mean
+    square of either part is 1 (gradients of a flat picture: 0)."""
+    from PIL import Image
+
+    pixels = np.asarray(picture.resize((SIDE, SIDE), Image.Resampling.BOX), dtype=np.int64)
+    levels = pixels * COLOURS // 256
+    colour = levels @ np.array([COLOURS * COLOURS, COLOURS, 1])
+    colours = np.bincount(colour.ravel(), minlength=COLOURS**3)
+
+    grey = pixels @ np.array([0.299, 0.587, 0.114])
+    down, across = np.gradient(grey)
+    strength = np.hypot(across, down)
+    strength[strength < 1e-6] = 0
+    angle = np.arctan2(down, across) % np.pi  # an edge and its negative run the same way
+    orientation = np.minimum((angle / np.pi * ORIENTATIONS).astype(np.int64), ORIENTATIONS - 1)
+    cell = np.arange(SIDE) * CELLS // SIDE
+    where = (cell[:, None] * CELLS + cell[None, :]) * ORIENTATIONS + orientation
+    gradients = np.bincount(where.ravel(), weights=strength.ravel(), minlength=CELLS * CELLS * ORIENTATIONS)
+    return np.concatenate([_spread(colours), _spread(gradients)]).astype(np.float32)
+
+
+def _spread(counts: NDArray[np.int64] | NDArray[np.float64]) -> NDArray[np.float64]:
+    total = counts.sum()
+    return np.sqrt(counts / total * len(counts)) if total > 0 else np.zeros(len(counts))

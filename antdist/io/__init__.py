@@ -1,0 +1,1 @@
+"""Files, storage and progress: what every room needs of the outside."""

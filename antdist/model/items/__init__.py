@@ -1,0 +1,1 @@
+"""Item towers: item inputs in, item embeddings out."""

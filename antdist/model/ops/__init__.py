@@ -1,0 +1,1 @@
+"""Hand-written operations, each beside a plain twin that is its oracle."""

@@ -1,0 +1,1 @@
+"""Sequence encoders: packed tokens in, states out."""

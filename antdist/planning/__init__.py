@@ -1,0 +1,1 @@
+"""Plan a run on paper: memory, step time, storage, hours."""

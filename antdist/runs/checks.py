@@ -1,0 +1,276 @@
+"""`antdist validate`: all that can be checked before a run takes a cluster's time, in the order in which it is cheap."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from antdist.config.schema import PretrainConfig, RelearnConfig
+from antdist.errors import UserError
+from antdist.io.progress import say
+from antdist.io.storage import is_uri
+
+if TYPE_CHECKING:
+    from antdist.features.table import FeatureTable, Part
+    from antdist.runs.inputs import Inputs
+    from antdist.runs.parent import Parent
+    from antdist.tracking.registry import ResolvedModel
+
+
+MIB = 1024 * 1024
+
+
+@dataclass
+class CheckReport:
+    """What was looked at and found right, a line each; what is allowed but worth knowing; figures for people to judge."""
+
+    checked: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    figures: dict[str, Any] = field(default_factory=dict)
+    start: ResolvedModel | None = None  # what `from`, `resume` or `continue` names, looked up
+
+    def lines(self) -> list[str]:
+        told = [f"ok    {line}" for line in self.checked] + [f"note  {line}" for line in self.notes]
+        return told + [f"      {k}: {v}" for k, v in self.figures.items()]
+
+    def to_json(self) -> dict[str, Any]:
+        return {"checked": self.checked, "notes": self.notes, **self.figures}
+
+    def say_notes(self) -> None:
+        for note in self.notes:
+            say(f"note: {note}")
+
+
+def check_pretrain(config: PretrainConfig) -> CheckReport:
+    """Raises UserError at the first thing that would stop the run."""
+    from antdist.runs.continuing import check_continues, grown_since
+    from antdist.runs.folder import data_begun_with, pretrain_folder
+    from antdist.runs.inputs import pretrain_inputs
+    from antdist.runs.parent import find_state
+
+    report = CheckReport()
+    _check_common(config, report)
+    begun_with = data_begun_with(pretrain_folder(config), config)
+    inputs = pretrain_inputs(config, begun_with)
+    _tell_inputs(inputs, config, report)
+    report.notes += grown_since(inputs.domains)
+    report.start = find_state(config, _tracking(config), report.notes.append)
+    if report.start is not None:
+        report.checked.append(f"training state of {config.resume or config.parent}")
+        if config.parent is not None:
+            report.notes += check_continues(config, report.start, inputs)
+    return report
+
+
+def check_relearn(config: RelearnConfig) -> CheckReport:
+    """Raises UserError at the first thing that would stop the run."""
+    from antdist.runs.inputs import available
+    from antdist.runs.parent import find_parent, open_parent, parent_notes
+
+    report = CheckReport()
+    _check_common(config, report)
+    report.start = find_parent(config, _tracking(config), report.notes.append)
+    parent = open_parent(report.start)
+    inputs = check_strategies(config, parent, report)
+    _tell_inputs(inputs, config, report)
+    if parent is not None:
+        report.notes += parent_notes(config, parent)
+    absent = [m for m in config.model.modalities if m not in available(config, inputs.domains[0])]
+    if absent:
+        report.notes.append(f"no item of {config.target} has {' or '.join(absent)}: models do without")
+    return report
+
+
+def check_strategies(config: RelearnConfig, parent: Parent | None, report: CheckReport) -> Inputs:
+    """That each strategy can start with these data and this parent. Raises UserError."""
+    from antdist.runs.inputs import relearn_inputs
+    from antdist.runs.trials import strategies_of
+    from antdist.training.adaptation import adapt, needs_parent
+
+    for strategy in strategies_of(config):
+        inputs = relearn_inputs(config, strategy, parent)
+        catalogue_size = inputs.catalogue.size if config.model.item_embeddings else None
+        adapt(
+            strategy,
+            config.model,
+            inputs.catalogue.dims,
+            parent=parent.model if parent and needs_parent(strategy) else None,
+            variants=config.variants,
+            catalogue_size=catalogue_size,
+        )
+        report.checked.append(
+            f"strategy {strategy}" + (f" from {parent.uri}" if parent and needs_parent(strategy) else "")
+        )
+    return inputs
+
+
+def check_settings(config: PretrainConfig | RelearnConfig) -> None:
+    """What the configuration alone tells, without its data, its cluster or its stores. Raises UserError."""
+    from antdist.tracking.registry import check_model_name
+    from antdist.training.engines.deepspeed import check_with_deepspeed, deepspeed_config
+
+    if isinstance(config, RelearnConfig) and config.target is None:
+        raise UserError(
+            "no target is named", where="target", remedy="give target=NAME, a prepared domain below data.root"
+        )
+    if isinstance(config, PretrainConfig) and config.model.item_embeddings:
+        _contradiction(
+            "model.item_embeddings", "they belong to the items of a target", "set it to false, or run relearn"
+        )
+    if config.tracking.registered_model is not None:
+        check_model_name(config.tracking.registered_model)
+    deepspeed_config(config.training)
+    if config.training.precision == "fp16" and config.ray.gpus_per_worker == 0:
+        _contradiction("training.precision", "fp16 needs a GPU", "set fp32, or ray.gpus_per_worker=1")
+    if config.training.engine == "plain" and config.training.deepspeed:
+        _contradiction(
+            "training.deepspeed", "the plain engine does not read it", "remove it, or set training.engine=deepspeed"
+        )
+    if config.training.schedule.kind == "cosine" and config.training.schedule.milestones:
+        _contradiction("training.schedule.milestones", "the cosine schedule does not read them", "remove them")
+    check_with_deepspeed(config.training)
+    if config.loss.log_q and config.loss.negatives == "catalogue":
+        _contradiction(
+            "loss.log_q", "the full catalogue is no sample, so there is nothing to correct", "set it to false"
+        )
+
+
+def _check_common(config: PretrainConfig | RelearnConfig, report: CheckReport) -> None:
+    from antdist.distributed.ray_session import inside_job
+    from antdist.runs.folder import absolute
+    from antdist.tracking.store import check_reachable, redact
+    from antdist.training.checkpoints.remote import Remote
+
+    if inside_job() and not Path(config.ray.storage).is_absolute():
+        raise UserError(
+            f"{config.ray.storage!r} would lie in the job's copy of the working folder, which Ray removes",
+            where="ray.storage",
+            remedy="give an absolute path, to a folder that all nodes share",
+        )
+    remote = config.ray.remote_storage
+    if remote and inside_job() and "://" not in remote and not Path(remote).is_absolute():
+        raise UserError(
+            f"{remote!r} would lie in the job's copy of the working folder, which Ray removes",
+            where="ray.remote_storage",
+            remedy="give a URI or an absolute path",
+        )
+    if config.data.root.startswith("memory:"):
+        raise UserError("it is seen by one process alone, and ends with it", where="data.root", remedy="give another")
+    check_settings(config)
+    report.checked.append("configuration")
+    if config.ray.remote_storage is not None:
+        Remote(absolute(config.ray.remote_storage)).check()
+        report.checked.append(f"remote storage {redact(config.ray.remote_storage)}")
+    uri = _tracking(config)
+    try:
+        check_reachable(uri)
+        report.checked.append(f"tracking store {redact(uri)}")
+    except UserError as error:
+        if not config.tracking.offline_ok:
+            raise
+        report.notes.append(f"offline, since tracking.offline_ok is set: records wait on disk ({error})")
+
+
+def _contradiction(key: str, what: str, remedy: str) -> None:
+    raise UserError(what, where=key, remedy=remedy)
+
+
+def _tracking(config: PretrainConfig | RelearnConfig) -> str:
+    from antdist.tracking.store import tracking_uri
+
+    return tracking_uri(config.tracking, Path(config.ray.storage).resolve())
+
+
+def _tell_inputs(inputs: Inputs, config: PretrainConfig | RelearnConfig, report: CheckReport) -> None:
+    for domain in inputs.domains:
+        m = domain.manifest
+        report.checked.append(
+            f"domain {domain.name}: {m.users:,} users, {m.items:,} items, {m.interactions:,} interactions, "
+            f"fingerprint {domain.fingerprint[:12]}"
+        )
+    for modality, identity in inputs.catalogue.identities.items():
+        report.checked.append(f"features: {identity}")
+        assert modality in inputs.catalogue.dims
+    size = inputs.catalogue.verify() + sum(domain.verify_sequences() for domain in inputs.domains)
+    if is_uri(config.data.root):
+        report.checked.append(
+            f"shards and features are there at their sizes ({size / MIB:,.1f} MiB), checked as they come"
+        )
+        _check_cache(inputs, config, report)
+    else:
+        report.checked.append(f"every byte of shards and features that training reads ({size / MIB:,.1f} MiB)")
+    report.figures["steps an epoch"] = inputs.stream.steps_per_epoch
+    report.figures["predictions an epoch"] = inputs.stream.predictions_per_epoch
+    report.figures["estimated memory a worker (MiB)"] = round(estimate_memory(config, inputs) / MIB)
+
+
+def _check_cache(inputs: Inputs, config: PretrainConfig | RelearnConfig, report: CheckReport) -> None:
+    """That the cache can hold what is in use together, on a disk like this machine's. Raises UserError, with what would do."""
+    from antdist.data.cache import GB, KEY, open_cache
+    from antdist.data.places import AT_ONCE
+
+    cache = open_cache(config.data.cache, config.data.cache_gb)
+    tables = inputs.catalogue.remote_tables()
+    shards, features = inputs.stream.bytes_in_reach(), sum(table.bytes for table in tables)
+    largest = max((part.bytes for part in _parts(tables)), default=0)
+    # of tables that do not fit, a rank has a part in use and some on their way
+    least = shards + min(features, 2 * config.ray.workers * (1 + AT_ONCE) * largest)
+    room, all_of_it = cache.room(), shards + features
+
+    def enough(size: int) -> str:
+        return f"{math.ceil(size / GB * 1000) / 1000:g}"
+
+    if room < least:
+        full = room < cache.bound
+        raise UserError(
+            f"the cache has room for {room / GB:.3g} GB, and {enough(least)} GB are in use together: shards that are shuffled "
+            f"together, and read ahead, {shards / GB:.3g} GB; features {(least - shards) / GB:.3g} GB at least",
+            where=f"{KEY} {cache.folder}" if full else "data.cache_gb",
+            remedy=(f"free its disk, or name a larger one with {KEY}" if full else f"set data.cache_gb={enough(least)}")
+            + ", or lower stream.streams or stream.window_shards",
+        )
+    report.checked.append(f"cache {cache.folder}: room for {room / GB:.3g} GB, {least / GB:.3g} GB needed")
+    if room < all_of_it:
+        again = "are fetched at the start, and again for each validation"
+        if config.loss.negatives != "catalogue":
+            micro = config.stream.batch_size / config.training.accumulation
+            items = min(inputs.catalogue.size, 2 * micro + config.loss.samples)
+            step = sum(part.bytes * min(1.0, items * part.items / inputs.catalogue.size) for part in _parts(tables))
+            again = f"are fetched again as steps ask for their items, up to {step / GB:.3g} GB a step"
+        report.notes.append(
+            f"of the features, {features / GB:.3g} GB, the cache holds {(room - shards) / GB:.3g} GB: they {again}. "
+            f"data.cache_gb={enough(all_of_it)} would hold them all"
+        )
+
+
+def _parts(tables: list[FeatureTable]) -> list[Part]:
+    return [part for table in tables for part in table.meta.parts]
+
+
+def estimate_memory(config: PretrainConfig | RelearnConfig, inputs: Inputs) -> int:
+    """Bytes that one worker's step takes at its peak, roughly: weights and optimizer, tower, transformer, softmax.
+
+    The tower keeps each distinct item's K expert outputs, the transformer about 16 d-wide and 2 inner-wide tensors a
+    token and layer plus attention weights, the softmax three chunks of logits.
+    """
+    from antdist.model.recommender import Recommender
+
+    m, catalogue = config.model, inputs.catalogue
+    size = catalogue.size if m.item_embeddings else None
+    parameters = sum(p.numel() for p in Recommender(m, catalogue.dims, size).parameters())
+    workers = config.ray.fewest  # each has the more to hold
+    shared = workers if config.training.zero_stage >= 1 and config.training.engine == "deepspeed" else 1
+    state = parameters * (8 + 8 / shared)
+    micro = config.stream.batch_size / config.training.accumulation
+    full = config.loss.negatives == "catalogue"
+    distinct = catalogue.size if full else min(catalogue.size, 2 * micro + config.loss.samples)
+    features = sum(catalogue.dims.values())
+    tower = distinct / workers * 4 * (2 * features + len(catalogue.dims) * 2 * m.experts * m.dim) + distinct * 8 * m.dim
+    tokens = micro / workers * (m.max_length / 2 if config.stream.mode == "prefix" else 1.2)
+    layer = 16 * m.dim + 2 * m.inner + 3 * m.heads * min(m.max_length, 50)
+    transformer = tokens * 4 * layer * (1 if m.activation_checkpointing else m.layers)
+    candidates = catalogue.size if full else min(catalogue.size, micro)
+    softmax = 3 * 4 * micro / workers * min(config.loss.chunk, candidates)
+    return int(state + tower + transformer + softmax)

@@ -1,0 +1,1 @@
+"""Checkpoints: written, found, copied to remote storage."""

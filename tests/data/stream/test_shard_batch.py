@@ -1,0 +1,252 @@
+"""Dealing against plain Python: whose windows, which items, which candidates, with which biases."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections import Counter
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from antdist.batch import GlobalBatch
+from antdist.data.stream.shard_batch import assign, deal, share, split
+from antdist.ragged import starts_of
+
+CATALOGUE = 60
+
+
+def random_batch(seed, windows, longest=12, catalogue=CATALOGUE):
+    random = np.random.default_rng(seed)
+    lengths = random.integers(1, longest + 1, windows)
+    offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
+    at = [i for b, e in itertools.pairwise(offsets) for i in range(random.integers(b, e), e)]
+    return GlobalBatch(
+        epoch=1,
+        index=2,
+        items=random.integers(0, catalogue, offsets[-1]),
+        offsets=offsets,
+        predict_at=np.array(at, dtype=np.int64),
+        targets=random.integers(0, catalogue, len(at)),
+        users=np.arange(windows),
+    )
+
+
+def windows_of(items, offsets, predict_at, targets):
+    """[(items, {position: target})] of each window."""
+    unpacked = []
+    for begin, end in itertools.pairwise(offsets):
+        made = {int(p - begin): int(t) for p, t in zip(predict_at, targets, strict=True) if begin <= p < end}
+        unpacked.append((tuple(int(i) for i in items[begin:end]), made))
+    return unpacked
+
+
+def as_ids(batch):
+    """The windows of a dealt batch in item ids."""
+    ids = batch.item_ids.numpy()
+    return windows_of(
+        ids[batch.tokens.numpy()],
+        batch.offsets.numpy(),
+        batch.predict_at.numpy(),
+        ids[batch.candidates.numpy()[batch.targets.numpy()]],
+    )
+
+
+def deals(batch, world_size, candidates="in_batch", **settings):
+    return [
+        deal(batch, rank=r, world_size=world_size, candidates=candidates, catalogue_size=CATALOGUE, **settings)
+        for r in range(world_size)
+    ]
+
+
+@given(
+    st.integers(0, 1000), st.integers(0, 12), st.integers(1, 5), st.sampled_from(["in_batch", "catalogue", "sampled"])
+)
+def test_shares_add_up_to_the_batch(seed, windows, world_size, candidates):
+    batch = random_batch(seed, windows)
+    shares = deals(batch, world_size, candidates, samples=7)
+    expected = windows_of(batch.items, batch.offsets, batch.predict_at, batch.targets)
+    assert sorted(map(repr, expected)) == sorted(repr(w) for dealt in shares for w in as_ids(dealt))
+    rows = [row for dealt in shares for row in range(*dealt.share)]
+    assert rows == list(range(len(shares[0].item_ids)))
+    for dealt in shares:
+        for name in ("item_ids", "candidates", "counts", "bias"):
+            if getattr(dealt, name) is not None:
+                assert torch.equal(getattr(dealt, name), getattr(shares[0], name))
+        own = [row for row in dealt.candidates.tolist() if dealt.share[0] <= row < dealt.share[1]]
+        assert dealt.candidates[slice(*dealt.own)].tolist() == own
+        assert dealt.predictions == batch.predictions
+        assert dealt.longest == max((len(items) for items, _ in as_ids(dealt)), default=0)
+        if windows >= world_size:
+            assert len(dealt.targets) > 0
+
+
+def test_dtypes_and_empty_shares():
+    full, empty = sorted(deals(random_batch(0, 1), 2), key=lambda dealt: -len(dealt.tokens))
+    assert len(full.tokens) > 0 == len(empty.tokens) == len(empty.targets) and empty.offsets.tolist() == [0]
+    for dealt in (full, empty):
+        for name in ("item_ids", "tokens", "offsets", "predict_at", "targets", "candidates"):
+            assert getattr(dealt, name).dtype == torch.int64
+        assert dealt.counts.dtype == dealt.bias.dtype == torch.float32
+
+
+@given(st.integers(0, 1000), st.integers(1, 40), st.integers(1, 6))
+def test_parts_differ_by_at_most_the_longest_window(seed, windows, parts):
+    lengths = np.minimum(np.random.default_rng(seed).zipf(1.5, windows), 50)
+    tokens = np.bincount(assign(lengths, parts), weights=lengths, minlength=parts)
+    assert tokens.max() - tokens.min() <= lengths.max()
+
+
+def test_no_part_is_favoured():
+    lengths = np.arange(1, 101)
+    assert np.bincount(assign(lengths, 2), weights=lengths).tolist() == [2525, 2525]
+
+
+def test_tokens_are_balanced_on_skewed_lengths():
+    lengths = np.minimum(np.random.default_rng(0).zipf(1.5, 400), 50)
+    tokens = np.bincount(assign(lengths, 4), weights=lengths)
+    assert tokens.max() / tokens.mean() < 1.02
+    naive = np.bincount(np.arange(400) * 4 // 400, weights=lengths)
+    assert naive.max() / naive.mean() > 1.05
+
+
+@given(st.integers(0, 1000), st.integers(1, 15), st.integers(1, 4))
+def test_split_keeps_windows_whole_and_in_order(seed, windows, parts):
+    batch = random_batch(seed, windows)
+    whole = windows_of(batch.items, batch.offsets, batch.predict_at, batch.targets)
+    users = []
+    for micro in split(batch, parts):
+        assert (micro.epoch, micro.index) == (1, 2)
+        assert windows_of(micro.items, micro.offsets, micro.predict_at, micro.targets) == [
+            whole[u] for u in micro.users
+        ]
+        assert micro.users.tolist() == sorted(micro.users)
+        users += micro.users.tolist()
+    assert sorted(users) == list(range(windows))
+
+
+def test_share_is_even_and_the_first_ranks_get_the_rest():
+    assert [share(11, rank, 4) for rank in range(4)] == [(0, 3), (3, 6), (6, 9), (9, 11)]
+    assert [share(2, rank, 3) for rank in range(3)] == [(0, 1), (1, 2), (2, 2)]
+
+
+def test_in_batch_candidates_are_the_distinct_next_items_with_their_multiplicity():
+    batch = random_batch(3, 30)
+    dealt = deals(batch, 2)[1]
+    expected = Counter(batch.targets.tolist())
+    candidates = dealt.item_ids[dealt.candidates].tolist()
+    assert candidates == sorted(expected)
+    assert dealt.counts.tolist() == [expected[c] for c in candidates]
+    assert dealt.item_ids.tolist() == sorted(set(batch.items.tolist()) | set(expected))
+    assert dealt.target_bias is None
+    assert dealt.bias.tolist() == pytest.approx([math.log(expected[c]) for c in candidates], abs=1e-6)
+
+
+def test_in_batch_loss_is_that_over_all_other_next_items():
+    """The softmax over distinct candidates equals the plain one over the other predictions' next items (spec, section 5)."""
+    batch = random_batch(4, 20)
+    (dealt,) = deals(batch, 1)
+    logits = np.random.default_rng(1).normal(size=(batch.predictions, CATALOGUE))
+    for p, target in enumerate(batch.targets.tolist()):
+        others = [logits[p, t] for t in batch.targets.tolist() if t != target]  # repeats of the target masked out
+        plain = logits[p, target] - np.logaddexp.reduce([logits[p, target], *others])
+        ids = dealt.item_ids[dealt.candidates].numpy()
+        mine = logits[p, ids] + dealt.bias.numpy()
+        mine[dealt.targets[p]] = logits[p, target]
+        assert logits[p, target] - np.logaddexp.reduce(mine) == pytest.approx(plain, abs=1e-5)
+
+
+def test_in_batch_with_log_q():
+    batch, popularity = random_batch(5, 25), np.arange(CATALOGUE) ** 2
+    (dealt,) = deals(batch, 1, log_q=True, heaps=starts_of(popularity + 1))
+    for c, bias, target_bias in zip(
+        dealt.item_ids[dealt.candidates].tolist(), dealt.bias, dealt.target_bias, strict=True
+    ):
+        q = (popularity[c] + 1) / (popularity + 1).sum()
+        assert float(bias) == pytest.approx(math.log(batch.targets.tolist().count(c)) - math.log(q), abs=1e-4)
+        assert float(target_bias) == pytest.approx(-math.log(q), abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("candidates", "log_q"), [("in_batch", False), ("in_batch", True), ("sampled", False), ("sampled", True)]
+)
+def test_marks_and_sorted_ids_deal_the_same(monkeypatch, candidates, log_q):
+    settings = {"samples": 30, "log_q": log_q, "heaps": starts_of(np.arange(CATALOGUE) + 1), "seed": 3}
+    for windows in (2, 25):
+        dealt = []
+        for sparse in (0, math.inf):
+            monkeypatch.setattr("antdist.data.stream.shard_batch.SPARSE", sparse)
+            dealt.append(deals(random_batch(8, windows), 3, candidates, **settings))
+        for one, other in zip(*dealt, strict=True):
+            for name, value in vars(one).items():
+                same = vars(other)[name]
+                assert (
+                    torch.equal(value, same) and value.dtype == same.dtype if torch.is_tensor(value) else value == same
+                )
+
+
+def test_a_micro_batch_costs_what_it_holds_not_what_the_catalogue_does():
+    """No array of a million million items can be made."""
+    far = random_batch(9, 20, catalogue=10**12)
+    dealt = [deal(far, rank=r, world_size=2, candidates="in_batch", catalogue_size=10**12) for r in range(2)]
+    expected = windows_of(far.items, far.offsets, far.predict_at, far.targets)
+    assert sorted(map(repr, expected)) == sorted(repr(w) for d in dealt for w in as_ids(d))
+
+
+def test_catalogue_candidates_are_all_items():
+    batch = random_batch(6, 10)
+    (dealt,) = deals(batch, 1, "catalogue", log_q=True)
+    assert dealt.item_ids.tolist() == dealt.candidates.tolist() == list(range(CATALOGUE))
+    assert dealt.targets.tolist() == batch.targets.tolist() and dealt.tokens.tolist() == batch.items.tolist()
+    assert dealt.counts.tolist() == np.bincount(batch.targets, minlength=CATALOGUE).tolist()
+    assert dealt.bias is None and dealt.target_bias is None
+
+
+@pytest.mark.parametrize("log_q", [False, True])
+def test_sampled_candidates(log_q):
+    batch, popularity = random_batch(7, 3), np.arange(CATALOGUE) * 10
+    settings = {"samples": 50, "log_q": log_q, "heaps": starts_of(popularity + 1), "seed": 3}
+    (dealt,) = deals(batch, 1, "sampled", step=1, **settings)
+    candidates = dealt.item_ids[dealt.candidates].tolist()
+    targets = Counter(batch.targets.tolist())
+    assert set(targets) < set(candidates) and candidates == sorted(set(candidates))
+    assert dealt.counts.tolist() == [targets[c] for c in candidates]
+    q = (popularity + 1) / (popularity + 1).sum()
+    correction = np.log(50 * q[candidates]) if log_q else np.zeros(len(candidates))
+    drawn = np.exp(dealt.bias.double().numpy() + correction)
+    assert drawn == pytest.approx(np.round(drawn), abs=1e-3) and round(drawn.sum()) == 50
+    assert all(n > 0 or c in targets for c, n in zip(candidates, np.round(drawn), strict=True))
+    if log_q:
+        assert dealt.target_bias.numpy() == pytest.approx(-correction, abs=1e-4)
+    else:
+        assert dealt.target_bias is None
+    (again,) = deals(batch, 1, "sampled", step=1, **settings)
+    (other,) = deals(batch, 1, "sampled", step=2, **settings)
+    assert torch.equal(dealt.bias, again.bias) and torch.equal(dealt.candidates, again.candidates)
+    assert dealt.item_ids.tolist() != other.item_ids.tolist()
+
+
+@pytest.mark.parametrize("log_q", [False, True])
+def test_draws_follow_their_distribution(log_q):
+    popularity = np.array([0, 5, 94, 0])
+    q = (popularity + 1) / 103 if log_q else np.full(4, 0.25)
+    drawn = np.zeros(4)
+    for step in range(50):
+        dealt = deal(
+            random_batch(0, 1, catalogue=4),
+            rank=0,
+            world_size=1,
+            candidates="sampled",
+            catalogue_size=4,
+            samples=1000,
+            log_q=log_q,
+            heaps=starts_of(popularity + 1),
+            step=step,
+        )
+        ids = dealt.item_ids[dealt.candidates].numpy()
+        correction = np.log(1000 * q[ids]) if log_q else 0
+        drawn[ids] += np.exp(dealt.bias.double().numpy() + correction)
+    assert drawn / 50_000 == pytest.approx(q, abs=0.01)

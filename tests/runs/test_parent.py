@@ -1,0 +1,189 @@
+"""What a run starts from stays with it: copied by content, remembered, and used while the registry is away."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from antdist.config.load import check_config
+from antdist.config.schema import ModelConfig, PretrainConfig, RelearnConfig, TrackingConfig
+from antdist.errors import UserError
+from antdist.faults import corrupt
+from antdist.model.io import ModelCard, save_model
+from antdist.model.recommender import build_recommender
+from antdist.runs import adapt as relearning
+from antdist.runs import parent as origins
+from antdist.runs import pretrain as pretraining
+from antdist.runs.adapt import relearn
+from antdist.runs.checks import check_pretrain, check_relearn
+from antdist.runs.parent import bring, look_up
+from antdist.runs.pretrain import pretrain
+from antdist.tracking.registry import Lineage, ResolvedModel, register, resolve
+from antdist.tracking.run import start_run
+from antdist.tracking.store import tracking_uri
+from antdist.training.checkpoints.local import save_checkpoint
+from antdist.training.engines.plain import EngineState
+from tests.ranks import free_port
+from tests.tracking.server import FakeServer, listening
+from tests.worlds import make_domains
+
+SMALL = {"dim": 8, "inner": 8, "experts": 2, "max_length": 5}
+CHAMPION, LATEST = "models:/parent@champion", "models:/parent/latest"
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Prepared domains, and a registered model with training state."""
+    folder = tmp_path_factory.mktemp("world")
+    make_domains(folder / "data", ["aa", "target"])
+    config = ModelConfig(**SMALL)
+    dims: Any = {"text": 12, "image": 10, "price": 6}
+    model = build_recommender(config, dims)
+    save_model(folder / "model", model, ModelCard(kind="pretrained", config=config, dims=dims, domains=["aa"]))
+    weights = {"w": next(model.parameters()).detach().clone()}
+    save_checkpoint(folder / "state" / "checkpoints", 1, EngineState(weights, {"exp_avg": {}}), {}, 2, None)
+    uri = store(folder)
+    run = start_run(uri, "e", "parent", folder / "parent")
+    assert run.finish() is None
+    lineage = Lineage({"aa": "f"})
+    register(uri, run.run_id, folder / "model", "parent", lineage, validation=0.1, training_state=folder / "state")
+    return folder
+
+
+def store(world: Path) -> str:
+    return tracking_uri(TrackingConfig(uri=f"sqlite:///{world}/mlflow.db"), world)
+
+
+def tree(world: Path, runs: Path, uri: str, offline_ok: bool) -> dict[str, Any]:
+    return {
+        "data": {"root": str(world / "data")},
+        "model": SMALL,
+        "ray": {"storage": str(runs)},
+        "tracking": {"uri": uri, "offline_ok": offline_ok},
+    }
+
+
+def adapting(world: Path, runs: Path, uri: str, *, offline_ok: bool = True, parent: str = CHAMPION) -> RelearnConfig:
+    return check_config(RelearnConfig, {**tree(world, runs, uri, offline_ok), "target": "target", "from": parent})
+
+
+def resuming(world: Path, runs: Path, uri: str, *, offline_ok: bool = True) -> PretrainConfig:
+    common = tree(world, runs, uri, offline_ok)
+    return check_config(PretrainConfig, {**common, "data": {**common["data"], "domains": ["aa"]}, "resume": LATEST})
+
+
+class Begun(Exception):
+    """The workers would start now."""
+
+
+@pytest.fixture
+def settings(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """What the workers of the last command were told; none is started."""
+    told: dict[str, Any] = {}
+
+    def begin(_work: Any, given: dict[str, Any], *_: Any) -> None:
+        told.clear()
+        told.update(given)
+        raise Begun
+
+    for command in (pretraining, relearning):
+        monkeypatch.setattr(command, "run_workers", begin)
+        monkeypatch.setattr(command, "ray_session", lambda _: contextlib.nullcontext())
+    return told
+
+
+def nowhere() -> str:
+    return f"http://127.0.0.1:{free_port()}"
+
+
+def test_a_relearning_goes_on_from_the_parent_that_it_brought_while_the_registry_is_away(
+    world: Path, tmp_path: Path, settings: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(Begun):
+        relearn(adapting(world, tmp_path, store(world)))
+    parent = settings["parent"]
+    assert parent["uri"] == "models:/parent/1" and "the tracking store is away" not in capsys.readouterr().err
+    folder = tmp_path / "relearn" / "target"
+    assert Path(parent["folder"]).parent == folder and (Path(parent["folder"]) / "model.json").is_file()
+    remembered = json.loads((folder / "from.json").read_text())[CHAMPION]
+    with pytest.raises(Begun):
+        relearn(adapting(world, tmp_path, nowhere()))
+    assert settings["parent"] == parent
+    told = capsys.readouterr().err
+    assert told.count(f"{CHAMPION} is what it was on {remembered['looked_up']}: models:/parent/1, in {folder}") == 1
+    with pytest.raises(UserError, match="the tracking server does not answer"):
+        relearn(adapting(world, tmp_path, nowhere(), offline_ok=False))
+
+
+def test_a_pretraining_goes_on_from_the_state_that_it_brought_while_the_registry_is_away(
+    world: Path, tmp_path: Path, settings: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(Begun):
+        pretrain(resuming(world, tmp_path, store(world)))
+    state, run_id = settings["state"], settings["run_id"]
+    assert Path(state).parent == tmp_path / "pretrain" and run_id == resolve(LATEST, store(world)).run_id
+    with pytest.raises(Begun):
+        pretrain(resuming(world, tmp_path, nowhere()))
+    assert (settings["state"], settings["run_id"]) == (state, run_id)
+    assert capsys.readouterr().err.count(f"{LATEST} is what it was on ") == 1
+
+
+def test_what_was_never_looked_up_is_told_unless_it_is_a_folder(world: Path, tmp_path: Path) -> None:
+    away = r"it was never looked up by this run, and the tracking store is away \(the tracking server does not answer"
+    remedy = r"[Ss]tart the run once while the store is there, or name the model's folder instead"
+    with pytest.raises(UserError, match=f"{CHAMPION}: {away}.*{remedy}"):
+        check_relearn(adapting(world, tmp_path, nowhere()))
+    with pytest.raises(UserError, match=f"{LATEST}: {away}.*{remedy}"):
+        check_pretrain(resuming(world, tmp_path, nowhere()))
+    found = check_relearn(adapting(world, tmp_path, nowhere(), parent=str(world / "model"))).start
+    assert found is not None and found.folder == world / "model"
+
+
+def test_a_run_with_checkpoints_of_its_own_needs_no_registry(world: Path, tmp_path: Path) -> None:
+    shutil.copytree(world / "state" / "checkpoints", tmp_path / "pretrain" / "checkpoints")
+    report = check_pretrain(resuming(world, tmp_path, nowhere()))
+    assert report.start is None and any(f"so {LATEST} is not read" in note for note in report.notes)
+
+
+@pytest.mark.parametrize("how", ["cut", "flip", "gone"])
+def test_a_damaged_copy_is_not_gone_on_from_and_brought_anew_later(world: Path, tmp_path: Path, how: Any) -> None:
+    found = resolve(CHAMPION, store(world))
+    place = bring(CHAMPION, found, tmp_path)
+    corrupt(place / "weights.safetensors", how)
+    with pytest.raises(
+        UserError, match=r"is not what was brought here on .* \(the digest differs\).*once the tracking"
+    ):
+        look_up(CHAMPION, nowhere(), tmp_path, resolve, offline_ok=True, tell=print)
+    assert bring(CHAMPION, found, tmp_path) == place
+    assert look_up(CHAMPION, nowhere(), tmp_path, resolve, offline_ok=True, tell=print).folder == place
+
+
+def test_a_store_that_fails_after_its_greeting_is_away_and_one_that_refuses_is_not(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place = bring(CHAMPION, resolve(CHAMPION, store(world)), tmp_path)
+    with listening(FakeServer(tmp_path / "artifacts", mode="500")) as server:
+        monkeypatch.setattr(origins, "check_reachable", lambda _: None)
+        assert look_up(CHAMPION, server.uri, tmp_path, resolve, offline_ok=True, tell=print).folder == place
+    (tmp_path / "from.json").write_text((tmp_path / "from.json").read_text().replace(CHAMPION, "models:/parent@best"))
+    with pytest.raises(UserError, match="has no alias 'best'; it has: champion"):
+        look_up("models:/parent@best", store(world), tmp_path, resolve, offline_ok=True, tell=print)
+
+
+def test_what_the_registry_gave_is_copied_once_and_by_content(tmp_path: Path) -> None:
+    given = tmp_path / "cache"
+    given.mkdir()
+    (given / "weights").write_text("1")
+    (tmp_path / "from.partial").mkdir()  # of a copy that was cut off
+    (tmp_path / "from.partial" / "half").touch()
+    copy: Callable[[], Path] = lambda: bring("models:/m/1", ResolvedModel(given, "models:/m/1"), tmp_path)  # noqa: E731
+    first = copy()
+    assert [path.name for path in first.iterdir()] == ["weights"] and copy() == first
+    (given / "weights").write_text("2")
+    assert copy() != first and (first / "weights").read_text() == "1"
