@@ -19,7 +19,7 @@ from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
 from pydantic import BaseModel
 
-from antdist import cli as cli_package
+from antdist.cli import main as cli_package
 from antdist.config.schema import PretrainConfig, RelearnConfig
 
 REPOSITORY = Path(__file__).resolve().parents[2]
