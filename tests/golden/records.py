@@ -29,7 +29,7 @@ STATE = (
     "training_state",
     "training_state_digest",
 )  # tags: weights and moments in it are pinned, its documents' form is not
-RELATIVE = 1e-3
+RELATIVE = 1e-4
 # a score's last bits may swap two items of a ranking
 RANKED, RANKED_ABSOLUTE = re.compile("@|_at_|difference|relative|p_value"), 0.1
 
