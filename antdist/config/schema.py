@@ -1,7 +1,8 @@
-"""Typed configuration, one class a component. Every key has a default that the demo would accept; unknown keys are refused."""
+"""Typed configuration, one class per component. Every key has a default, and a `Meaning`; unknown keys are refused."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass, replace
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -10,6 +11,37 @@ Modality = Literal["text", "image", "price"]
 Strategy = Literal["scratch", "finetune", "finetune_all", "relearn"]
 Positive = Annotated[int, Field(gt=0)]
 Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
+Resume = Literal["free", "longer_ok", "gentler_ok", "fixed"]
+
+
+@dataclass(frozen=True)
+class Meaning:
+    """What a change of a key means for a run, written on the key: `Annotated[int, OPERATION]`.
+
+    Args:
+        resume: when a run of this name may go on with another value. `free`: always; `longer_ok`: a pre-training may;
+            `gentler_ok`: a pre-training may after its loss diverged; `fixed`: never.
+        compare: whether the trials of two strategies must agree in it, for their difference to be due to the strategy.
+        continued: whether `continue=MODEL` may change it; `fixed` keys make the saved weights what they are.
+        defines: the parameter groups (`training.adaptation`) whose saved values make sense only with the same value.
+    """
+
+    resume: Resume
+    compare: bool
+    continued: Literal["free", "fixed"]
+    defines: tuple[str, ...] = ()
+
+    def defining(self, *groups: str) -> Meaning:
+        """Return this meaning for a key that also defines `groups`."""
+        return replace(self, defines=groups)
+
+
+OPERATION = Meaning(resume="free", compare=False, continued="free")  # how the work is done: same result up to rounding
+IDENTITY = Meaning(resume="fixed", compare=False, continued="free")  # which run it is; data are compared by fingerprint
+LEARNING = Meaning(resume="fixed", compare=True, continued="free")  # what is learned
+LONGER = Meaning(resume="longer_ok", compare=True, continued="free")
+GENTLER = Meaning(resume="gentler_ok", compare=True, continued="free")
+ARCHITECTURE = Meaning(resume="fixed", compare=True, continued="fixed")  # what the weights are
 
 
 class Component(BaseModel):
@@ -21,36 +53,44 @@ class Component(BaseModel):
 class ModelConfig(Component):
     """The recommender (spec, sections 3 and 4). Feature dimensions are not here: they come from the feature tables."""
 
-    modalities: list[Modality] = Field(
+    modalities: Annotated[list[Modality], ARCHITECTURE] = Field(
         ["text", "image", "price"], description="what the item tower reads; leave one out to ablate it"
     )
-    dim: Positive = Field(256, description="width of item and user embeddings")
-    experts: Positive = Field(8, description="experts a modality")
-    mixture: bool = Field(True, description="false: one linear layer with bias a modality (ablation without MoE)")
-    fusion: bool = Field(True, description="false: no text-image synergy (ablation)")
-    beta: float = Field(0.1, description="weight of the text-image synergy")
-    item_dropout: Fraction = Field(0.2, description="dropout on features before the experts")
-    missing: Literal["mask", "reference"] = Field(
+    dim: Annotated[Positive, ARCHITECTURE.defining("theta", "positions", "phi")] = Field(
+        256, description="width of item and user embeddings"
+    )
+    experts: Annotated[Positive, ARCHITECTURE.defining("theta")] = Field(8, description="experts a modality")
+    mixture: Annotated[bool, ARCHITECTURE.defining("theta")] = Field(
+        True, description="false: one linear layer with bias a modality (ablation without MoE)"
+    )
+    fusion: Annotated[bool, ARCHITECTURE] = Field(True, description="false: no text-image synergy (ablation)")
+    beta: Annotated[float, ARCHITECTURE] = Field(0.1, description="weight of the text-image synergy")
+    item_dropout: Annotated[Fraction, LEARNING] = Field(0.2, description="dropout on features before the experts")
+    missing: Annotated[Literal["mask", "reference"], ARCHITECTURE.defining("theta")] = Field(
         "mask", description="mask: a missing modality adds nothing; reference: its zero feature passes the tower"
     )
-    layers: Positive = 2
-    heads: Positive = 2
-    inner: Positive = Field(256, description="width of the feed-forward layer")
-    dropout: Fraction = Field(0.5, description="hidden and attention dropout of the transformer")
-    max_length: Positive = Field(50, description="most recent interactions that a prediction sees")
-    temperature: Annotated[float, Field(gt=0)] = 0.07
-    initialisation: Literal["normal", "xavier", "reference"] = Field(
+    layers: Annotated[Positive, ARCHITECTURE.defining("phi")] = 2
+    heads: Annotated[Positive, ARCHITECTURE.defining("phi")] = 2
+    inner: Annotated[Positive, ARCHITECTURE.defining("phi")] = Field(256, description="width of the feed-forward layer")
+    dropout: Annotated[Fraction, LEARNING] = Field(0.5, description="hidden and attention dropout of the transformer")
+    max_length: Annotated[Positive, ARCHITECTURE.defining("positions")] = Field(
+        50, description="most recent interactions that a prediction sees"
+    )
+    temperature: Annotated[float, Field(gt=0), ARCHITECTURE] = 0.07
+    initialisation: Annotated[Literal["normal", "xavier", "reference"], LEARNING] = Field(
         "normal",
         description="of the experts, fresh weights alike in every strategy: normal N(0, 0.02) or xavier; reference: normal, but re-learning draws xavier",
     )
-    initial_shift: Literal["zero", "mean"] = Field(
+    initial_shift: Annotated[Literal["zero", "mean"], LEARNING] = Field(
         "zero",
         description="where fresh experts' shifts start: zero is the paper's; mean centres the features, which helps those with a large common part (histograms, prices)",
     )
-    item_embeddings: bool = Field(
+    item_embeddings: Annotated[bool, ARCHITECTURE] = Field(
         False, description="ANT_t: a learned embedding for each target item, added to the item's embedding"
     )
-    activation_checkpointing: bool = Field(False, description="recompute the transformer's layers in the backward pass")
+    activation_checkpointing: Annotated[bool, OPERATION] = Field(
+        False, description="recompute the transformer's layers in the backward pass"
+    )
 
     @model_validator(mode="after")
     def _consistent(self) -> ModelConfig:
@@ -64,42 +104,48 @@ class ModelConfig(Component):
 class LossConfig(Component):
     """The next-item softmax and the text-image alignment (spec, sections 5 and 6)."""
 
-    negatives: Literal["in_batch", "catalogue", "sampled"] = "in_batch"
-    samples: Positive = Field(1024, description="candidates drawn a step, for negatives=sampled")
-    log_q: bool = Field(False, description="subtract the log of each candidate's sampling probability from its logit")
-    alignment: Annotated[float, Field(ge=0)] = Field(1e-3, description="weight of the text-image alignment loss")
-    chunk: Positive = Field(8192, description="candidates a chunk of the softmax")
+    negatives: Annotated[Literal["in_batch", "catalogue", "sampled"], LEARNING] = "in_batch"
+    samples: Annotated[Positive, LEARNING] = Field(1024, description="candidates drawn a step, for negatives=sampled")
+    log_q: Annotated[bool, LEARNING] = Field(
+        False, description="subtract the log of each candidate's sampling probability from its logit"
+    )
+    alignment: Annotated[float, Field(ge=0), LEARNING] = Field(
+        1e-3, description="weight of the text-image alignment loss"
+    )
+    chunk: Annotated[Positive, OPERATION] = Field(8192, description="candidates a chunk of the softmax")
 
 
 class StreamConfig(Component):
     """The order of training examples (architecture, law 1)."""
 
-    mode: Literal["sequence", "prefix"] = Field(
+    mode: Annotated[Literal["sequence", "prefix"], LEARNING] = Field(
         "sequence",
         description="sequence: one causal pass predicts at every position; prefix: each prefix is one example (the paper's)",
     )
-    batch_size: Positive = Field(
+    batch_size: Annotated[Positive, LEARNING] = Field(
         2048, description="predictions a step over all ranks; in sequence mode the mean, as whole users are taken"
     )
-    mixing: Annotated[float, Field(ge=0.0, le=1.0)] = Field(
+    mixing: Annotated[float, Field(ge=0.0, le=1.0), LEARNING] = Field(
         1.0, description="exponent on domain sizes: 1 proportional, 0 all domains alike"
     )
-    batches: Literal["mixed", "single_domain"] = Field("mixed", description="whether a batch may hold several domains")
-    streams: Positive = Field(
+    batches: Annotated[Literal["mixed", "single_domain"], LEARNING] = Field(
+        "mixed", description="whether a batch may hold several domains"
+    )
+    streams: Annotated[Positive, LEARNING] = Field(
         4, description="canonical streams a domain: runs of shards that are read, and merged, side by side"
     )
-    window_shards: Positive = Field(4, description="shards whose blocks are shuffled together")
-    window_blocks: Positive = Field(16, description="blocks whose examples are shuffled together")
+    window_shards: Annotated[Positive, LEARNING] = Field(4, description="shards whose blocks are shuffled together")
+    window_blocks: Annotated[Positive, LEARNING] = Field(16, description="blocks whose examples are shuffled together")
 
 
 class ScheduleConfig(Component):
     """Learning rate over time. `decay`: the reference's, times `factor` each epoch; `cosine`: after a linear warm-up; `step`: times `factor` after each of `milestones` (epochs)."""
 
-    kind: Literal["constant", "decay", "cosine", "step"] = "decay"
-    factor: Annotated[float, Field(gt=0, le=1)] = 0.995
-    warmup_steps: Annotated[int, Field(ge=0)] = 0
-    milestones: list[Positive] = Field(default_factory=list)
-    floor: Annotated[float, Field(ge=0)] = Field(
+    kind: Annotated[Literal["constant", "decay", "cosine", "step"], LEARNING] = "decay"
+    factor: Annotated[float, Field(gt=0, le=1), LEARNING] = 0.995
+    warmup_steps: Annotated[int, Field(ge=0), LEARNING] = 0
+    milestones: Annotated[list[Positive], LEARNING] = Field(default_factory=list)
+    floor: Annotated[float, Field(ge=0), LEARNING] = Field(
         0.0, description="cosine's last learning rate, as a share of the first"
     )
 
@@ -107,11 +153,11 @@ class ScheduleConfig(Component):
 class HangConfig(Component):
     """How long a rank may make no progress before it ends, for Ray to start the workers again from the last checkpoint."""
 
-    start_minutes: Annotated[float, Field(gt=0)] = Field(
+    start_minutes: Annotated[float, Field(gt=0), OPERATION] = Field(
         30.0, description="from the resume to the end of the first step"
     )
-    step_minutes: Annotated[float, Field(gt=0)] = Field(10.0, description="a step, with its wait for data")
-    checkpoint_minutes: Annotated[float, Field(gt=0)] = Field(
+    step_minutes: Annotated[float, Field(gt=0), OPERATION] = Field(10.0, description="a step, with its wait for data")
+    checkpoint_minutes: Annotated[float, Field(gt=0), OPERATION] = Field(
         30.0, description="a validation, or a checkpoint with its wait for the one before"
     )
 
@@ -123,35 +169,47 @@ class HangConfig(Component):
 class TrainingConfig(Component):
     """The loop."""
 
-    epochs: Positive = 300
-    learning_rate: Annotated[float, Field(gt=0)] = 1e-3
-    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    epochs: Annotated[Positive, LONGER] = 300
+    learning_rate: Annotated[float, Field(gt=0), GENTLER] = 1e-3
+    weight_decay: Annotated[float, Field(ge=0), LEARNING] = 0.0
     schedule: ScheduleConfig = Field(default_factory=lambda: ScheduleConfig())
-    accumulation: Positive = Field(1, description="micro-batches a step; negatives are those of the micro-batch")
-    clip: Annotated[float, Field(gt=0)] | None = Field(None, description="largest norm of the gradient")
-    precision: Literal["fp32", "bf16", "fp16"] = Field(
+    accumulation: Annotated[Positive, LEARNING] = Field(
+        1, description="micro-batches a step; negatives are those of the micro-batch"
+    )
+    clip: Annotated[Annotated[float, Field(gt=0)] | None, GENTLER] = Field(
+        None, description="largest norm of the gradient"
+    )
+    precision: Annotated[Literal["fp32", "bf16", "fp16"], GENTLER] = Field(
         "fp32", description="of matrix products; losses, norms, master weights and optimizer state are float32"
     )
-    engine: Literal["deepspeed", "plain"] = Field("deepspeed", description="plain: torch alone, the tested twin")
-    zero_stage: Annotated[int, Field(ge=0, le=3)] = 1
-    deepspeed: dict[str, Any] = Field(
+    engine: Annotated[Literal["deepspeed", "plain"], OPERATION] = Field(
+        "deepspeed", description="plain: torch alone, the tested twin"
+    )
+    zero_stage: Annotated[int, Field(ge=0, le=3), OPERATION] = 1
+    deepspeed: Annotated[dict[str, Any], OPERATION] = Field(
         default_factory=dict, description="passed through to the DeepSpeed engine, checked by it first"
     )
-    validate_every: Positive = Field(1, description="epochs")
-    validation_users: Positive | None = Field(
+    validate_every: Annotated[Positive, LEARNING] = Field(1, description="epochs")
+    validation_users: Annotated[Positive | None, LEARNING] = Field(
         None, description="at most this many validation users a domain; null: all"
     )
-    patience: Positive | None = Field(None, description="stop after this many validations without a better Recall@10")
-    checkpoint_every: Positive | None = Field(None, description="steps; null: at the end of each epoch")
-    keep_checkpoints: Annotated[int, Field(ge=2)] = Field(
+    patience: Annotated[Positive | None, LONGER] = Field(
+        None, description="stop after this many validations without a better Recall@10"
+    )
+    checkpoint_every: Annotated[Positive | None, OPERATION] = Field(
+        None, description="steps; null: at the end of each epoch"
+    )
+    keep_checkpoints: Annotated[int, Field(ge=2), OPERATION] = Field(
         2, description="the newest ones; the best weights are kept beside them in any case"
     )
-    keep_every: Positive | None = Field(
+    keep_every: Annotated[Positive | None, OPERATION] = Field(
         None, description="steps; besides, the first checkpoint at or after each multiple of it is kept for good"
     )
-    stop_after: Positive | None = Field(None, description="steps after which this session ends; the run can be resumed")
-    log_every: Positive = Field(10, description="steps between two points of the training curves")
-    max_skipped: Annotated[int, Field(ge=0)] = Field(
+    stop_after: Annotated[Positive | None, OPERATION] = Field(
+        None, description="steps after which this session ends; the run can be resumed"
+    )
+    log_every: Annotated[Positive, OPERATION] = Field(10, description="steps between two points of the training curves")
+    max_skipped: Annotated[int, Field(ge=0), OPERATION] = Field(
         10,
         description="steps whose loss or gradients are no numbers are skipped; more than this many among the last hundred times as many stop the run",
     )
@@ -161,66 +219,74 @@ class TrainingConfig(Component):
 class AdaptationLossConfig(LossConfig):
     """In adaptation: all items of the target, no alignment (spec, section 6)."""
 
-    negatives: Literal["in_batch", "catalogue", "sampled"] = "catalogue"
-    alignment: Annotated[float, Field(ge=0)] = 0.0
+    negatives: Annotated[Literal["in_batch", "catalogue", "sampled"], LEARNING] = "catalogue"
+    alignment: Annotated[float, Field(ge=0), LEARNING] = 0.0
 
 
 class AdaptationScheduleConfig(ScheduleConfig):
     """In adaptation the learning rate decays faster."""
 
-    factor: Annotated[float, Field(gt=0, le=1)] = 0.99
+    factor: Annotated[float, Field(gt=0, le=1), LEARNING] = 0.99
 
 
 class AdaptationTrainingConfig(TrainingConfig):
     """In adaptation the loop is shorter."""
 
-    epochs: Positive = 100
+    epochs: Annotated[Positive, LONGER] = 100
     schedule: AdaptationScheduleConfig = Field(default_factory=lambda: AdaptationScheduleConfig())
 
 
 class DataConfig(Component):
     """Prepared domains below one folder."""
 
-    root: str = Field(
+    root: Annotated[str, IDENTITY] = Field(
         "data", description="folder that holds a folder a domain; or any fsspec URI (s3://BUCKET/FOLDER) to one"
     )
-    domains: list[str] = Field(default_factory=list, description="auxiliary domains of the pre-training")
-    feature_dtype: Literal["float32", "float16"] = "float32"
-    cache: Annotated[str, Field(min_length=1)] | None = Field(
+    domains: Annotated[list[str], IDENTITY] = Field(
+        default_factory=list, description="auxiliary domains of the pre-training"
+    )
+    feature_dtype: Annotated[Literal["float32", "float16"], LEARNING] = "float32"
+    cache: Annotated[Annotated[str, Field(min_length=1)] | None, OPERATION] = Field(
         None,
         description="where root is a URI: folder on each node's own disk for what was fetched, shared by all runs there; "
         "null: in the folder for temporary files (TMPDIR)",
     )
-    cache_gb: Annotated[float, Field(gt=0)] = Field(50.0, description="the most that lies in it, in 10^9 bytes")
+    cache_gb: Annotated[float, Field(gt=0), OPERATION] = Field(
+        50.0, description="the most that lies in it, in 10^9 bytes"
+    )
 
 
 class RayConfig(Component):
     """What Ray Train is asked for."""
 
-    workers: Positive = 1
-    min_workers: Positive | None = Field(
+    workers: Annotated[Positive, OPERATION] = 1
+    min_workers: Annotated[Positive | None, OPERATION] = Field(
         None,
         description="go on with as few when nodes are lost, and with more, up to `workers`, when nodes come; null: `workers`",
     )
-    cpus_per_worker: Positive = 1
-    gpus_per_worker: Annotated[float, Field(ge=0)] = 0
-    placement: Literal["PACK", "SPREAD", "STRICT_SPREAD"] = Field(
+    cpus_per_worker: Annotated[Positive, OPERATION] = 1
+    gpus_per_worker: Annotated[float, Field(ge=0), OPERATION] = 0
+    placement: Annotated[Literal["PACK", "SPREAD", "STRICT_SPREAD"], OPERATION] = Field(
         "PACK",
         description="how Ray places the workers: on few nodes, on many, or each on a node of its own. With `min_workers` not the "
         "last: a worker that asks for all CPUs or GPUs of a node has it to itself",
     )
-    wait_minutes: Annotated[float, Field(gt=0)] | None = Field(
+    wait_minutes: Annotated[Annotated[float, Field(gt=0)] | None, OPERATION] = Field(
         60.0,
         description="for nodes that the cluster lacks, at the start and after losses; then the command ends. null: for ever",
     )
-    address: str | None = Field(None, description="null: RAY_ADDRESS, else a local Ray started by the command")
-    storage: str = Field("runs", description="folder for runs and checkpoints, shared by all nodes")
-    remote_storage: Annotated[str, Field(min_length=1)] | None = Field(
+    address: Annotated[str | None, OPERATION] = Field(
+        None, description="null: RAY_ADDRESS, else a local Ray started by the command"
+    )
+    storage: Annotated[str, OPERATION] = Field(
+        "runs", description="folder for runs and checkpoints, shared by all nodes"
+    )
+    remote_storage: Annotated[Annotated[str, Field(min_length=1)] | None, OPERATION] = Field(
         None,
         description="any fsspec URI (s3://BUCKET/FOLDER) or folder: checkpoints are copied there in the background, and a run "
         "whose folder is gone goes on from there; one run of a name at a time",
     )
-    max_failures: Annotated[int, Field(ge=-1)] = 3
+    max_failures: Annotated[int, Field(ge=-1), OPERATION] = 3
 
     @model_validator(mode="after")
     def _range(self) -> RayConfig:
@@ -242,10 +308,12 @@ class RayConfig(Component):
 class TrackingConfig(Component):
     """MLflow. With no `uri`, MLFLOW_TRACKING_URI, else SQLite and files below the runs' folder."""
 
-    uri: str | None = None
-    experiment: str = "antdist"
-    registered_model: str | None = Field(None, description="name in the registry; null: the run's name")
-    offline_ok: bool = Field(
+    uri: Annotated[str | None, OPERATION] = None
+    experiment: Annotated[str, OPERATION] = "antdist"
+    registered_model: Annotated[str | None, OPERATION] = Field(
+        None, description="name in the registry; null: the run's name"
+    )
+    offline_ok: Annotated[bool, OPERATION] = Field(
         False,
         description="true: a run starts though the store is away; its records wait on disk until the store is back, at the "
         "latest until the same command is run again. What `from` or `resume` names in the registry must have been looked up "
@@ -261,15 +329,17 @@ class PretrainConfig(Component):
 
     model_config = ConfigDict(validate_by_name=True, validate_by_alias=True)  # `continue` is a keyword of Python
 
-    name: str = Field("pretrain", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
-    seed: Annotated[int, Field(ge=0)] = 0
-    resume: str | None = Field(None, description="MODEL whose training state this run goes on from")
-    parent: str | None = Field(
+    name: Annotated[str, OPERATION] = Field("pretrain", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    seed: Annotated[int, Field(ge=0), IDENTITY] = 0
+    resume: Annotated[str | None, OPERATION] = Field(
+        None, description="MODEL whose training state this run goes on from"
+    )
+    parent: Annotated[str | None, IDENTITY] = Field(
         None,
         alias="continue",
         description="MODEL whose weights and optimizer state this new run begins with, on data that have grown or are others",
     )
-    profile: bool = Field(False, description=PROFILE)
+    profile: Annotated[bool, OPERATION] = Field(False, description=PROFILE)
     data: DataConfig = Field(default_factory=lambda: DataConfig())
     model: ModelConfig = Field(default_factory=lambda: ModelConfig())
     loss: LossConfig = Field(default_factory=lambda: LossConfig())
@@ -293,19 +363,21 @@ class RelearnConfig(Component):
 
     model_config = ConfigDict(validate_by_name=True, validate_by_alias=True)  # `from` is a keyword of Python
 
-    name: str = Field("relearn", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
-    target: str | None = Field(None, description="domain below data.root to adapt to")
-    strategy: Strategy | Literal["auto"] | list[Strategy] = Field(
+    name: Annotated[str, OPERATION] = Field("relearn", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    target: Annotated[str | None, IDENTITY] = Field(None, description="domain below data.root to adapt to")
+    strategy: Annotated[Strategy | Literal["auto"] | list[Strategy], IDENTITY] = Field(
         "relearn",
         description="one, or a list; auto: scratch, finetune and relearn. Of several: scratch, or the best on validation whose "
         "transfer is positive",
     )
-    parent: str | None = Field(None, alias="from", description="MODEL to adapt; not needed for scratch")
-    seeds: list[Annotated[int, Field(ge=0)]] = Field(default_factory=lambda: [0], min_length=1)
-    variants: list[Variant] = Field(
+    parent: Annotated[str | None, IDENTITY] = Field(
+        None, alias="from", description="MODEL to adapt; not needed for scratch"
+    )
+    seeds: Annotated[list[Annotated[int, Field(ge=0)]], IDENTITY] = Field(default_factory=lambda: [0], min_length=1)
+    variants: Annotated[list[Variant], IDENTITY] = Field(
         default_factory=list, description="deviations of the reference code (spec, section 6)"
     )
-    profile: bool = Field(False, description=PROFILE)
+    profile: Annotated[bool, OPERATION] = Field(False, description=PROFILE)
     data: DataConfig = Field(default_factory=lambda: DataConfig())
     model: ModelConfig = Field(default_factory=lambda: ModelConfig())
     loss: AdaptationLossConfig = Field(default_factory=lambda: AdaptationLossConfig())

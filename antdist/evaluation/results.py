@@ -15,24 +15,9 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict
 
 from antdist.config.schema import RelearnConfig
+from antdist.config.semantics import comparable
 from antdist.errors import UserError
 from antdist.evaluation.ranking import Ranks
-
-# What of the training section does not change what is learned; the keys that a restart may change are among them, or
-# trials of one run could not be compared.
-_OPERATION = {
-    "engine",
-    "zero_stage",
-    "deepspeed",
-    "checkpoint_every",
-    "keep_checkpoints",
-    "keep_every",
-    "stop_after",
-    "log_every",
-    "max_skipped",
-    "hang",
-}
-
 
 # what zip files, their decompression and numpy's headers raise where a byte is not what it was
 UNREADABLE = (
@@ -70,15 +55,9 @@ class Run:
 
 
 def budget_digest(config: RelearnConfig) -> str:
-    """A digest of what a strategy was given to learn with: model, loss, stream, training. Not the strategy, its
-    parent, the seeds, nor how the work was spread and logged."""
-    sections = {
-        "model": config.model.model_dump(exclude={"activation_checkpointing"}),
-        "loss": config.loss.model_dump(exclude={"chunk"}),
-        "stream": config.stream.model_dump(),
-        "training": config.training.model_dump(exclude=_OPERATION),
-        "feature_dtype": config.data.feature_dtype,
-    }
+    """Digest what a strategy was given to learn with: the keys of model, loss, stream, training that trials must share."""
+    sections = comparable(config)
+    sections |= sections.pop("data")  # flat, as in the digests of all earlier results
     return hashlib.sha256(json.dumps(sections, sort_keys=True).encode()).hexdigest()
 
 

@@ -6,6 +6,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from antdist.config.schema import PretrainConfig
+from antdist.config.semantics import architecture
 from antdist.errors import UserError
 from antdist.runs.inputs import Inputs
 from antdist.runs.parent import last_checkpoint
@@ -14,10 +15,6 @@ from antdist.tracking.run import clean_key
 
 if TYPE_CHECKING:
     from antdist.data.domain import Domain
-
-
-# of the model's section: what a run may change without becoming another model
-FREE = frozenset({"dropout", "item_dropout", "activation_checkpointing", "initialisation", "initial_shift"})
 
 
 def check_continues(config: PretrainConfig, state: ResolvedModel, inputs: Inputs) -> list[str]:
@@ -38,8 +35,8 @@ def check_continues(config: PretrainConfig, state: ResolvedModel, inputs: Inputs
         )
     card = read_card(state.folder)
     was, due = card.config.model_dump(), config.model.model_dump()
-    for key in due:
-        if key not in FREE and was[key] != due[key]:
+    for key in architecture():
+        if was[key] != due[key]:
             raise UserError(
                 f"is {due[key]!r}, but {was[key]!r} of {config.parent}",
                 where=f"model.{key}",

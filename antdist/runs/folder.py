@@ -26,7 +26,7 @@ import shutil
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
@@ -34,7 +34,8 @@ from typing import TYPE_CHECKING, Any, TextIO
 import yaml
 
 from antdist.config.load import dump_config
-from antdist.config.schema import PretrainConfig, RayConfig, RelearnConfig
+from antdist.config.schema import PretrainConfig, RayConfig, RelearnConfig, Resume
+from antdist.config.semantics import resume_changes
 from antdist.errors import UserError, redact
 from antdist.io.files import flush_to_disk, read_json, write_json
 from antdist.io.progress import QUIET_SECONDS, say, tee
@@ -51,22 +52,12 @@ EARLIER_WORKERS_SECONDS = 600.0
 TELL_SECONDS = 5.0
 STOP = "stop"
 
-# keys that may differ between two starts of a run: how and how long, not what
-OPERATIONAL = frozenset(
-    {"resume", "name", "profile", "ray", "tracking", "data.cache", "data.cache_gb"}
-    | {f"training.{key}" for key in ("engine", "zero_stage", "deepspeed", "checkpoint_every", "keep_checkpoints")}
-    | {f"training.{key}" for key in ("keep_every", "stop_after", "log_every", "max_skipped", "hang")}
-)
-# pre-training may also go on longer, and more carefully once it diverged; trials that are compared may not
-LONGER = frozenset({"training.epochs", "training.patience"})
-GENTLER = frozenset({"training.learning_rate", "training.clip", "training.precision"})
-
 
 @contextlib.contextmanager
 def claimed(
     folder: Path,
     config: PretrainConfig | RelearnConfig,
-    adjustable: frozenset[str] = frozenset(),
+    allowed: Collection[Resume] = (),
     *,
     parts: Sequence[Path] = (),
     whole: bool = True,
@@ -75,6 +66,7 @@ def claimed(
     `ray.remote_storage`, holds the same run.
 
     Args:
+        allowed: what may differ besides keys that are free on a resume (`antdist.config.schema.Meaning`).
         parts: folders in it that other commands may work in on their own.
         whole: False for such a command: only `parts` are its own, and others may work beside it.
 
@@ -90,7 +82,7 @@ def claimed(
             with led(place):  # a killed command's workers outlive it by some seconds, and write to the same outbox
                 pass
         with settling(folder):
-            _take_up(folder, config, adjustable)
+            _take_up(folder, config, allowed)
         yield
 
 
@@ -116,8 +108,8 @@ def settling(folder: Path) -> Iterator[None]:
         yield
 
 
-def _take_up(folder: Path, config: PretrainConfig | RelearnConfig, adjustable: frozenset[str]) -> None:
-    refuse_another(folder, config, adjustable)
+def _take_up(folder: Path, config: PretrainConfig | RelearnConfig, allowed: Collection[Resume]) -> None:
+    refuse_another(folder, config, allowed)
     file, remote = folder / "config.yaml", remote_of(folder, config.ray)
     text = redact(dump_config(config)).encode()  # for people, and to compare at the next start
     partial = file.with_suffix(".partial")
@@ -129,7 +121,7 @@ def _take_up(folder: Path, config: PretrainConfig | RelearnConfig, adjustable: f
 
 
 def refuse_another(
-    folder: Path, config: PretrainConfig | RelearnConfig, adjustable: frozenset[str] = frozenset(), quiet: bool = False
+    folder: Path, config: PretrainConfig | RelearnConfig, allowed: Collection[Resume] = (), quiet: bool = False
 ) -> None:
     """Raises UserError if a run's folder, or its copy, holds a run of another configuration. If it holds this one that is
     said, unless `quiet`."""
@@ -138,8 +130,8 @@ def refuse_another(
     if remote is not None and (there := remote.read(file.name)) is not None:
         begun[remote.uri] = there
     for where, text in begun.items():
-        changed = _changed(yaml.safe_load(text), yaml.safe_load(redact(dump_config(config))))
-        refused = [told for key, told in changed.items() if key not in adjustable]
+        changed = resume_changes(type(config), yaml.safe_load(text), yaml.safe_load(redact(dump_config(config))))
+        refused = [told for resume, told in changed.values() if resume not in allowed]
         if refused:
             raise UserError(
                 f"a run of this name exists with another configuration: {'; '.join(refused[:5])}",
@@ -147,7 +139,7 @@ def refuse_another(
                 remedy="choose another name=..., undo the change to go on with that run, or remove its folder",
             )
         if where == next(iter(begun)) and not quiet:
-            say(f"{where} exists: going on with that run" + "".join(f"; {told}" for told in changed.values()))
+            say(f"{where} exists: going on with that run" + "".join(f"; {told}" for _, told in changed.values()))
 
 
 def remote_of(folder: Path, config: RayConfig) -> Remote | None:
@@ -203,20 +195,6 @@ def note_tracked(folder: Path, config: PretrainConfig | RelearnConfig, known: di
     write_json(folder / "run.json", known)
     if (remote := remote_of(folder, config.ray)) is not None:
         remote.write("run.json", json.dumps(known).encode())
-
-
-def _changed(there: dict[str, Any], here: dict[str, Any], prefix: str = "") -> dict[str, str]:
-    """What differs between two configurations, beyond operation: by dotted key, in words."""
-    told: dict[str, str] = {}
-    for key in sorted(there.keys() | here.keys()):
-        old, new, dotted = there.get(key), here.get(key), prefix + key
-        if dotted in OPERATIONAL:
-            continue
-        if isinstance(old, dict) and isinstance(new, dict):
-            told |= _changed(old, new, f"{dotted}.")
-        elif old != new:
-            told[dotted] = f"{dotted} was {old!r}, is {new!r}"
-    return told
 
 
 def _locked(file: TextIO, seconds: float = 0.0, shared: bool = False) -> bool:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from antdist.config.schema import PretrainConfig
+from antdist.config.schema import PretrainConfig, Resume
 from antdist.distributed.ray_session import ray_session, run_workers, stoppable
 from antdist.errors import Preempted, UserError
 from antdist.io.files import read_json
@@ -14,8 +14,6 @@ from antdist.io.progress import say
 from antdist.runs.checks import check_pretrain
 from antdist.runs.continuing import origin_of
 from antdist.runs.folder import (
-    GENTLER,
-    LONGER,
     STOP,
     claimed,
     collect_training_state,
@@ -78,7 +76,8 @@ def pretrain(config: PretrainConfig) -> Pretrained:
     checked.say_notes()
     folder = pretrain_folder(config)
     diverged = "error" in (read_json(folder / "outcome.json") or {})
-    with claimed(folder, config, LONGER | GENTLER if diverged else LONGER):
+    allowed: tuple[Resume, ...] = ("longer_ok", "gentler_ok") if diverged else ("longer_ok",)
+    with claimed(folder, config, allowed):
         return _pretrain(config, folder, tracking_uri(config.tracking, folder.parent), checked.start)
 
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from antdist.config.schema import ModelConfig, Strategy, Variant
+from antdist.config.semantics import defining
 from antdist.errors import UserError
 from antdist.model.recommender import Recommender, build_recommender, centre, parameter_groups, redraw_experts
 
@@ -29,14 +30,6 @@ _TABLE: dict[Strategy, tuple[Treatment, Treatment, Treatment]] = {
     "finetune": (KEPT, FROZEN, FROZEN),
     "finetune_all": (KEPT, KEPT, KEPT),
     "relearn": (FRESH, FRESH, FROZEN),
-}
-
-
-# keys of `model` by which a group's values mean what they meant in the parent; shapes alone do not tell all of them
-_MADE_BY: dict[str, tuple[str, ...]] = {
-    "theta": ("dim", "mixture", "experts", "missing"),
-    "positions": ("dim", "max_length"),
-    "phi": ("dim", "layers", "heads", "inner"),
 }
 
 
@@ -120,8 +113,8 @@ def adapt(
 
 
 def _check_same_build(config: ModelConfig, parent: ModelConfig, table: dict[str, Treatment]) -> None:
-    for group, keys in _MADE_BY.items():
-        for key in keys if table[group].inherited else ():
+    for group, treatment in table.items():
+        for key in defining(group) if treatment.inherited else ():
             there, here = getattr(parent, key), getattr(config, key)
             if there != here and (key != "experts" or config.mixture):
                 raise UserError(

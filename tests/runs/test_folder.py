@@ -12,11 +12,13 @@ from typing import Any
 import pytest
 
 from antdist.config.load import check_config
-from antdist.config.schema import PretrainConfig
+from antdist.config.schema import PretrainConfig, Resume
 from antdist.errors import UserError
 from antdist.io.progress import say
 from antdist.runs import folder as runs
-from antdist.runs.folder import GENTLER, LONGER, claimed, for_workers, leading, note_tracked, take_up_tracked
+from antdist.runs.folder import claimed, for_workers, leading, note_tracked, take_up_tracked
+
+LONGER_AND_GENTLER: tuple[Resume, ...] = ("longer_ok", "gentler_ok")
 
 
 def config(**training: Any) -> PretrainConfig:
@@ -67,7 +69,7 @@ def test_the_whole_run_waits_for_the_workers_of_a_trial_that_was_killed_and_a_tr
 HOLDING = """
 import sys, time
 from pathlib import Path
-from antdist.config.schema import PretrainConfig
+from antdist.config.schema import PretrainConfig, Resume
 from antdist.runs.folder import claimed, leading
 with claimed(Path(sys.argv[1]), PretrainConfig()):
     print("claimed", flush=True)
@@ -112,12 +114,15 @@ def test_what_a_run_is_may_not_change_and_how_it_runs_may(tmp_path: Path) -> Non
         pass
     with claimed(tmp_path, config(engine="plain", checkpoint_every=5).model_copy(update={"profile": True})):
         pass
+    same_result = {"loss": {"chunk": 100}, "model": {"activation_checkpointing": True}}
+    with claimed(tmp_path, check_config(PretrainConfig, same_result)):
+        pass
     elsewhere = config().data.model_copy(update={"cache": "/tmp/elsewhere", "cache_gb": 1.0})
     with claimed(tmp_path, config().model_copy(update={"data": elsewhere})):
         pass
     with (
         pytest.raises(UserError, match=r"another configuration: training.weight_decay was 0.0, is 0.5\. Choose"),
-        claimed(tmp_path, config(weight_decay=0.5), LONGER | GENTLER),
+        claimed(tmp_path, config(weight_decay=0.5), LONGER_AND_GENTLER),
     ):
         pass
 
@@ -140,7 +145,7 @@ def test_only_who_may_adjust_goes_on_longer_or_slower_and_it_is_said(
         claimed(tmp_path, changed),
     ):
         pass
-    with claimed(tmp_path, changed, LONGER | GENTLER):
+    with claimed(tmp_path, changed, LONGER_AND_GENTLER):
         pass
     assert "going on with that run; training.epochs was 300, is 400; training.learning_rate" in capsys.readouterr().err
     with claimed(tmp_path, changed):
