@@ -10,6 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from antdist import ragged
 from antdist.batch import IntArray, ItemFeatures
 from antdist.data.domain import Domain, ItemRecord, Sequences, open_domain, write_domain
 
@@ -51,7 +52,7 @@ def sequences_of(shape: Shape, seed: int = 0) -> Sequences:
     random = np.random.default_rng(seed)
     above = random.lognormal(0.0, 1.0, shape.users)
     lengths = 5 + np.floor(above * (shape.mean_length - 4.5) / above.mean()).astype(np.int64)
-    offsets = np.concatenate([[0], np.cumsum(lengths)])
+    offsets = ragged.offsets(lengths)
     chance = 1.0 / (np.arange(shape.items) + 10.0) ** 0.8
     items = random.choice(shape.items, size=int(offsets[-1]), p=chance / chance.sum())
     return Sequences(offsets, items.astype(np.int64), np.arange(offsets[-1]))

@@ -19,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
 
+from antdist import ragged
 from antdist.batch import IntArray, ItemFeatures
 from antdist.data.entries import File
 from antdist.data.manifest import read_manifest
@@ -452,7 +453,7 @@ class Catalogue:
         self.domains = list(domains)
         self.modalities = list(modalities)
         self.dtype: Dtype = dtype
-        self.offsets: IntArray = np.concatenate([[0], np.cumsum([d.manifest.items for d in domains])]).astype(np.int64)
+        self.offsets = ragged.offsets([d.manifest.items for d in domains])
         self.dims: dict[str, int] = {}
         self.identities: dict[str, str] = {}
         self._tables: dict[str, list[FeatureTable | None]] = {}

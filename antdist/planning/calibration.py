@@ -308,10 +308,10 @@ def _inputs(predictions: int, items: int, max_length: int, seed: int) -> tuple[B
     """A batch of generated histories, about so many predictions, and random features of its items."""
     import torch
 
+    from antdist import ragged
     from antdist.batch import ROWS, GlobalBatch, ItemFeatures
     from antdist.data.stream.shard_batch import deal
     from antdist.data.stream.windows import user_windows
-    from antdist.ragged import starts_of
 
     random = np.random.default_rng(seed)
     likely = likely_lengths(14.4).astype(np.int64) - 2
@@ -319,7 +319,7 @@ def _inputs(predictions: int, items: int, max_length: int, seed: int) -> tuple[B
     chance = 1.0 / (np.arange(items) + 10.0) ** 0.8
     names = random.choice(items, int(lengths.sum()), p=chance / chance.sum())
     users = np.arange(len(lengths))
-    cut = user_windows(names, starts_of(lengths)[:-1], lengths, users, max_length)
+    cut = user_windows(names, ragged.offsets(lengths)[:-1], lengths, users, max_length)
     whole = GlobalBatch(0, 0, cut.items, cut.offsets, cut.predict_at, cut.targets, cut.users)
     batch = deal(whole, rank=0, world_size=1, candidates="in_batch", catalogue_size=items)
     rows = -(-len(batch.item_ids) // ROWS) * ROWS

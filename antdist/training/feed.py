@@ -24,12 +24,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from antdist import ragged
 from antdist.batch import ROWS, Batch, GlobalBatch, IntArray, ItemFeatures
 from antdist.config.schema import LossConfig
 from antdist.data.stream.shard_batch import deal, share, split
 from antdist.data.stream.stream import Stream
 from antdist.distributed.world import World
-from antdist.ragged import starts_of
 
 AHEAD = 2  # steps
 HELD_SHARE = 0.2  # of a GPU's free memory, for features
@@ -146,7 +146,7 @@ class Feed:
 
     @cached_property
     def _heaps(self) -> IntArray:
-        return starts_of(self.popularity + 1)
+        return ragged.offsets(self.popularity + 1)
 
     def _pinned(self, value: Any) -> Any:
         """A `Batch` or `ItemFeatures` in memory that a GPU copies from by itself; where there is no GPU, as it is."""

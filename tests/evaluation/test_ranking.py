@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+from antdist import ragged
 from antdist.batch import ItemFeatures
 from antdist.config.schema import ModelConfig
 from antdist.data.domain import Domain, ItemRecord, Sequences, open_domain, write_domain
@@ -62,7 +63,7 @@ class Features:
 
 
 def make_sequences(histories: list[list[int]]) -> Sequences:
-    offsets = np.concatenate([[0], np.cumsum([len(h) for h in histories])]).astype(np.int64)
+    offsets = ragged.offsets([len(h) for h in histories])
     items = np.concatenate([np.asarray(h, np.int64) for h in histories])
     return Sequences(offsets, items, np.arange(len(items)))
 
