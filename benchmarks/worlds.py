@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from antdist import ragged
-from antdist.batch import IntArray, ItemFeatures
+from antdist.batch import IntArray, ItemInputs
 from antdist.data.domain import Domain, ItemRecord, Sequences, open_domain, write_domain
 
 PAPER_DIMS = {"text": 768, "image": 1024, "price": 64}  # the authors' features
@@ -39,10 +39,10 @@ class RandomFeatures:
         self.size, self.dims = items, dims
         self.values = {m: torch.randn(items, dim, generator=random) / dim**0.5 for m, dim in dims.items()}
 
-    def features(self, item_ids: IntArray) -> ItemFeatures:
+    def features(self, item_ids: IntArray) -> ItemInputs:
         index = torch.from_numpy(np.asarray(item_ids, dtype=np.int64))
         present = torch.ones(len(index), dtype=torch.bool)
-        return ItemFeatures(
+        return ItemInputs(
             {m: v.index_select(0, index) for m, v in self.values.items()}, dict.fromkeys(self.values, present), index
         )
 

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
 
 from antdist import ragged
-from antdist.batch import IntArray, ItemFeatures
+from antdist.batch import IntArray, ItemInputs
 from antdist.data.entries import File
 from antdist.data.manifest import read_manifest
 from antdist.data.places import AT_ONCE, Place, RemotePath
@@ -483,7 +483,7 @@ class Catalogue:
     def size(self) -> int:
         return int(self.offsets[-1])
 
-    def features(self, item_ids: IntArray) -> ItemFeatures:
+    def features(self, item_ids: IntArray) -> ItemInputs:
         """Look up N items by global id: float32 tensors on the CPU. One gather a modality a part; of sorted ids, with no
         copy but that from the memory map to the tensor."""
         import torch
@@ -497,7 +497,7 @@ class Catalogue:
         for modality in self.modalities:
             rows, mask = self._gather(modality, item_ids, groups)
             values[modality], present[modality] = torch.from_numpy(rows), torch.from_numpy(mask)
-        return ItemFeatures(values, present, torch.from_numpy(item_ids.copy()))
+        return ItemInputs(values, present, torch.from_numpy(item_ids.copy()))
 
     def leave_room(self, reserved: int | None = None) -> None:
         """Keep no more of remote tables in the node's cache than leaves `reserved` bytes of it (None: a quarter) to others.

@@ -38,7 +38,7 @@ from antdist.training.memory import forget_peak, keep_memory, peak_bytes, reside
 if TYPE_CHECKING:
     import torch
 
-    from antdist.batch import Batch, ItemFeatures
+    from antdist.batch import Batch, ItemInputs
 
 Rate = Annotated[float, Field(gt=0)]
 Sizes = tuple[tuple[int, int, int], ...]
@@ -304,12 +304,12 @@ def _measured(
     return found
 
 
-def _inputs(predictions: int, items: int, max_length: int, seed: int) -> tuple[Batch, ItemFeatures]:
+def _inputs(predictions: int, items: int, max_length: int, seed: int) -> tuple[Batch, ItemInputs]:
     """A batch of generated histories, about so many predictions, and random features of its items."""
     import torch
 
     from antdist import ragged
-    from antdist.batch import ROWS, GlobalBatch, ItemFeatures
+    from antdist.batch import ROWS, GlobalBatch, ItemInputs
     from antdist.data.stream.shard_batch import deal
     from antdist.data.stream.windows import user_windows
 
@@ -325,4 +325,4 @@ def _inputs(predictions: int, items: int, max_length: int, seed: int) -> tuple[B
     rows = -(-len(batch.item_ids) // ROWS) * ROWS
     values = {m: torch.randn(rows, width) / width**0.5 for m, width in DIMS.items()}
     present = {m: torch.ones(rows, dtype=torch.bool) for m in DIMS}
-    return batch, ItemFeatures(values, present, torch.zeros(rows, dtype=torch.int64))
+    return batch, ItemInputs(values, present, torch.zeros(rows, dtype=torch.int64))

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from antdist import ragged
-from antdist.batch import ItemFeatures
+from antdist.batch import ItemInputs
 from antdist.config.schema import ModelConfig
 from antdist.data.domain import Domain, ItemRecord, Sequences, open_domain, write_domain
 from antdist.errors import UserError
@@ -40,7 +40,7 @@ class LastItem(nn.Module):
         self.users = nn.Parameter(users)
         self.calls: list[int] = []
 
-    def embed_items(self, features: ItemFeatures) -> SimpleNamespace:
+    def embed_items(self, features: ItemInputs) -> SimpleNamespace:
         assert not self.training and not torch.is_grad_enabled()
         self.calls.append(len(features.index))
         return SimpleNamespace(item=features.values["text"])
@@ -57,9 +57,9 @@ class Features:
     def __init__(self, values: torch.Tensor) -> None:
         self.values, self.size = values, len(values)
 
-    def features(self, ids: np.ndarray) -> ItemFeatures:
+    def features(self, ids: np.ndarray) -> ItemInputs:
         present = {"text": torch.ones(len(ids), dtype=torch.bool)}
-        return ItemFeatures({"text": self.values[ids]}, present, torch.from_numpy(ids))
+        return ItemInputs({"text": self.values[ids]}, present, torch.from_numpy(ids))
 
 
 def make_sequences(histories: list[list[int]]) -> Sequences:
