@@ -31,7 +31,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from antdist.errors import UserError
-from antdist.io.progress import say
+from antdist.io.logs import get_logger
+
+logger = get_logger(__name__)
 
 VARIABLE = "ANTDIST_FAULTS"
 KINDS = ("kill", "stall", "raise", "full", "nan")
@@ -60,7 +62,9 @@ def at(place: str, **facts: Any) -> bool:
     spoil = False
     for fault in parse(text):
         if fault.get("at", "step") == place and _matches(fault, facts) and _first(fault):
-            say(f"{VARIABLE}: {fault['fault']} at {place} ({', '.join(f'{k} {v}' for k, v in facts.items())})")
+            logger.warning(
+                f"{VARIABLE}: {fault['fault']} at {place} ({', '.join(f'{k} {v}' for k, v in facts.items())})"
+            )
             spoil |= _happen(fault)
     return spoil
 
@@ -90,7 +94,7 @@ def parse(text: str) -> list[Fault]:
             raise _malformed(f"unknown fault {fault.get('fault')!r}; known: {', '.join(KINDS)}")
         if fault.get("at", "step") not in PLACES:
             raise _malformed(f"unknown place {fault.get('at')!r}; known: {', '.join(PLACES)}")
-    say(f"{VARIABLE} IS SET: THIS PROCESS INJECTS FAULTS ON PURPOSE: {text}")
+    logger.warning(f"{VARIABLE} IS SET: THIS PROCESS INJECTS FAULTS ON PURPOSE: {text}")
     return faults
 
 

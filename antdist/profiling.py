@@ -9,7 +9,9 @@ import contextlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from antdist.io.progress import say
+from antdist.io.logs import get_logger
+
+logger = get_logger(__name__)
 
 WAIT, WARM_UP, RECORDED = 3, 2, 5  # steps: let be, traced and thrown away, traced and kept
 
@@ -42,7 +44,9 @@ def profiled(file: Path | None, *, on_gpu: bool = False) -> Iterator[Callable[[]
         partial = file.with_name(f".{file.name}")
         trace.export_chrome_trace(str(partial))
         partial.replace(file)
-        say(f"profile of the steps from the {WAIT + WARM_UP + 1}th on: {file}, to be opened in https://ui.perfetto.dev")
+        logger.info(
+            f"profile of the steps from the {WAIT + WARM_UP + 1}th on: {file}, to be opened in https://ui.perfetto.dev"
+        )
 
     _switch(True)
     try:

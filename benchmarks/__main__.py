@@ -10,6 +10,7 @@ from pathlib import Path
 import click
 
 from antdist.errors import UserError
+from antdist.io.logs import setup_logging
 from benchmarks.machine import cores, machine
 from benchmarks.report import Options, Report, show, to_json
 
@@ -72,6 +73,7 @@ def main(
     if name is None:
         click.echo("\n".join(f"{known:13} {what}" for known, what in NAMES.items()))
         return
+    setup_logging()
     options = Options(short, repeats or (2 if short else 5), threads or cores(), data, settings, picture, minutes)
     facts = machine(options.threads)
     try:

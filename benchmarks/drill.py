@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from antdist import faults
+from antdist.io.logs import setup_logging
 
 # what a rank imports, torch's own late imports too: a second each otherwise
 PRELOADED = [
@@ -114,6 +115,7 @@ def _rank_main(rank: int, ranks: int, port: int, run: Run, attempt: int, wanted:
     os.environ[faults.VARIABLE] = wanted
     with (run.folder / "ledger" / f"attempt-{attempt:04d}-rank-{rank}.log").open("w") as log:
         os.dup2(log.fileno(), 2)
+    setup_logging()
     try:
         dist.init_process_group("gloo", rank=rank, world_size=ranks)
         train_noting(run, attempt)

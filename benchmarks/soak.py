@@ -20,9 +20,10 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any, Literal
 
+import click
+
 from antdist.errors import UserError
 from antdist.faults import STALL_SECONDS, Fault, corrupt
-from antdist.io.progress import say
 from antdist.training.checkpoints.local import PREFIX, load_latest, steps_in
 from benchmarks.drill import Run, counted, end_state, finish, lines, start
 from benchmarks.report import Line, Options, Report
@@ -136,7 +137,8 @@ def _soak(options: Options, folder: Path) -> Report:
     while time.time() < deadline if not options.short else len(struck) < 2:
         kinds = kinds or (list(KINDS[:2]) if options.short else chance.sample(KINDS, len(KINDS)))
         struck.append(strike(kinds.pop(), faulty, len(struck), every * chance.uniform(0.5, 1.5), chance))
-        say(f"soak: {len(struck)} faults, the last: {struck[-1].kind}; {(time.time() - begun) / 60:.1f} min")
+        told = f"soak: {len(struck)} faults, the last: {struck[-1].kind}; {(time.time() - begun) / 60:.1f} min"
+        click.echo(told, err=True)
     # to the end of the epoch after the one that it stands in, which may have no steps left; and as far without faults
     standing = load_latest(faulty.checkpoints)
     epochs = (standing.progress["progress"]["epoch"] if standing else 0) + 2

@@ -8,11 +8,23 @@ from pathlib import Path
 import pytest
 from hypothesis import settings
 
+from antdist.io.logs import PACKAGE, setup_logging
 from tests.stores import Bucket, Database, postgres_programs, postgres_server, s3_server
 
 # no test is timed: the cores are shared
 settings.register_profile("untimed", deadline=None)
 settings.load_profile("untimed")
+
+
+@pytest.fixture(autouse=True)
+def _logging() -> Iterator[None]:
+    """Log as the command line does, and let `caplog` see it."""
+    before = PACKAGE.level, PACKAGE.handlers[:], PACKAGE.propagate
+    setup_logging()
+    PACKAGE.propagate = True
+    yield
+    PACKAGE.level, PACKAGE.handlers[:], PACKAGE.propagate = before
+
 
 SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 

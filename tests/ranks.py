@@ -11,6 +11,8 @@ from typing import Any
 
 import torch.multiprocessing as mp
 
+from antdist.io.logs import setup_logging
+
 # imported once, in the server that the ranks are forked from: seconds each otherwise
 PRELOADED = ["torch._dynamo", "deepspeed", "antdist.training.trainer"]
 
@@ -37,6 +39,7 @@ def _entry(
     torch.set_num_threads(1)
     if errors is not None:
         os.dup2(os.open(errors, os.O_WRONLY | os.O_CREAT | os.O_APPEND), 2)
+    setup_logging()
     os.environ.clear()  # the server's is that of its start
     os.environ.update(
         environment,

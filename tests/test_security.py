@@ -15,7 +15,7 @@ import pytest
 from antdist.config.load import load_config
 from antdist.config.schema import PretrainConfig
 from antdist.errors import UserError
-from antdist.io import progress
+from antdist.io.logs import get_logger, log_to_file
 from antdist.io.storage import Unreachable
 from antdist.runs.folder import claimed
 from antdist.training.checkpoints.remote import Remote
@@ -117,8 +117,25 @@ def test_no_secret_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     error = UserError(f"no answer from {SECRET}", where=SECRET, remedy=f"correct {SECRET}")
     assert "hush" not in f"{error} {error.what} {error.where} {error.remedy} {error.__reduce__()}"
     assert "http://***@host:5000/x?token=***" in str(error)
-    progress.say(f"connecting to {SECRET}")
-    assert "hush" not in capsys.readouterr().err
+
+
+def test_no_secret_is_logged(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    """By no handler, of another program neither: the filter is on the logger."""
+    logger = get_logger("antdist.somewhere")
+    with log_to_file(tmp_path / "log.txt"):
+        logger.warning(f"connecting to {SECRET}")
+        logger.info("connecting to %s", SECRET)
+    line = "connecting to http://***@host:5000/x?token=***\n"
+    assert capsys.readouterr().err == 2 * line and (tmp_path / "log.txt").read_text() == 2 * line
+    assert [record.getMessage() for record in caplog.records] == 2 * [line.rstrip()]
+
+
+def test_every_module_has_a_logger_that_redacts() -> None:
+    text = {path.relative_to(PROJECT): path.read_text() for path in (PROJECT / "antdist").rglob("*.py")}
+    assert [str(path) for path, code in text.items() if "logging.getLogger(__name__)" in code] == []
+    assert sum("logger = get_logger(__name__)" in code for code in text.values()) > 20
 
 
 def test_no_secret_is_told_of_a_mistake_in_a_configuration(tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ import click
 
 from antdist import __version__
 from antdist.errors import Preempted, UserError, redact
+from antdist.io.logs import setup_logging
 
 if TYPE_CHECKING:
     from antdist.jobs.client import Cluster
@@ -49,6 +50,7 @@ def cli() -> None:
 
 def main() -> NoReturn:
     """Entry point: a user's mistake is one line on standard error and exit code 2, never a traceback."""
+    setup_logging()
     try:
         cli(standalone_mode=False)
     except UserError as error:

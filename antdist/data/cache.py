@@ -29,8 +29,10 @@ from typing import IO, BinaryIO
 
 from antdist.data.entries import File
 from antdist.errors import UserError
-from antdist.io.progress import say
+from antdist.io.logs import get_logger
 from antdist.io.storage import Unreachable, is_uri
+
+logger = get_logger(__name__)
 
 GB = 10**9
 DEFAULT_GB = 50.0
@@ -87,7 +89,7 @@ class Cache:
             except (Unreachable, Damaged) as error:
                 if (wait := next(waits, None)) is None:
                     raise
-                say(f"{error} Trying again")
+                logger.warning(f"{error} Trying again")
                 time.sleep(wait)
             else:
                 time.sleep(POLL_SECONDS)
@@ -127,12 +129,12 @@ class Cache:
                 stream.seek(0)
                 return stream
         except OSError as error:
-            say(f"{path} cannot be read ({error.strerror})")
+            logger.warning(f"{path} cannot be read ({error.strerror})")
         except BaseException:
             stream.close()
             raise
         stream.close()
-        say(f"{path} is damaged ({file.name}): it is fetched again")
+        logger.warning(f"{path} is damaged ({file.name}): it is fetched again")
         path.unlink(missing_ok=True)
         return None
 

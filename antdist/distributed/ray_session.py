@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import logging
 import math
 import os
 import re
@@ -11,6 +12,7 @@ import signal
 import socket
 import threading
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, wait
 from pathlib import Path
@@ -21,7 +23,9 @@ from antdist.config.schema import HangConfig, RayConfig
 from antdist.distributed.local_ray import on_loopback
 from antdist.errors import UserError
 from antdist.io.files import read_json, write_json
-from antdist.io.progress import say
+from antdist.io.logs import get_logger, setup_logging
+
+logger = get_logger(__name__)
 
 # Ray asks every worker for these; the first two cost time or network, the others fill logs
 WORKER_ENVIRONMENT = {
@@ -347,9 +351,9 @@ def _fit(trainer: Any, config: RayConfig) -> None:
         looked, short = time.monotonic(), _lacking(config)
         since = min(since, looked) if short else math.inf
         if short and short != told:
-            say(f"the workers ask for {short}: waiting until nodes join the cluster")
+            logger.warning(f"the workers ask for {short}: waiting until nodes join the cluster")
         elif told and not short:
-            say("the nodes are there")
+            logger.info("the nodes are there")
         told = short
         if looked > since + patience:
             raise UserError(
@@ -383,11 +387,10 @@ def _told(failure: Exception, config: RayConfig) -> Exception:
 
 
 def enter_worker(cpus: int) -> None:
-    """Settle a worker: its share of the cores (Ray Train allows one thread), quiet libraries."""
-    import logging
-    import warnings
-
+    """Set up a worker: its share of the cores (Ray Train allows one thread), its log, quiet libraries."""
     import torch
+
+    setup_logging()
 
     torch.set_num_threads(cpus)
     warnings.filterwarnings("ignore", category=FutureWarning)

@@ -43,10 +43,13 @@ from antdist.features.table import (
     write_part,
 )
 from antdist.io.files import write_json
-from antdist.io.progress import say, track
+from antdist.io.logs import get_logger
+from antdist.io.progress import track
 
 if TYPE_CHECKING:
     from antdist.data.domain import Domain, ItemRecord
+
+logger = get_logger(__name__)
 
 CHUNK = 512  # items whose pictures are in memory together
 PROJECTION_NAME = "hashed-text.safetensors"
@@ -191,11 +194,11 @@ def _hashed(domains: Sequence[Domain], path: Path, dim: int) -> HashedText:
     """The projection in `path`, or one fitted jointly on the domains' texts (a spread sample of them)."""
     names = [domain.name for domain in domains]
     if path.is_file():
-        say(f"hashed text: using the projection in {path}")
+        logger.info(f"hashed text: using the projection in {path}")
         return open_projection(path)
     stride = -(-sum(domain.manifest.items for domain in domains) // FIT_TEXTS)
     texts = [facts.text for domain in domains for facts in islice(item_facts(domain), 0, None, max(stride, 1))]
-    say(f"hashed text: fitting one projection on {', '.join(names)}, kept in {path}")
+    logger.info(f"hashed text: fitting one projection on {', '.join(names)}, kept in {path}")
     return fit_projection([text for text in texts if text is not None], dim, path, names)
 
 

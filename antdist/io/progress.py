@@ -2,38 +2,17 @@
 
 from __future__ import annotations
 
-import contextlib
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any, TextIO, TypeVar
+from typing import Any, TypeVar
 
-from antdist.errors import redact
+from antdist.io.logs import get_logger
+
+logger = get_logger(__name__)
 
 T = TypeVar("T")
 QUIET_SECONDS = 15.0
-
-
-_listeners: list[TextIO] = []
-
-
-def say(message: str) -> None:
-    """One line to standard error, where progress and notices go, without credentials in URIs; results go to standard
-    output."""
-    message = redact(message)
-    print(message, file=sys.stderr, flush=True)
-    for listener in _listeners:
-        print(message, file=listener, flush=True)
-
-
-@contextlib.contextmanager
-def tee(listener: TextIO) -> Iterator[None]:
-    """Within the block, what is said goes to `listener` too."""
-    _listeners.append(listener)
-    try:
-        yield
-    finally:
-        _listeners.remove(listener)
 
 
 def track(
@@ -76,6 +55,6 @@ def _lines(iterable: Iterable[T], description: str, total: int | None, size: Cal
         if now - last >= QUIET_SECONDS:
             last, rate = now, done / (now - start)
             left = f", {(total - done) / rate:.0f} s left" if total and rate else ""
-            say(f"{description}: {done}{f' of {total}' if total else ''}, {rate:.1f}/s{left}")
+            logger.info(f"{description}: {done}{f' of {total}' if total else ''}, {rate:.1f}/s{left}")
         yield element
         done += size(element)

@@ -9,7 +9,9 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from antdist.errors import UserError
-from antdist.io.progress import say
+from antdist.io.logs import get_logger
+
+logger = get_logger(__name__)
 
 T = TypeVar("T")
 
@@ -71,7 +73,7 @@ def patiently(ask: Callable[[], T], waits: Sequence[float]) -> T:
         try:
             return ask()
         except Unreachable as error:
-            say(f"{error} Trying again")
+            logger.warning(f"{error} Trying again")
             time.sleep(wait)
     return ask()
 

@@ -18,9 +18,11 @@ from typing import Any
 from antdist.distributed.ray_session import knock, local_head
 from antdist.errors import Preempted, UserError
 from antdist.io.files import read_json
-from antdist.io.progress import say
+from antdist.io.logs import get_logger
 from antdist.jobs.submission import Submission, again, stage
 from antdist.training.status import Live
+
+logger = get_logger(__name__)
 
 # Ray kills a job's entry point 3 s after it asked it to stop; a step and a checkpoint take longer
 STOP_SECONDS = 600
@@ -154,7 +156,7 @@ class Cluster:
             info = self._info(job)
             if info.status.is_terminal():
                 if not shown and info.message:
-                    say(info.message.strip())
+                    logger.info(info.message.strip())
                 return self._ended(job)
             time.sleep(POLL_SECONDS)
 
@@ -252,13 +254,13 @@ def submit_here(submission: Submission) -> Ended:
     with local_head(submission.ray) as (address, drivers):
         cluster = Cluster(address)
         job = cluster.submit(joining(submission, drivers))
-        say(f"job {job} on a local Ray; dashboard {address}")
+        logger.info(f"job {job} on a local Ray; dashboard {address}")
         try:
             return cluster.follow(job)
         except KeyboardInterrupt:
-            say(f"stopping {job}")
+            logger.info(f"stopping {job}")
             cluster.stop(job)
-            say(cluster.last_line(job))
+            logger.info(cluster.last_line(job))
             raise
 
 

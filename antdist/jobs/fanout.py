@@ -22,7 +22,7 @@ from antdist.config.schema import RelearnConfig, Strategy
 from antdist.data.entries import PLAIN_NAME
 from antdist.distributed.ray_session import inside_job, local_head, terminable
 from antdist.errors import UserError
-from antdist.io.progress import say
+from antdist.io.logs import get_logger
 from antdist.jobs.client import POLL_SECONDS, Cluster, Ended, joining, run_of
 from antdist.jobs.submission import Submission, settled, submission_of
 from antdist.jobs.survey import Survey, survey
@@ -32,6 +32,8 @@ from antdist.runs.trials import Trial, strategies_of
 
 if TYPE_CHECKING:
     from antdist.evaluation.report import Row
+
+logger = get_logger(__name__)
 
 ALL = "all"
 MOST_SEEDS = 1000
@@ -228,7 +230,7 @@ def check_wanted(wanted: Wanted, here: bool) -> Wanted:
     # what is checked of a configuration with a target holds for each
     config = settled(wanted.config.model_copy(update={"target": targets[0] if targets else ALL}), here)
     if config.parent is None:
-        find_parent(config, "", say)
+        find_parent(config, "", logger.warning)
     if config.tracking.registered_model is not None and targets != [config.target]:
         raise UserError(
             "several targets cannot share a name in the registry",
@@ -264,7 +266,7 @@ def fanout(wanted: Wanted, address: str | None, *, code: str, parallel: int, dry
     if not found.left:
         return Fanned(list(found.targets), _verdicts(found), notes=found.notes)
     with local_head(wanted.config.ray) as (jobs, drivers):
-        say(f"a local Ray; dashboard {jobs}")
+        logger.info(f"a local Ray; dashboard {jobs}")
         return run_jobs(Cluster(jobs), wanted.config, found, here=True, code=code, parallel=parallel, drivers=drivers)
 
 
@@ -274,7 +276,7 @@ def survey_there(cluster: Jobs, wanted: Wanted, code: str) -> Survey:
     arguments = [f"--targets={targets}", "--dry-run", "--json=-"]
     submission = submission_of("fanout", wanted.config, arguments, here=False, code=code)
     job = cluster.submit(submission)
-    say(f"job {job}: looks at data and runs")
+    logger.info(f"job {job}: looks at data and runs")
     while (ended := _patiently(lambda: cluster.ended(job))) is None:
         time.sleep(POLL_SECONDS)
     told = document(cluster.logs(job)) if ended.code == 0 else None
@@ -284,7 +286,7 @@ def survey_there(cluster: Jobs, wanted: Wanted, code: str) -> Survey:
         )
     found = Survey.from_json(told)
     for note in found.notes:
-        say(f"note: {note}")
+        logger.warning(f"note: {note}")
     return found
 
 
@@ -349,14 +351,14 @@ def _drive(
     flying = {job: task for task in waiting if (job := at_work.get(run_of(task.submission.metadata)))}
     for job, task in flying.items():
         waiting.remove(task)
-        say(f"{task}: job {job} is at work already")
+        logger.info(f"{task}: job {job} is at work already")
     try:
         while waiting or flying:
             while waiting and len(flying) < parallel:
                 task = waiting.popleft()
                 job = cluster.at_work().get(run_of(task.submission.metadata)) or cluster.submit(task.submission)
                 flying[job] = task
-                say(f"{task}: job {job}")
+                logger.info(f"{task}: job {job}")
             show(ended, len(flying), failed)
             time.sleep(POLL_SECONDS)
             for job, task in list(flying.items()):
@@ -366,7 +368,7 @@ def _drive(
                 del flying[job]
                 ended, failed = ended + 1, failed + (how.code != 0)
                 finished(task, job, how)
-                say(
+                logger.info(
                     f"{task}: {how.state}; {ended} ended, {failed} of them failed, {len(flying)} run, {len(waiting)} wait"
                 )
     except KeyboardInterrupt:
@@ -374,18 +376,18 @@ def _drive(
         raise
     except UserError:
         if flying:
-            say(f"{len(flying)} jobs go on; {AGAIN} to take them up")
+            logger.warning(f"{len(flying)} jobs go on; {AGAIN} to take them up")
         raise
 
 
 def _stop(cluster: Jobs, jobs: list[str]) -> None:
     """Have them save their state and leave; a second Ctrl-C leaves them to themselves."""
-    say(f"stopping {len(jobs)} jobs, which save their state first; Ctrl-C leaves them to themselves")
+    logger.info(f"stopping {len(jobs)} jobs, which save their state first; Ctrl-C leaves them to themselves")
     deaf = set(jobs)  # a job that is about to start does not hear yet
     while left := [job for job in jobs if cluster.ended(job) is None]:
         deaf = {job for job in deaf.intersection(left) if not cluster.ask_to_stop(job)}
         time.sleep(POLL_SECONDS)
-    say(f"stopped: {AGAIN} to go on")
+    logger.info(f"stopped: {AGAIN} to go on")
 
 
 def _verdicts(found: Survey) -> dict[str, dict[str, Any]]:
@@ -412,7 +414,7 @@ def _patiently(ask: Callable[[], T]) -> T:
                 raise
             if not told:
                 told = True
-                say(f"asking again for {PATIENCE / 60:.0f} minutes: {error}")
+                logger.warning(f"asking again for {PATIENCE / 60:.0f} minutes: {error}")
             time.sleep(10 * POLL_SECONDS)
 
 

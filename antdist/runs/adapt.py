@@ -16,7 +16,7 @@ from antdist.config.schema import RelearnConfig, Strategy
 from antdist.distributed.ray_session import ray_session, run_workers, stoppable
 from antdist.errors import Preempted, UserError
 from antdist.io.files import read_json, write_json
-from antdist.io.progress import say
+from antdist.io.logs import get_logger
 from antdist.runs.checks import check_relearn, check_settings
 from antdist.runs.folder import STOP, claimed, deliver_left, ending_runs, following, for_workers, settling
 from antdist.runs.inputs import open_domains
@@ -31,6 +31,8 @@ from antdist.tracking.store import redact
 
 if TYPE_CHECKING:
     from antdist.data.domain import Domain
+
+logger = get_logger(__name__)
 
 
 @dataclass(frozen=True)
@@ -80,7 +82,7 @@ def relearn(config: RelearnConfig) -> Relearned:
             diverged; trials that `training.stop_after` ended early.
     """
     checked = check_relearn(config)
-    checked.say_notes()
+    checked.log_notes()
     folder = adaptation_folder(config)
     with claimed(folder, shared(config), parts=[trial_folder(folder, *trial) for trial in trials_of(config)]):
         _train(config, folder, checked.start)
@@ -102,7 +104,7 @@ def train_trial(config: RelearnConfig) -> Trained:
             remedy="name one of each, or leave --only out",
         )
     checked = check_relearn(config)
-    checked.say_notes()
+    checked.log_notes()
     folder = adaptation_folder(config)
     mine = trial_folder(folder, *trials_of(config)[0])
     with claimed(folder, shared(config), parts=[mine], whole=False):
@@ -149,7 +151,7 @@ def _train(config: RelearnConfig, desk: Path, parent: ResolvedModel | None) -> N
     outcomes = [trial_folder(folder, *trial) / "outcome.json" for trial in trials]
     preempted = desk / "preempted.json"
     if all(outcome.is_file() for outcome in outcomes):
-        say("all trials are finished: nothing is trained")
+        logger.info("all trials are finished: nothing is trained")
     else:
         with settling(folder):
             place = bring(config.parent, parent, folder) if config.parent and parent else None

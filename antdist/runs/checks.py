@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from antdist.config.schema import PretrainConfig, RelearnConfig
 from antdist.errors import UserError
-from antdist.io.progress import say
+from antdist.io.logs import get_logger
 from antdist.io.storage import is_uri
 
 if TYPE_CHECKING:
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from antdist.runs.parent import Parent
     from antdist.tracking.registry import ResolvedModel
 
+logger = get_logger(__name__)
 
 MIB = 1024 * 1024
 
@@ -38,9 +39,9 @@ class CheckReport:
     def to_json(self) -> dict[str, Any]:
         return {"checked": self.checked, "notes": self.notes, **self.figures}
 
-    def say_notes(self) -> None:
+    def log_notes(self) -> None:
         for note in self.notes:
-            say(f"note: {note}")
+            logger.warning(f"note: {note}")
 
 
 def check_pretrain(config: PretrainConfig) -> CheckReport:

@@ -38,7 +38,8 @@ from antdist.config.schema import PretrainConfig, RayConfig, RelearnConfig, Resu
 from antdist.config.semantics import resume_changes
 from antdist.errors import UserError, redact
 from antdist.io.files import flush_to_disk, read_json, write_json
-from antdist.io.progress import QUIET_SECONDS, say, tee
+from antdist.io.logs import get_logger, log_to_file
+from antdist.io.progress import QUIET_SECONDS
 from antdist.io.storage import is_uri
 from antdist.tracking.run import TrackedRun
 from antdist.training.status import Live
@@ -46,6 +47,7 @@ from antdist.training.status import Live
 if TYPE_CHECKING:
     from antdist.training.checkpoints.remote import Remote
 
+logger = get_logger(__name__)
 
 # a killed command's workers end in seconds; those on a node that is cut off when Ray there has heard nothing for four minutes
 EARLIER_WORKERS_SECONDS = 600.0
@@ -139,7 +141,9 @@ def refuse_another(
                 remedy="choose another name=..., undo the change to go on with that run, or remove its folder",
             )
         if where == next(iter(begun)) and not quiet:
-            say(f"{where} exists: going on with that run" + "".join(f"; {told}" for _, told in changed.values()))
+            logger.info(
+                f"{where} exists: going on with that run" + "".join(f"; {told}" for _, told in changed.values())
+            )
 
 
 def remote_of(folder: Path, config: RayConfig) -> Remote | None:
@@ -174,7 +178,7 @@ def take_up_tracked(folder: Path, config: PretrainConfig | RelearnConfig, uri: s
             raise UserError("what the run recorded offline went with its folder")
         check_known(uri, known["run_id"])
     except UserError as error:
-        say(f"{error} The run goes on with a new MLflow run")
+        logger.warning(f"{error} The run goes on with a new MLflow run")
         return {**known, "run_id": None}
     write_json(folder / "run.json", known)
     return known
@@ -253,19 +257,19 @@ def deliver_left(uri: str, folders: Sequence[Path]) -> None:
         if known is not None and any(outbox.stat().st_size for outbox in folder.glob("outbox-*.jsonl")):
             left = TrackedRun(uri, known["run_id"], folder, resumed=True).finish(status=None)
             if left is not None:
-                say(f"{left.records} tracking records wait in {left.outbox}")
+                logger.warning(f"{left.records} tracking records wait in {left.outbox}")
 
 
 @contextlib.contextmanager
 def leading(folder: Path) -> Iterator[None]:
-    """On the leader: alone at work in the run's folder; what is said goes to its log too, from where the driver shows it.
+    """On the leader: alone at work in the run's folder; what is logged goes to its log.txt, too, from where the driver shows it.
 
     Workers outlive a killed driver by some seconds, and must not write into what the next ones begin.
 
     Raises:
         UserError: earlier workers of this run do not end.
     """
-    with (folder / "log.txt").open("a", encoding="utf-8", buffering=1) as log, tee(log), led(folder):
+    with log_to_file(folder / "log.txt"), led(folder):
         yield
 
 
@@ -275,7 +279,9 @@ def led(folder: Path) -> Iterator[None]:
     with (folder / "leader.lock").open("a") as lock:
         told = min(TELL_SECONDS, EARLIER_WORKERS_SECONDS)
         if not _locked(lock, told):
-            say(f"{folder.name}: earlier workers of this run are still at work: waiting until they have ended")
+            logger.warning(
+                f"{folder.name}: earlier workers of this run are still at work: waiting until they have ended"
+            )
         if not _locked(lock, EARLIER_WORKERS_SECONDS - told):
             raise UserError("earlier workers of this run are still at work", where=folder, remedy="stop them")
         yield
@@ -301,7 +307,7 @@ def following(folder: Path) -> Iterator[None]:
             while True:
                 last = stop.is_set()
                 for line in iter(lines.readline, ""):
-                    say(line.rstrip("\n"))
+                    logger.info(line.rstrip("\n"))
                 live = read_json(folder / "live.json")
                 if live is not None and live != shown:
                     shown = live
@@ -328,7 +334,7 @@ def _occasional_line() -> Iterator[Callable[[Live], None]]:
         nonlocal told
         if time.monotonic() - told >= QUIET_SECONDS:
             told = time.monotonic()
-            say(live.line())
+            logger.info(live.line())
 
     yield show
 

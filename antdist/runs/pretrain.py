@@ -10,7 +10,7 @@ from antdist.config.schema import PretrainConfig, Resume
 from antdist.distributed.ray_session import ray_session, run_workers, stoppable
 from antdist.errors import Preempted, UserError
 from antdist.io.files import read_json
-from antdist.io.progress import say
+from antdist.io.logs import get_logger
 from antdist.runs.checks import check_pretrain
 from antdist.runs.continuing import origin_of
 from antdist.runs.folder import (
@@ -32,6 +32,8 @@ from antdist.serving.pyfunc import make_servable
 from antdist.tracking.registry import Lineage, ResolvedModel, register
 from antdist.tracking.run import start_run, stored_run
 from antdist.tracking.store import redact, tracking_uri
+
+logger = get_logger(__name__)
 
 
 @dataclass(frozen=True)
@@ -73,7 +75,7 @@ def pretrain(config: PretrainConfig) -> Pretrained:
             diverged.
     """
     checked = check_pretrain(config)
-    checked.say_notes()
+    checked.log_notes()
     folder = pretrain_folder(config)
     diverged = "error" in (read_json(folder / "outcome.json") or {})
     allowed: tuple[Resume, ...] = ("longer_ok", "gentler_ok") if diverged else ("longer_ok",)
@@ -137,5 +139,5 @@ def _pretrain(config: PretrainConfig, folder: Path, uri: str, start: ResolvedMod
     )
     undelivered = tracked.finish("FINISHED")
     if undelivered:
-        say(f"{undelivered.records} tracking records wait in {undelivered.outbox}")
+        logger.warning(f"{undelivered.records} tracking records wait in {undelivered.outbox}")
     return Pretrained(folder, version.uri, version.champion, run_id, uri, outcome["finished"], outcome["history"])

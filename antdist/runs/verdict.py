@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from antdist.config.schema import RelearnConfig, Strategy
-from antdist.io.progress import say
+from antdist.io.logs import get_logger
 from antdist.runs.trials import SPLITS, strategies_of, trial_folder
 
 if TYPE_CHECKING:
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from antdist.evaluation.results import Run
     from antdist.evaluation.significance import Transfer, Verdict
 
+logger = get_logger(__name__)
 
 VERDICT = "verdict.json"  # in the run's folder: what it ended with
 
@@ -68,7 +69,9 @@ def _judge(config: RelearnConfig, folder: Path, runs: Mapping[tuple[str, str], R
 
     scratch = {split: runs.get(("scratch", split)) or _known_scratch(folder, config, split) for split in SPLITS}
     if scratch["test"] is None:
-        say(f"no scratch trials with the same seeds in {folder}: the transfer is unknown (strategy=scratch makes them)")
+        logger.warning(
+            f"no scratch trials with the same seeds in {folder}: the transfer is unknown (strategy=scratch makes them)"
+        )
     strategies = [s for s in strategies_of(config) if (s, "test") in runs]
     verdicts: dict[Strategy, Verdict] = {
         s: judge(runs[s, "validation"], scratch["validation"]) for s in strategies if s != "scratch"

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from antdist.errors import UserError
-from antdist.io.progress import say
+from antdist.io.logs import get_logger
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from antdist.features.table import Catalogue
     from antdist.model.io import ModelCard
     from antdist.model.recommender import Recommender
+
+logger = get_logger(__name__)
 
 
 @dataclass(frozen=True)
@@ -62,7 +64,7 @@ def find_model(model: str, storage: Path, tracking_uri: str | None = None) -> Fo
     recommender, card = load_model(folder)
     unknown = [modality for modality in card.dims if modality not in card.features]
     if unknown:
-        say(f"note: {model} does not say which encoders made its {', '.join(unknown)} features: see to it")
+        logger.warning(f"note: {model} does not say which encoders made its {', '.join(unknown)} features: see to it")
     return FoundModel(recommender, card, folder, uri)
 
 

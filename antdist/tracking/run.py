@@ -15,7 +15,6 @@ from __future__ import annotations
 import contextlib
 import importlib.metadata
 import json
-import logging
 import math
 import os
 import platform
@@ -34,6 +33,7 @@ import yaml
 from antdist import __version__
 from antdist.errors import UserError
 from antdist.io.files import read_json, write_json
+from antdist.io.logs import get_logger
 from antdist.tracking.store import (
     StoreAway,
     artifact_location,
@@ -59,7 +59,7 @@ MOST_ENTRIES, MOST_PARAMS_OR_TAGS = 1000, 100
 LONGEST_PARAM, LONGEST_TAG, LONGEST_KEY = 6000, 8000, 250
 
 Record = dict[str, Any]
-_log = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 
 @dataclass(frozen=True)
@@ -100,7 +100,7 @@ def start_run(
         except StoreAway as error:
             if not offline_ok:
                 raise
-            _log.warning("the run begins offline, its records wait: %s", error)
+            logger.warning("the run begins offline, its records wait: %s", error)
             run_id = OFFLINE + uuid.uuid4().hex
             folder.mkdir(parents=True, exist_ok=True)
             write_json(folder / f"{run_id}.json", {"experiment": experiment, "name": name})
@@ -183,7 +183,7 @@ def check_known(uri: str, run_id: str) -> None:
                 where=redact(uri),
                 remedy="check tracking.uri, or start a new run",
             ) from None
-        _log.warning("the tracking store is away; the run goes on and its records wait: %s", redact(str(error)))
+        logger.warning("the tracking store is away; the run goes on and its records wait: %s", error)
 
 
 class TrackedRun:
@@ -228,7 +228,7 @@ class TrackedRun:
             key, number = clean_key(name), float(value)
             if not math.isfinite(number):
                 if key not in self._not_finite:
-                    _log.warning("metric %s is %s at step %d: recorded as NaN", key, number, step)
+                    logger.warning("metric %s is %s at step %d: recorded as NaN", key, number, step)
                 self._not_finite.add(key)
                 number = math.nan
             if step > self._outbox_steps.get(key, -1) and self._is_kept(key):
@@ -267,11 +267,11 @@ class TrackedRun:
             self._deliver()
         except Exception as error:  # whatever the server, the network or a driver below MLflow raises
             if not self._away:
-                _log.warning("tracking is away, records wait in %s: %s", self.outbox, redact(str(error)))
+                logger.warning("tracking is away, records wait in %s: %s", self.outbox, error)
             self._away = True
             return False
         if self._away:
-            _log.info("tracking is back, all records are delivered")
+            logger.info("tracking is back, all records are delivered")
         self._tell_left_out()
         self._away = False
         return True
@@ -292,7 +292,7 @@ class TrackedRun:
         waiting = self._waiting()
         if not waiting:
             return None
-        _log.warning(
+        logger.warning(
             "%d tracking records of run %s are not delivered; they wait in %s", waiting, self.run_id, self.outbox
         )
         self._tell_left_out()
@@ -314,7 +314,7 @@ class TrackedRun:
                 try:
                     record = json.loads(line)
                 except ValueError:
-                    _log.warning("%s: a record is cut short and dropped", self.outbox)
+                    logger.warning("%s: a record is cut short and dropped", self.outbox)
                     continue
                 whole.write(line.rstrip() + b"\n")
                 if record["kind"] == "metric":
@@ -339,12 +339,12 @@ class TrackedRun:
                 self._unwritten.clear()
             except OSError as error:
                 if not refused_before:
-                    _log.warning("cannot write %s, tracking records wait in memory: %s", self.outbox, error)
+                    logger.warning("cannot write %s, tracking records wait in memory: %s", self.outbox, error)
 
     def _tell_level(self, waiting: int) -> None:
         level = waiting // SPARSER_EACH
         if level > self._level:
-            _log.warning(
+            logger.warning(
                 "%d MiB of tracking records wait in %s; of metrics of many points one in %d is kept from here on",
                 waiting // 2**20,
                 self.outbox,
@@ -354,7 +354,7 @@ class TrackedRun:
 
     def _tell_left_out(self) -> None:
         if self._left_out:
-            _log.warning("%d points of long curves were left out, as the outbox was large", self._left_out)
+            logger.warning("%d points of long curves were left out, as the outbox was large", self._left_out)
         self._left_out = 0
 
     def _deliver(self) -> None:
@@ -419,7 +419,7 @@ class TrackedRun:
                 self._send(batch[: len(batch) // 2])
                 self._send(batch[len(batch) // 2 :])
                 return
-            _log.warning("tracking refused a record, see %s: %s", self.rejected, redact(str(error)))
+            logger.warning("tracking refused a record, see %s: %s", self.rejected, error)
             with self.rejected.open("a") as file:
                 file.write(json.dumps(batch[0]) + "\n")
 

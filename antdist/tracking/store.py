@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 from antdist.config.schema import TrackingConfig
 from antdist.errors import UserError, redact
+from antdist.io.logs import get_logger
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -35,7 +36,7 @@ REQUEST_SECONDS = 30
 FILE_SECONDS = 1200  # a server that passes a file on answers nothing until its own store has it
 CHUNK_BYTES = 4 * 2**20  # of a download; each of MLflow's threads, two a core and 20 at most, holds a few
 TIMEOUT = "MLFLOW_HTTP_REQUEST_TIMEOUT"
-_log = logging.getLogger(__name__)
+logger = get_logger(__name__)
 _files = threading.Lock()
 _files_moving, _timeout_else = 0, ""
 T = TypeVar("T")
@@ -267,7 +268,7 @@ def patiently(work: Callable[[], T], uri: str, trials: int | None = None) -> T:
             except (MlflowException, RequestException, StoreAway) as error:
                 if refused(error):
                     raise
-                _log.warning("the tracking store failed, trying again in %g s: %s", wait, redact(str(error)))
+                logger.warning("the tracking store failed, trying again in %g s: %s", wait, error)
                 time.sleep(wait)
         return work()
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from antdist.io.progress import say
+from antdist.io.logs import get_logger
+
+logger = get_logger(__name__)
 
 
 @dataclass(frozen=True)
@@ -27,6 +29,6 @@ class Live:
         )
 
 
-def say_line(live: Live) -> None:
+def log_line(live: Live) -> None:
     """The plain way to show how a run goes."""
-    say(live.line())
+    logger.info(live.line())

@@ -30,7 +30,7 @@ from antdist.data.stream.stream import Stream, StreamState
 from antdist.distributed.world import World, agree, barrier, row_gather, sum_over_ranks
 from antdist.errors import Preempted, UserError
 from antdist.io.files import flush_to_disk
-from antdist.io.progress import say
+from antdist.io.logs import get_logger
 from antdist.model.ops.products import exact_products
 from antdist.profiling import part, profiled
 from antdist.training.checkpoints.local import (
@@ -53,8 +53,10 @@ from antdist.training.memory import keep_memory, release_now_and_then
 from antdist.training.noise import seed_noise
 from antdist.training.numbers import REMEMBERED, WINDOW, forget_from, in_a_row, spike, within_window, write_down
 from antdist.training.schedule import learning_rate
-from antdist.training.status import Live, say_line
+from antdist.training.status import Live, log_line
 from antdist.training.watchdog import Watchdog
+
+logger = get_logger(__name__)
 
 CHOSEN_BY = "Recall@10"  # on validation users (spec, section 7)
 SHOWN = ("loss", f"validation/{CHOSEN_BY}", "validation/NDCG@10")  # after each validation
@@ -103,7 +105,7 @@ class Job:
     seed: int
     validate: Callable[[], Metrics]
     report: Callable[[Metrics, int], None]
-    live: Callable[[Live], None] = say_line
+    live: Callable[[Live], None] = log_line
     asked: Callable[[], Asked] = lambda: None
     name: str = "training"
     start: Checkpoint | None = None
@@ -178,12 +180,12 @@ def _resume(job: Job) -> Progress:
     progress.finished = _finished(job.config, progress)
     if found is not None:
         if progress.finished:
-            say(f"{job.name}: is finished ({progress.finished}, step {progress.step}): nothing is trained")
+            logger.info(f"{job.name}: is finished ({progress.finished}, step {progress.step}): nothing is trained")
         else:
             forget_from(job.folder / SKIPPED, progress.step)
             ranks = f"{job.world.size} worker{'s' if job.world.size > 1 else ''}"
             where = f"at step {progress.step}, epoch {progress.epoch + 1}, {ranks}, from {found.folder}"
-            say(f"{job.name}: {'goes on' if progress.step else 'begins'} {where}")
+            logger.info(f"{job.name}: {'goes on' if progress.step else 'begins'} {where}")
     barrier(job.world)
     return progress
 
@@ -279,7 +281,7 @@ def _heed(job: Job, progress: Progress, meter: Meter, saver: Saver, watchdog: Wa
     if asked == "stop":
         raise Preempted(f"{job.name}: stopped after step {progress.step}, as asked; the same command goes on")
     if job.world.leader:
-        say(f"{job.name}: a checkpoint of step {progress.step}, as a node is about to go")
+        logger.info(f"{job.name}: a checkpoint of step {progress.step}, as a node is about to go")
     watchdog.at("step")
 
 
@@ -331,7 +333,7 @@ def _end_epoch(job: Job, progress: Progress) -> None:
     if job.world.leader:
         if len(entry) > 2:  # validated
             shown = [f"{name} {entry[name]:.4f}" for name in SHOWN]
-            say(f"{job.name}: epoch {progress.epoch} of {job.config.epochs}: {', '.join(shown)}")
+            logger.info(f"{job.name}: epoch {progress.epoch} of {job.config.epochs}: {', '.join(shown)}")
         job.report({**{k: v for k, v in entry.items() if k != "epoch"}, "epoch": progress.epoch}, progress.step)
 
 
@@ -539,7 +541,9 @@ class Meter:
             if self.job.world.leader:
                 write_down(self.job.folder / SKIPPED, stream, step, batch, loss)
                 what = "its gradient is no number" if math.isfinite(loss) else f"its loss is {loss}"
-                say(f"{self.job.name}: step {step} (epoch {batch.epoch + 1}) is skipped: {what}; see {SKIPPED}")
+                logger.warning(
+                    f"{self.job.name}: step {step} (epoch {batch.epoch + 1}) is skipped: {what}; see {SKIPPED}"
+                )
         progress.skipped = within_window(progress.skipped, progress.step, most)
         if len(progress.skipped) > most:
             raise _too_many_skipped(self.job, progress)
@@ -551,7 +555,7 @@ class Meter:
         if leap is None:
             return {}
         if self.job.world.leader:
-            say(
+            logger.warning(
                 f"{self.job.name}: the loss leaps to {loss:.4f} at step {progress.step}, {leap:.0f} deviations above its median"
             )
         return {"train/spike": leap}

@@ -18,7 +18,9 @@ from types import TracebackType
 from typing import Literal
 
 from antdist.config.schema import HangConfig
-from antdist.io.progress import say
+from antdist.io.logs import get_logger
+
+logger = get_logger(__name__)
 
 Phase = Literal["start", "step", "checkpoint"]
 HUNG = 76  # the exit status of a rank that ends itself
@@ -70,7 +72,7 @@ class Watchdog:
 
     def _end(self, phase: Phase) -> None:
         try:
-            say(
+            logger.warning(
                 f"{self.name}: rank {self.rank} made no progress for {self.limits[phase] / 60:g} minutes "
                 f"(training.hang.{phase}_minutes): it ends; the stacks of each rank are in {self.file.parent}"
             )

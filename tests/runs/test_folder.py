@@ -14,11 +14,13 @@ import pytest
 from antdist.config.load import check_config
 from antdist.config.schema import PretrainConfig, Resume
 from antdist.errors import UserError
-from antdist.io.progress import say
+from antdist.io.logs import get_logger
 from antdist.runs import folder as runs
 from antdist.runs.folder import claimed, for_workers, leading, note_tracked, take_up_tracked
 
 LONGER_AND_GENTLER: tuple[Resume, ...] = ("longer_ok", "gentler_ok")
+
+logger = get_logger("antdist.tests")
 
 
 def config(**training: Any) -> PretrainConfig:
@@ -218,7 +220,7 @@ def test_a_leader_waits_until_the_one_before_it_has_ended(tmp_path: Path, monkey
     threading.Timer(0.5, leave.set).start()
     with leading(tmp_path):
         order.append("later begins")
-        say("here")
+        logger.info("here")
     thread.join()
     assert order == ["earlier ends", "later begins"]
     told = (tmp_path / "log.txt").read_text().splitlines()

@@ -28,8 +28,10 @@ from torch import Tensor
 from antdist import faults
 from antdist.errors import UserError
 from antdist.io.files import file_sha256, flush_to_disk
-from antdist.io.progress import say
+from antdist.io.logs import get_logger
 from antdist.training.engines.plain import MOMENTS, EngineState
+
+logger = get_logger(__name__)
 
 FILES = ("weights.safetensors", "moments.safetensors", "progress.json")
 MARKER = "COMPLETE.json"
@@ -174,7 +176,7 @@ def load_latest(parent: Path) -> Checkpoint | None:
         try:
             return load_checkpoint(folder)
         except UserError as damage:
-            say(f"checkpoint passed over: {damage}")
+            logger.warning(f"checkpoint passed over: {damage}")
             last = damage
     if not steps:
         return None

@@ -24,7 +24,7 @@ from typing import Any, TypeVar
 from antdist import faults
 from antdist.errors import UserError
 from antdist.io.files import flush_to_disk
-from antdist.io.progress import say
+from antdist.io.logs import get_logger
 from antdist.io.storage import Unreachable, asking, open_storage, patiently
 from antdist.training.checkpoints.local import (
     FILES,
@@ -36,6 +36,8 @@ from antdist.training.checkpoints.local import (
     kept_for_good,
     newest_whole,
 )
+
+logger = get_logger(__name__)
 
 KEY = "ray.remote_storage"
 # what has buckets and no folders: to make a folder there may make a bucket, and a write is whole or not at all
@@ -137,11 +139,11 @@ class Remote:
                 except Unreachable:
                     raise
                 except UserError as damage:
-                    say(f"the checkpoint of step {step} is passed over: {damage}")
+                    logger.warning(f"the checkpoint of step {step} is passed over: {damage}")
                     damaged[step], oldest = damage, damage
                     continue
                 here = step
-                say(f"the checkpoint of step {step} was brought from {self.uri}")
+                logger.info(f"the checkpoint of step {step} was brought from {self.uri}")
                 break
             for step in damaged if here is not None else ():
                 self._drop(f"{PREFIX}{step:08d}")
@@ -152,7 +154,7 @@ class Remote:
                     where=f"{KEY} {self.uri}",
                     remedy="mend the connection and give the same command again; without the key nobody looks there",
                 ) from error
-            say(f"{error} The run goes on from its own folder")
+            logger.warning(f"{error} The run goes on from its own folder")
         if damaged and here is None:
             raise UserError(
                 f"all checkpoints are damaged, the oldest too: {oldest.where}: {oldest.what}",

@@ -8,9 +8,11 @@ from pathlib import Path
 from types import TracebackType
 
 from antdist.errors import UserError
-from antdist.io.progress import say
+from antdist.io.logs import get_logger
 from antdist.training.checkpoints.uploads import Uploads
 from antdist.training.engines.plain import EngineState
+
+logger = get_logger(__name__)
 
 
 class Saver:
@@ -56,4 +58,4 @@ class Saver:
         if failure is not None:
             if error is None:
                 raise failure
-            say(f"besides: {failure}")  # what ends the block is raised
+            logger.warning(f"besides: {failure}")  # what ends the block is raised

@@ -12,10 +12,12 @@ from pathlib import Path
 from types import TracebackType
 
 from antdist.errors import UserError
-from antdist.io.progress import say
+from antdist.io.logs import get_logger
 from antdist.io.storage import Unreachable
 from antdist.training.checkpoints.local import steps_in
 from antdist.training.checkpoints.remote import Remote
+
+logger = get_logger(__name__)
 
 FIRST_PAUSE, LONGEST_PAUSE = 1.0, 60.0  # seconds between trials
 QUIET_SECONDS = 5.0  # that the end waits without a word
@@ -56,11 +58,13 @@ class Uploads:
             self._changed.notify()
         self._thread.join(min(QUIET_SECONDS, self.seconds))
         if self._thread.is_alive():
-            say(f"the last checkpoint is on its way to {self.remote.uri}: waiting up to {self.seconds / 60:g} minutes")
+            logger.info(
+                f"the last checkpoint is on its way to {self.remote.uri}: waiting up to {self.seconds / 60:g} minutes"
+            )
             self._thread.join(max(0.0, self.seconds - QUIET_SECONDS))
         if self._thread.is_alive():
             self._given_up = True
-            say(
+            logger.warning(
                 f"the last checkpoint did not reach {self.remote.uri} in {self.seconds / 60:g} minutes; it is whole in "
                 f"{self.folder / 'checkpoints'}, and the same command copies it"
             )
@@ -90,14 +94,14 @@ class Uploads:
                 self.remote.upload(self.folder, step, self.keep, self.keep_every)
             except (Unreachable, OSError) as error:
                 if self._pause < LONGEST_PAUSE:  # no line a minute for hours
-                    say(f"the checkpoint of step {step} is not copied yet, training goes on: {error}")
+                    logger.warning(f"the checkpoint of step {step} is not copied yet, training goes on: {error}")
                 self._pause = min(2 * self._pause or FIRST_PAUSE, LONGEST_PAUSE)
             except UserError as damage:
-                say(f"the checkpoint of step {step} is not copied to {self.remote.uri}: {damage}")
+                logger.warning(f"the checkpoint of step {step} is not copied to {self.remote.uri}: {damage}")
                 return
             else:
                 if self._pause:
-                    say(f"the checkpoint of step {step} has reached {self.remote.uri}")
+                    logger.info(f"the checkpoint of step {step} has reached {self.remote.uri}")
                 self._pause = 0.0
                 return
             if self._ending.wait(self._pause):
