@@ -30,6 +30,7 @@ INCLUDED = {
     "CONTRIBUTING.md": "contributing.md",
     "CHANGELOG.md": "changelog.md",
     "benchmarks/RESULTS.md": "benchmarks.md",
+    "examples/README.md": "examples.md",
     "cluster/README.md": "clusters/start.md",
     "cluster/docker/README.md": "clusters/docker.md",
     "cluster/kuberay/README.md": "clusters/kuberay.md",
@@ -48,7 +49,8 @@ log = logging.getLogger("mkdocs.hooks.site")
 def on_files(files: Files, config: MkDocsConfig) -> Files:
     """Add what is generated, and what lies outside `docs/`."""
     for source, page in INCLUDED.items():
-        files.append(File.generated(config, page, content=(REPOSITORY / source).read_text(encoding="utf-8")))
+        content = (REPOSITORY / source).read_text(encoding="utf-8")
+        files.append(File.generated(config, page, content=content + (examples() if page == "examples.md" else "")))
     for picture in sorted((REPOSITORY / PICTURES).glob("*.svg")):
         files.append(File.generated(config, f"pictures/{picture.name}", abs_src_path=str(picture)))
     files.append(File.generated(config, "reference/cli.md", content=cli_page()))
@@ -93,6 +95,13 @@ def _site_uri(repository_path: str) -> str:
     if repository_path.startswith(f"{PICTURES}/"):
         return f"pictures/{posixpath.basename(repository_path)}"
     return INCLUDED.get(repository_path, repository_path.removeprefix("docs/"))
+
+
+def examples() -> str:
+    """The sources of the examples, to be read on their page."""
+    languages = {".sh": "bash", ".py": "python"}
+    sources = [path for path in sorted((REPOSITORY / "examples").iterdir()) if path.suffix in languages]
+    return "".join(f"\n## {path.name}\n\n```{languages[path.suffix]}\n{path.read_text()}```\n" for path in sources)
 
 
 # -- the command line ------------------------------------------------------------------------------------------------

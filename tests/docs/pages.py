@@ -49,7 +49,7 @@ VARYING = [
 
 def pages() -> list[Path]:
     """Every document of the project."""
-    outside = [ROOT / name for name in ("README.md", "CONTRIBUTING.md")]
+    outside = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "examples/README.md")]
     outside += sorted((ROOT / "cluster").rglob("README.md"))
     return [*outside, *sorted((ROOT / "docs").rglob("*.md"))]
 
@@ -175,6 +175,9 @@ def check_commands(script: str, folder: Path) -> str | None:
         words = [word for word in shlex.split(line, comments=True) if not re.match(r"[A-Z_]+=", word)]
         if words[:1] == ["antdist"]:
             check_command(words[1:])
+        elif entry := next((place for place, word in enumerate(words) if re.fullmatch(r"launch/\w+\.py", word)), None):
+            assert (ROOT / words[entry]).is_file(), f"no such entry point: {words[entry]}"
+            check_command([Path(words[entry]).stem, *words[entry + 1 :]])
         elif words[:1] == ["make"]:
             subprocess.run(["make", "-C", str(ROOT), "--dry-run", *words[1:]], check=True, capture_output=True)
         elif words[:3] == ["python", "-m", "benchmarks"] and len(words) > 3 and not words[3].isupper():
