@@ -69,14 +69,18 @@ class ModelConfig(Component):
     missing: Annotated[Literal["mask", "reference"], ARCHITECTURE.defining("theta")] = Field(
         "mask", description="mask: a missing modality adds nothing; reference: its zero feature passes the tower"
     )
-    layers: Annotated[Positive, ARCHITECTURE.defining("phi")] = 2
-    heads: Annotated[Positive, ARCHITECTURE.defining("phi")] = 2
+    layers: Annotated[Positive, ARCHITECTURE.defining("phi")] = Field(2, description="transformer layers")
+    heads: Annotated[Positive, ARCHITECTURE.defining("phi")] = Field(
+        2, description="attention heads; dim must be a multiple of them"
+    )
     inner: Annotated[Positive, ARCHITECTURE.defining("phi")] = Field(256, description="width of the feed-forward layer")
     dropout: Annotated[Fraction, LEARNING] = Field(0.5, description="hidden and attention dropout of the transformer")
     max_length: Annotated[Positive, ARCHITECTURE.defining("positions")] = Field(
         50, description="most recent interactions that a prediction sees"
     )
-    temperature: Annotated[float, Field(gt=0), ARCHITECTURE] = 0.07
+    temperature: Annotated[float, Field(gt=0), ARCHITECTURE] = Field(
+        0.07, description="tau: cosines are divided by it before the softmax"
+    )
     initialisation: Annotated[Literal["normal", "xavier", "reference"], LEARNING] = Field(
         "normal",
         description="of the experts, fresh weights alike in every strategy: normal N(0, 0.02) or xavier; reference: normal, but re-learning draws xavier",
@@ -104,7 +108,10 @@ class ModelConfig(Component):
 class LossConfig(Component):
     """The next-item softmax and the text-image alignment (spec, sections 5 and 6)."""
 
-    negatives: Annotated[Literal["in_batch", "catalogue", "sampled"], LEARNING] = "in_batch"
+    negatives: Annotated[Literal["in_batch", "catalogue", "sampled"], LEARNING] = Field(
+        "in_batch",
+        description="candidates of the softmax: in_batch the other next items of the step, catalogue all items, sampled as many as samples",
+    )
     samples: Annotated[Positive, LEARNING] = Field(1024, description="candidates drawn a step, for negatives=sampled")
     log_q: Annotated[bool, LEARNING] = Field(
         False, description="subtract the log of each candidate's sampling probability from its logit"
@@ -141,10 +148,16 @@ class StreamConfig(Component):
 class ScheduleConfig(Component):
     """Learning rate over time. `decay`: the reference's, times `factor` each epoch; `cosine`: after a linear warm-up; `step`: times `factor` after each of `milestones` (epochs)."""
 
-    kind: Annotated[Literal["constant", "decay", "cosine", "step"], LEARNING] = "decay"
-    factor: Annotated[float, Field(gt=0, le=1), LEARNING] = 0.995
-    warmup_steps: Annotated[int, Field(ge=0), LEARNING] = 0
-    milestones: Annotated[list[Positive], LEARNING] = Field(default_factory=list)
+    kind: Annotated[Literal["constant", "decay", "cosine", "step"], LEARNING] = Field(
+        "decay", description="shape of the learning rate over time"
+    )
+    factor: Annotated[float, Field(gt=0, le=1), LEARNING] = Field(0.995, description="of decay and step")
+    warmup_steps: Annotated[int, Field(ge=0), LEARNING] = Field(
+        0, description="steps over which the learning rate rises linearly at first, whatever the kind"
+    )
+    milestones: Annotated[list[Positive], LEARNING] = Field(
+        default_factory=list, description="epochs after which step multiplies by factor"
+    )
     floor: Annotated[float, Field(ge=0), LEARNING] = Field(
         0.0, description="cosine's last learning rate, as a share of the first"
     )
@@ -169,9 +182,9 @@ class HangConfig(Component):
 class TrainingConfig(Component):
     """The loop."""
 
-    epochs: Annotated[Positive, LONGER] = 300
-    learning_rate: Annotated[float, Field(gt=0), GENTLER] = 1e-3
-    weight_decay: Annotated[float, Field(ge=0), LEARNING] = 0.0
+    epochs: Annotated[Positive, LONGER] = Field(300, description="passes over the data")
+    learning_rate: Annotated[float, Field(gt=0), GENTLER] = Field(1e-3, description="of AdamW, before the schedule")
+    weight_decay: Annotated[float, Field(ge=0), LEARNING] = Field(0.0, description="decoupled, of AdamW")
     schedule: ScheduleConfig = Field(default_factory=lambda: ScheduleConfig())
     accumulation: Annotated[Positive, LEARNING] = Field(
         1, description="micro-batches a step; negatives are those of the micro-batch"
@@ -185,7 +198,10 @@ class TrainingConfig(Component):
     engine: Annotated[Literal["deepspeed", "plain"], OPERATION] = Field(
         "deepspeed", description="plain: torch alone, the tested twin"
     )
-    zero_stage: Annotated[int, Field(ge=0, le=3), OPERATION] = 1
+    zero_stage: Annotated[int, Field(ge=0, le=3), OPERATION] = Field(
+        1,
+        description="what DeepSpeed shards over the ranks: 0 nothing, 1 optimizer state, 2 gradients too, 3 weights too",
+    )
     deepspeed: Annotated[dict[str, Any], OPERATION] = Field(
         default_factory=dict, description="passed through to the DeepSpeed engine, checked by it first"
     )
@@ -219,20 +235,25 @@ class TrainingConfig(Component):
 class AdaptationLossConfig(LossConfig):
     """In adaptation: all items of the target, no alignment (spec, section 6)."""
 
-    negatives: Annotated[Literal["in_batch", "catalogue", "sampled"], LEARNING] = "catalogue"
-    alignment: Annotated[float, Field(ge=0), LEARNING] = 0.0
+    negatives: Annotated[Literal["in_batch", "catalogue", "sampled"], LEARNING] = Field(
+        "catalogue",
+        description="candidates of the softmax: in_batch the other next items of the step, catalogue all items, sampled as many as samples",
+    )
+    alignment: Annotated[float, Field(ge=0), LEARNING] = Field(
+        0.0, description="weight of the text-image alignment loss"
+    )
 
 
 class AdaptationScheduleConfig(ScheduleConfig):
     """In adaptation the learning rate decays faster."""
 
-    factor: Annotated[float, Field(gt=0, le=1), LEARNING] = 0.99
+    factor: Annotated[float, Field(gt=0, le=1), LEARNING] = Field(0.99, description="of decay and step")
 
 
 class AdaptationTrainingConfig(TrainingConfig):
     """In adaptation the loop is shorter."""
 
-    epochs: Annotated[Positive, LONGER] = 100
+    epochs: Annotated[Positive, LONGER] = Field(100, description="passes over the data")
     schedule: AdaptationScheduleConfig = Field(default_factory=lambda: AdaptationScheduleConfig())
 
 
@@ -245,7 +266,9 @@ class DataConfig(Component):
     domains: Annotated[list[str], IDENTITY] = Field(
         default_factory=list, description="auxiliary domains of the pre-training"
     )
-    feature_dtype: Annotated[Literal["float32", "float16"], LEARNING] = "float32"
+    feature_dtype: Annotated[Literal["float32", "float16"], LEARNING] = Field(
+        "float32", description="type of the looked-up features"
+    )
     cache: Annotated[Annotated[str, Field(min_length=1)] | None, OPERATION] = Field(
         None,
         description="where root is a URI: folder on each node's own disk for what was fetched, shared by all runs there; "
@@ -259,13 +282,15 @@ class DataConfig(Component):
 class RayConfig(Component):
     """What Ray Train is asked for."""
 
-    workers: Annotated[Positive, OPERATION] = 1
+    workers: Annotated[Positive, OPERATION] = Field(1, description="Ray Train workers, one process each")
     min_workers: Annotated[Positive | None, OPERATION] = Field(
         None,
         description="go on with as few when nodes are lost, and with more, up to `workers`, when nodes come; null: `workers`",
     )
-    cpus_per_worker: Annotated[Positive, OPERATION] = 1
-    gpus_per_worker: Annotated[float, Field(ge=0), OPERATION] = 0
+    cpus_per_worker: Annotated[Positive, OPERATION] = Field(1, description="CPUs that each worker requests")
+    gpus_per_worker: Annotated[float, Field(ge=0), OPERATION] = Field(
+        0, description="GPUs that each worker requests; 0: train on CPUs"
+    )
     placement: Annotated[Literal["PACK", "SPREAD", "STRICT_SPREAD"], OPERATION] = Field(
         "PACK",
         description="how Ray places the workers: on few nodes, on many, or each on a node of its own. With `min_workers` not the "
@@ -286,7 +311,9 @@ class RayConfig(Component):
         description="any fsspec URI (s3://BUCKET/FOLDER) or folder: checkpoints are copied there in the background, and a run "
         "whose folder is gone goes on from there; one run of a name at a time",
     )
-    max_failures: Annotated[int, Field(ge=-1), OPERATION] = 3
+    max_failures: Annotated[int, Field(ge=-1), OPERATION] = Field(
+        3, description="restarts of the workers after a failure; -1: any number"
+    )
 
     @model_validator(mode="after")
     def _range(self) -> RayConfig:
@@ -308,8 +335,10 @@ class RayConfig(Component):
 class TrackingConfig(Component):
     """MLflow. With no `uri`, MLFLOW_TRACKING_URI, else SQLite and files below the runs' folder."""
 
-    uri: Annotated[str | None, OPERATION] = None
-    experiment: Annotated[str, OPERATION] = "antdist"
+    uri: Annotated[str | None, OPERATION] = Field(
+        None, description="MLflow's tracking URI; null: MLFLOW_TRACKING_URI, else SQLite and files in ray.storage"
+    )
+    experiment: Annotated[str, OPERATION] = Field("antdist", description="MLflow's experiment")
     registered_model: Annotated[str | None, OPERATION] = Field(
         None, description="name in the registry; null: the run's name"
     )
@@ -329,8 +358,10 @@ class PretrainConfig(Component):
 
     model_config = ConfigDict(validate_by_name=True, validate_by_alias=True)  # `continue` is a keyword of Python
 
-    name: Annotated[str, OPERATION] = Field("pretrain", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
-    seed: Annotated[int, Field(ge=0), IDENTITY] = 0
+    name: Annotated[str, OPERATION] = Field(
+        "pretrain", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="of the run: its folder below ray.storage"
+    )
+    seed: Annotated[int, Field(ge=0), IDENTITY] = Field(0, description="of weights, order and noise")
     resume: Annotated[str | None, OPERATION] = Field(
         None, description="MODEL whose training state this run goes on from"
     )
@@ -363,7 +394,9 @@ class RelearnConfig(Component):
 
     model_config = ConfigDict(validate_by_name=True, validate_by_alias=True)  # `from` is a keyword of Python
 
-    name: Annotated[str, OPERATION] = Field("relearn", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    name: Annotated[str, OPERATION] = Field(
+        "relearn", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="of the run: its folder below ray.storage"
+    )
     target: Annotated[str | None, IDENTITY] = Field(None, description="domain below data.root to adapt to")
     strategy: Annotated[Strategy | Literal["auto"] | list[Strategy], IDENTITY] = Field(
         "relearn",
@@ -373,7 +406,9 @@ class RelearnConfig(Component):
     parent: Annotated[str | None, IDENTITY] = Field(
         None, alias="from", description="MODEL to adapt; not needed for scratch"
     )
-    seeds: Annotated[list[Annotated[int, Field(ge=0)]], IDENTITY] = Field(default_factory=lambda: [0], min_length=1)
+    seeds: Annotated[list[Annotated[int, Field(ge=0)]], IDENTITY] = Field(
+        default_factory=lambda: [0], min_length=1, description="one trial of each strategy per seed"
+    )
     variants: Annotated[list[Variant], IDENTITY] = Field(
         default_factory=list, description="deviations of the reference code (spec, section 6)"
     )
