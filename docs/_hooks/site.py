@@ -20,7 +20,8 @@ from mkdocs.structure.pages import Page
 from pydantic import BaseModel
 
 from antdist.cli import main as cli_package
-from antdist.config.schema import PretrainConfig, RelearnConfig
+from antdist.config.schema import Meaning, PretrainConfig, RelearnConfig
+from antdist.config.semantics import meanings
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 LINK = re.compile(r"(!?\[(?:[^\[\]]|\[[^\]]*\])*\])\(([^()\s]+)\)")
@@ -39,9 +40,14 @@ INCLUDED = {
     "cluster/slurm/README.md": "clusters/slurm.md",
 }
 PICTURES = "benchmarks/pictures"
-SECTION_KEYS = {"$ref", "default", "description", "title", "type", "allOf"}
-TYPE_KEYS = {"anyOf", "items", "enum", "const", "minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "pattern"}
-TYPE_KEYS |= {"minItems", "minLength", "additionalProperties"}
+LEGEND = (
+    "What a change of a key means for a run stands with the key:",
+    "",
+    "- `resume`: when a run of a name may continue with another value: `free` always; `longer_ok` a pre-training may;",
+    "  `gentler_ok` a pre-training may after its loss diverged; `fixed` never.",
+    "- `compared`: trials of two strategies must agree in it, so that their difference is due to the strategy.",
+    "- `continue: fixed`: a run that begins with `continue=MODEL` must have MODEL's value.",
+)
 
 log = logging.getLogger("mkdocs.hooks.site")
 
@@ -165,10 +171,16 @@ def configuration_page() -> str:
         "",
         "Generated from the schema in [antdist/config/schema.py](../../antdist/config/schema.py).",
     ]
-    lines += ["How a configuration is written and overridden: [Configuration files](../configuration.md).", ""]
+    lines += [
+        "How a configuration is written and overridden: [Configuration files](../configuration.md).",
+        "",
+        *LEGEND,
+        "",
+    ]
+    stated = {verb: meanings(kind) for verb, kind in kinds.items()}
     for section, entries in keys.items():
-        lines += [f"## {section or 'Top level'}", "", _plain(about.get(section, "")), ""]
-        lines += [_key_line(key, verbs) for key, verbs in entries.items()]
+        lines += [f"## {section or 'Top level'}", "", *([_plain(about[section]), ""] if section in about else [])]
+        lines += [_key_line(key, verbs, stated[next(iter(verbs))][key]) for key, verbs in entries.items()]
         lines.append("")
     return "\n".join(lines)
 
@@ -195,16 +207,16 @@ def _collect(
             verbs[verb] = entry | {"default": defaults[name]}
 
 
-def _key_line(key: str, verbs: dict[str, dict[str, Any]]) -> str:
+def _key_line(key: str, verbs: dict[str, dict[str, Any]], meaning: Meaning) -> str:
     first, *others = verbs.values()
     default = f"default `{_value(first['default'])}`"
     if others and others[0]["default"] != first["default"]:
         default += f", of `relearn` `{_value(others[0]['default'])}`"
     facts = [_type_name(first), default, *([f"`{next(iter(verbs))}` only"] if not others else [])]
-    declared = {k: v for k, v in first.items() if k not in SECTION_KEYS | TYPE_KEYS}
-    facts += [f"{name}: {_value(value)}" for name, value in declared.items()]
-    meaning = _plain(first.get("description", ""))
-    return f"- **`{key}`** ({'; '.join(facts)})" + (f": {meaning}." if meaning else ".")
+    facts += [f"resume: {meaning.resume}", *(["compared"] if meaning.compare else [])]
+    facts += ["continue: fixed"] if meaning.continued == "fixed" else []
+    description = _plain(first.get("description", "")).rstrip(".")
+    return f"- **`{key}`** ({'; '.join(facts)})" + (f": {description}." if description else ".")
 
 
 def _value(value: Any) -> str:

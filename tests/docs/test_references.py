@@ -85,3 +85,8 @@ def test_python_reference_has_every_module(site: ModuleType) -> None:
     modules = [path for path in (ROOT / "antdist").rglob("*.py") if not path.name.startswith("__")]
     names = [".".join(path.relative_to(ROOT).with_suffix("").parts) for path in modules]
     assert not [name for name in names if f"::: {name}\n" not in pages_]
+
+
+def test_every_key_says_what_it_is(site: ModuleType) -> None:
+    lines = [line for line in site.configuration_page().split("\n") if line.startswith("- **`")]
+    assert not [line for line in lines if not re.match(r"- \*\*`[\w.]+`\*\* \(.*\): .", line)]
