@@ -1,7 +1,7 @@
-"""What one training step consumes: item ids on the wire (law 5), features by item, nothing padded.
+"""What one training step reads: item ids on the wire (law 5), inputs by item, nothing padded.
 
-Neutral ground between the rooms: the stream makes a `GlobalBatch`, each rank deals itself a `Batch`,
-the feature tables give `ItemFeatures`, the model reads both.
+Neutral ground between the rooms: the stream makes a `GlobalBatch`, `shard_batch` cuts each rank's `Batch` from it, the
+feature tables give `ItemInputs`, the model reads both. The laws are listed in docs/architecture.md.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ MODALITIES = ("text", "image", "price")
 
 IntArray = NDArray[np.int64]
 
-# Rows of a step's matrices are filled up to a multiple of this, where their number changes from step to step: libraries
-# make a kernel for each new size, which takes as long as a small product does, and GPUs compute in tiles of as many.
+# Matrices whose number of rows changes from step to step are padded to a multiple of this: libraries build a kernel for
+# each new size, which takes as long as a small product, and GPUs compute in tiles of this size anyway.
 ROWS = 128
 
 
@@ -28,8 +28,8 @@ class GlobalBatch:
     """The predictions of one step over all ranks: a function of (fingerprint, seed, epoch, index) alone (law 1).
 
     A *window* is a run of one user's items, oldest first, read in one causal pass; a *prediction* reads the state at one
-    token and names the item that came next. In `prefix` mode a window makes one prediction, at its last token; in
-    `sequence` mode it makes one at each of its tokens (of a longer user's later windows, at the new ones).
+    token and targets the item that came next. In `prefix` mode a window makes one prediction, at its last token; in
+    `sequence` mode it makes one at each of its tokens (a longer user's later windows: at each new token).
 
     Shapes: W windows, T tokens, P predictions. Item ids are global: a domain's item index plus its offset.
     """
@@ -40,7 +40,7 @@ class GlobalBatch:
     offsets: IntArray  # (W + 1,) where each window starts in `items`
     predict_at: IntArray  # (P,) increasing positions in `items`
     targets: IntArray  # (P,) item ids
-    users: IntArray  # (W,) global user of each window, for the ledger
+    users: IntArray  # (W,) global user index of each window
 
     @property
     def predictions(self) -> int:
@@ -49,11 +49,11 @@ class GlobalBatch:
 
 @dataclass(frozen=True)
 class Batch:
-    """One rank's share of a global (micro-)batch, with the items of the whole of it.
+    """One rank's share of a global (micro-)batch, and the items of all of it.
 
     `item_ids` is the same on every rank: the distinct items of the global batch, or the whole catalogue. This rank
-    embeds rows `share[0]:share[1]` of it and receives the others from its peers, so each distinct item is embedded
-    once a step over all ranks (law 5), and candidates are the same for any number of ranks (law 2).
+    embeds rows `share[0]:share[1]` and receives the others from its peers, so each distinct item is embedded once a
+    step over all ranks (law 5), and the candidates are the same for any number of ranks (law 2).
 
     Shapes: N distinct items, T tokens, W windows, P predictions of this rank, C candidates.
     """
@@ -80,19 +80,19 @@ class Batch:
 
 
 @dataclass(frozen=True)
-class ItemFeatures:
-    """Frozen features of N items, in rows: the item tower's only input (spec, section 2).
+class ItemInputs:
+    """What the item tower reads of N items, in rows: their frozen features (docs/spec/ant.md, section 2).
 
     `values[m]` is (N, d_m) floating; `present[m]` is (N,) bool; a missing feature is a row of zeros with `present`
-    False. `index` is (N,) int64, the items' ids: read by the learned item embeddings of ANT_t alone.
+    False. `index` is (N,) int64, the items' ids; only the learned item embeddings of ANT_t read it.
     """
 
     values: dict[str, Tensor]
     present: dict[str, Tensor]
     index: Tensor
 
-    def to(self, device: torch.device | str) -> ItemFeatures:
-        return ItemFeatures(
+    def to(self, device: torch.device | str) -> ItemInputs:
+        return ItemInputs(
             {m: v.to(device, non_blocking=True) for m, v in self.values.items()},
             {m: v.to(device, non_blocking=True) for m, v in self.present.items()},
             self.index.to(device, non_blocking=True),

@@ -2,19 +2,34 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
 import numpy as np
+from numpy.typing import NDArray
 
-from antdist.batch import IntArray
+if TYPE_CHECKING:
+    from antdist.batch import IntArray
 
 
-def starts_of(lengths: IntArray) -> IntArray:
-    """Where runs of these lengths begin when laid end to end; one longer than `lengths`, with the end last."""
-    starts = np.zeros(len(lengths) + 1, dtype=np.int64)
-    np.cumsum(lengths, out=starts[1:])
-    return starts
+def offsets(lengths: Sequence[int] | NDArray[Any]) -> IntArray:
+    """Return where each row starts (R + 1,): row i is `values[offsets[i] : offsets[i + 1]]`.
+
+    Args:
+        lengths: (R,) integers, the length of each row.
+    """
+    found = np.zeros(len(lengths) + 1, dtype=np.int64)
+    np.cumsum(np.asarray(lengths, dtype=np.int64), out=found[1:])
+    return found
 
 
 def ranges(begin: IntArray, lengths: IntArray) -> IntArray:
-    """begin[0], begin[0] + 1, ... (lengths[0] of them), then begin[1], ...: all runs end to end."""
-    starts = starts_of(lengths)
+    """Concatenate the integer ranges [begin[i], begin[i] + lengths[i])."""
+    starts = offsets(lengths)
     return np.repeat(begin - starts[:-1], lengths) + np.arange(starts[-1])
+
+
+def slices(values: IntArray, starts: IntArray, ends: IntArray) -> tuple[IntArray, IntArray]:
+    """Concatenate the slices `values[starts[i]:ends[i]]` as int64; return them and their offsets."""
+    lengths = ends - starts
+    return values[ranges(starts, lengths)].astype(np.int64), offsets(lengths)

@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 from safetensors.torch import load_file
 
+from antdist import ragged
 from antdist.config.schema import LossConfig, ModelConfig, ScheduleConfig, StreamConfig, TrainingConfig
 from antdist.data.domain import Domain, open_domain
 from antdist.data.ingest.prepare import prepare
@@ -50,7 +51,7 @@ def shuffle_source(source: Path, out: Path, seed: int) -> None:
     for number, row in enumerate(rows):
         by_user[row[0]].append(number)
     order = np.concatenate(list(by_user.values()))
-    offsets = np.concatenate([[0], np.cumsum([len(numbers) for numbers in by_user.values()])])
+    offsets = ragged.offsets([len(numbers) for numbers in by_user.values()])
     items = np.array([row[1] for row in rows])
     items[order] = items[shuffle_orders(offsets, order, seed)]
     with gzip.open(out / "interactions.csv.gz", "wt", newline="") as file:

@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 
+from antdist import ragged
 from antdist.config.schema import StreamConfig
 from antdist.data.cache import Cache
 from antdist.data.domain import Domain, ItemRecord, Sequences, open_domain, write_domain
@@ -60,7 +61,7 @@ def usual(shards: list[str], users_a_batch: int) -> Iterable[tuple[np.ndarray, n
         lengths = np.array([len(sample) for sample in samples])
         items = np.concatenate([sample[:-1] for sample in samples])
         targets = np.concatenate([sample[1:] for sample in samples])
-        return items, targets, np.concatenate([[0], np.cumsum(lengths - 1)])
+        return items, targets, ragged.offsets(lengths - 1)
 
     return webdataset.DataPipeline(
         webdataset.SimpleShardList(shards, seed=0),

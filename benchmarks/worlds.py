@@ -10,7 +10,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from antdist.batch import IntArray, ItemFeatures
+from antdist import ragged
+from antdist.batch import IntArray, ItemInputs
 from antdist.data.domain import Domain, ItemRecord, Sequences, open_domain, write_domain
 
 PAPER_DIMS = {"text": 768, "image": 1024, "price": 64}  # the authors' features
@@ -38,10 +39,10 @@ class RandomFeatures:
         self.size, self.dims = items, dims
         self.values = {m: torch.randn(items, dim, generator=random) / dim**0.5 for m, dim in dims.items()}
 
-    def features(self, item_ids: IntArray) -> ItemFeatures:
+    def features(self, item_ids: IntArray) -> ItemInputs:
         index = torch.from_numpy(np.asarray(item_ids, dtype=np.int64))
         present = torch.ones(len(index), dtype=torch.bool)
-        return ItemFeatures(
+        return ItemInputs(
             {m: v.index_select(0, index) for m, v in self.values.items()}, dict.fromkeys(self.values, present), index
         )
 
@@ -51,7 +52,7 @@ def sequences_of(shape: Shape, seed: int = 0) -> Sequences:
     random = np.random.default_rng(seed)
     above = random.lognormal(0.0, 1.0, shape.users)
     lengths = 5 + np.floor(above * (shape.mean_length - 4.5) / above.mean()).astype(np.int64)
-    offsets = np.concatenate([[0], np.cumsum(lengths)])
+    offsets = ragged.offsets(lengths)
     chance = 1.0 / (np.arange(shape.items) + 10.0) ** 0.8
     items = random.choice(shape.items, size=int(offsets[-1]), p=chance / chance.sum())
     return Sequences(offsets, items.astype(np.int64), np.arange(offsets[-1]))

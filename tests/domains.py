@@ -7,12 +7,13 @@ from pathlib import Path
 
 import numpy as np
 
+from antdist import ragged
 from antdist.data.domain import Domain, ItemRecord, Sequences, open_domain, write_domain
 
 
 def numbered_domain(folder: Path, lengths: Sequence[int], *, block_users: int = 4, blocks_per_shard: int = 2) -> Domain:
     """Users with these many interactions; the n-th interaction of the domain is with item n."""
-    offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
+    offsets = ragged.offsets(lengths)
     items = np.arange(offsets[-1])
     write_domain(
         folder,

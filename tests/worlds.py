@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
+from antdist import ragged
 from antdist.data.domain import Domain, ItemRecord, Sequences, open_domain, write_domain
 from antdist.features.table import FeatureMeta, features_folder, write_meta, write_part
 
@@ -30,7 +31,7 @@ def make_domain(
     lengths = random.integers(3, longest + 1, users)
     starts = random.integers(0, items, users)
     sequences = [(s + np.cumsum(random.integers(1, 4, n))) % items for s, n in zip(starts, lengths, strict=True)]
-    offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
+    offsets = ragged.offsets(lengths)
     flat = np.concatenate(sequences).astype(np.int64)
     records = [ItemRecord(i, f"{name}-{i}", f"thing {i} of {name}", float(i), []) for i in range(items)]
     folder = parent / name

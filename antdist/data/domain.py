@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from antdist import ragged
 from antdist.data.cache import Cache
 from antdist.data.entries import PLAIN_NAME, File
 from antdist.data.manifest import (
@@ -53,7 +54,6 @@ from antdist.data.shards import (
 )
 from antdist.errors import UserError
 from antdist.io.files import write_json
-from antdist.ragged import ranges, starts_of
 
 BLOCK_USERS = 1024
 ITEMS_PER_SHARD = 4096
@@ -127,10 +127,10 @@ class Domain:
         shards = near(self.folder, self.manifest.sequence_shards)
         blocks = [block for number, _ in enumerate(shards) for block in self.blocks(number)]
         lengths = [np.diff(block.offsets) for block in blocks]
-        offsets = np.concatenate([np.zeros(1, np.int64), np.cumsum(np.concatenate([*lengths, np.zeros(0, np.int64)]))])
+        offsets = ragged.offsets(np.concatenate([np.zeros(0, np.int64), *lengths]))
         items = np.concatenate([np.zeros(0, np.int64), *(block.items for block in blocks)], dtype=np.int64)
         times = np.concatenate([np.zeros(0, np.int64), *(block.times for block in blocks)], dtype=np.int64)
-        return Sequences(offsets.astype(np.int64), items, times)
+        return Sequences(offsets, items, times)
 
     def histories(self, users: NDArray[np.int64]) -> Sequences:
         """Those of some users, given by increasing index, in memory; reads the shards that hold them, one after the other."""
@@ -142,12 +142,12 @@ class Domain:
             for block in self.blocks(number):
                 wanted = _among(users, first, len(block.offsets) - 1) - first
                 begin, length = block.offsets[wanted], np.diff(block.offsets)[wanted]
-                places = ranges(begin, length)
+                places = ragged.ranges(begin, length)
                 lengths.append(length)
                 items.append(block.items[places].astype(np.int64))
                 times.append(block.times[places])
                 first += len(block.offsets) - 1
-        return Sequences(starts_of(np.concatenate(lengths)), np.concatenate(items), np.concatenate(times))
+        return Sequences(ragged.offsets(np.concatenate(lengths)), np.concatenate(items), np.concatenate(times))
 
     @cached_property
     def superseded(self) -> NDArray[np.int64]:
@@ -169,8 +169,7 @@ class Domain:
 
     @cached_property
     def _first_places(self) -> list[int]:
-        stored = [shard.stored_users for shard in self.manifest.sequence_shards]
-        return np.concatenate([[0], np.cumsum(stored, dtype=np.int64)]).tolist()
+        return ragged.offsets([shard.stored_users for shard in self.manifest.sequence_shards]).tolist()
 
     def superseded_in(self, shard: int) -> Iterator[NDArray[np.int64]]:
         """For each block of a sequence shard the places in it of its superseded users. Raises UserError if they are not as

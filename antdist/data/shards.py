@@ -22,6 +22,7 @@ from typing import Any, BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 
+from antdist import ragged
 from antdist.batch import IntArray
 from antdist.errors import UserError
 
@@ -267,7 +268,7 @@ def without(block: UserBlock, gone: IntArray) -> UserBlock:
     stays = np.ones(len(lengths), bool)
     stays[gone] = False
     kept = np.repeat(stays, lengths)
-    offsets = np.concatenate([[0], np.cumsum(lengths[stays])]).astype(np.int64)
+    offsets = ragged.offsets(lengths[stays])
     return UserBlock(offsets, block.items[kept], block.times[kept])
 
 

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional
 
+from antdist import ragged
 from antdist.batch import IntArray
 from antdist.errors import UserError
 from antdist.model.ops.products import exact_products
@@ -55,8 +56,8 @@ class Queries:
 
     def select(self, rows: IntArray) -> Queries:
         """The queries at `rows`, in that order."""
-        items, offsets = segments(self.items, self.offsets[rows], self.offsets[rows + 1])
-        exclude = segments(self.exclude_items, self.exclude_offsets[rows], self.exclude_offsets[rows + 1])
+        items, offsets = ragged.slices(self.items, self.offsets[rows], self.offsets[rows + 1])
+        exclude = ragged.slices(self.exclude_items, self.exclude_offsets[rows], self.exclude_offsets[rows + 1])
         return Queries(self.users[rows], items, offsets, self.targets[rows], *exclude)
 
     def shard(self, rank: int, world_size: int) -> Queries:
@@ -101,17 +102,9 @@ def _queries(sequences: Sequences, max_length: int, from_end: int, limit: int | 
     users = drawn_users(len(sequences.offsets) - 1, limit, seed)
     starts, ends = sequences.offsets[users], sequences.offsets[users + 1] - from_end
     assert (ends > starts).all(), "a prepared user has at least three interactions"
-    items, offsets = segments(sequences.items, np.maximum(starts, ends - max_length), ends)
-    exclude = segments(sequences.items, starts, ends)
+    items, offsets = ragged.slices(sequences.items, np.maximum(starts, ends - max_length), ends)
+    exclude = ragged.slices(sequences.items, starts, ends)
     return Queries(users, items, offsets, sequences.items[ends].astype(np.int64), *exclude)
-
-
-def segments(values: IntArray, starts: IntArray, ends: IntArray) -> tuple[IntArray, IntArray]:
-    """The stretches `values[starts[i]:ends[i]]` one after the other, and their offsets."""
-    lengths = ends - starts
-    offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
-    positions = np.arange(offsets[-1]) + np.repeat(starts - offsets[:-1], lengths)
-    return values[positions].astype(np.int64), offsets
 
 
 @contextmanager

@@ -19,7 +19,8 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
 
-from antdist.batch import IntArray, ItemFeatures
+from antdist import ragged
+from antdist.batch import IntArray, ItemInputs
 from antdist.data.entries import File
 from antdist.data.manifest import read_manifest
 from antdist.data.places import AT_ONCE, Place, RemotePath
@@ -452,7 +453,7 @@ class Catalogue:
         self.domains = list(domains)
         self.modalities = list(modalities)
         self.dtype: Dtype = dtype
-        self.offsets: IntArray = np.concatenate([[0], np.cumsum([d.manifest.items for d in domains])]).astype(np.int64)
+        self.offsets = ragged.offsets([d.manifest.items for d in domains])
         self.dims: dict[str, int] = {}
         self.identities: dict[str, str] = {}
         self._tables: dict[str, list[FeatureTable | None]] = {}
@@ -482,7 +483,7 @@ class Catalogue:
     def size(self) -> int:
         return int(self.offsets[-1])
 
-    def features(self, item_ids: IntArray) -> ItemFeatures:
+    def features(self, item_ids: IntArray) -> ItemInputs:
         """Look up N items by global id: float32 tensors on the CPU. One gather a modality a part; of sorted ids, with no
         copy but that from the memory map to the tensor."""
         import torch
@@ -496,7 +497,7 @@ class Catalogue:
         for modality in self.modalities:
             rows, mask = self._gather(modality, item_ids, groups)
             values[modality], present[modality] = torch.from_numpy(rows), torch.from_numpy(mask)
-        return ItemFeatures(values, present, torch.from_numpy(item_ids.copy()))
+        return ItemInputs(values, present, torch.from_numpy(item_ids.copy()))
 
     def leave_room(self, reserved: int | None = None) -> None:
         """Keep no more of remote tables in the node's cache than leaves `reserved` bytes of it (None: a quarter) to others.

@@ -9,7 +9,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from antdist.batch import Batch, ItemFeatures
+from antdist.batch import Batch, ItemInputs
 from antdist.config.schema import LossConfig, ModelConfig
 from antdist.model.items.features import Experts, ItemEmbeddings, ItemTower, Projection
 from antdist.model.losses import alignment_loss, next_item_loss
@@ -50,7 +50,7 @@ class Recommender(nn.Module):
             assert catalogue_size is not None, "item_embeddings needs the size of the catalogue"
             self.item_embeddings = nn.Embedding(catalogue_size, config.dim)
 
-    def embed_items(self, features: ItemFeatures) -> ItemEmbeddings:
+    def embed_items(self, features: ItemInputs) -> ItemEmbeddings:
         """Embeddings of n items; ANT_t adds each item's learned one."""
         embeddings: ItemEmbeddings = self.tower(features)
         if self.item_embeddings is None:
@@ -79,7 +79,7 @@ class Recommender(nn.Module):
         return states
 
     def forward(
-        self, features: ItemFeatures, batch: Batch, gather: Gather | None = None, loss: LossConfig = PRETRAINING_LOSS
+        self, features: ItemInputs, batch: Batch, gather: Gather | None = None, loss: LossConfig = PRETRAINING_LOSS
     ) -> Losses:
         """This rank's contribution to the losses of a global batch.
 

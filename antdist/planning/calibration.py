@@ -38,7 +38,7 @@ from antdist.training.memory import forget_peak, keep_memory, peak_bytes, reside
 if TYPE_CHECKING:
     import torch
 
-    from antdist.batch import Batch, ItemFeatures
+    from antdist.batch import Batch, ItemInputs
 
 Rate = Annotated[float, Field(gt=0)]
 Sizes = tuple[tuple[int, int, int], ...]
@@ -304,14 +304,14 @@ def _measured(
     return found
 
 
-def _inputs(predictions: int, items: int, max_length: int, seed: int) -> tuple[Batch, ItemFeatures]:
+def _inputs(predictions: int, items: int, max_length: int, seed: int) -> tuple[Batch, ItemInputs]:
     """A batch of generated histories, about so many predictions, and random features of its items."""
     import torch
 
-    from antdist.batch import ROWS, GlobalBatch, ItemFeatures
+    from antdist import ragged
+    from antdist.batch import ROWS, GlobalBatch, ItemInputs
     from antdist.data.stream.shard_batch import deal
     from antdist.data.stream.windows import user_windows
-    from antdist.ragged import starts_of
 
     random = np.random.default_rng(seed)
     likely = likely_lengths(14.4).astype(np.int64) - 2
@@ -319,10 +319,10 @@ def _inputs(predictions: int, items: int, max_length: int, seed: int) -> tuple[B
     chance = 1.0 / (np.arange(items) + 10.0) ** 0.8
     names = random.choice(items, int(lengths.sum()), p=chance / chance.sum())
     users = np.arange(len(lengths))
-    cut = user_windows(names, starts_of(lengths)[:-1], lengths, users, max_length)
+    cut = user_windows(names, ragged.offsets(lengths)[:-1], lengths, users, max_length)
     whole = GlobalBatch(0, 0, cut.items, cut.offsets, cut.predict_at, cut.targets, cut.users)
     batch = deal(whole, rank=0, world_size=1, candidates="in_batch", catalogue_size=items)
     rows = -(-len(batch.item_ids) // ROWS) * ROWS
     values = {m: torch.randn(rows, width) / width**0.5 for m, width in DIMS.items()}
     present = {m: torch.ones(rows, dtype=torch.bool) for m in DIMS}
-    return batch, ItemFeatures(values, present, torch.zeros(rows, dtype=torch.int64))
+    return batch, ItemInputs(values, present, torch.zeros(rows, dtype=torch.int64))

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
+from antdist import ragged
 from antdist.errors import UserError
 
 if TYPE_CHECKING:
@@ -74,7 +75,7 @@ def recommend_many(
     for first in range(0, len(histories), TOGETHER):
         whole, numbers = histories[first : first + TOGETHER], wanted[first : first + TOGETHER]
         recent = [history[-model.config.max_length :] for history in whole]
-        offsets = np.cumsum([0, *map(len, recent)])
+        offsets = ragged.offsets([len(history) for history in recent])
         vectors = unit(encode_histories(model, item_embeddings, np.concatenate(recent), offsets), "user vectors")
         seen = np.repeat(np.arange(len(whole)), [len(history) for history in whole]), np.concatenate(whole)
         indices, scores = top_items(vectors, [item_embeddings], max(numbers), seen)

@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from antdist import ragged
 from antdist.batch import IntArray
 from antdist.distributed.local_ray import ray_data_session
 from antdist.errors import UserError, redact
@@ -290,7 +291,7 @@ class Scorer:
         self.device = pick_device(task.device)
         self.model = model.to(self.device)
         self.ranges = [_shared_tensor(vectors) for vectors in ranges]
-        self.bounds = np.cumsum([0, *map(len, ranges)])
+        self.bounds = ragged.offsets([len(vectors) for vectors in ranges])
         if self.device != "cpu":
             free, _ = torch.cuda.mem_get_info()
             if sum(vectors.nbytes for vectors in ranges) < free / 2:  # else they go there a range at a time
@@ -321,7 +322,7 @@ class Scorer:
 
         indices, scores = self.best(block)
         there = indices >= 0
-        offsets = pa.array(np.concatenate([[0], np.cumsum(there.sum(1))]), pa.int32())
+        offsets = pa.array(ragged.offsets(there.sum(1)), pa.int32())
         items = self.item_ids.take(pa.array(indices[there])).cast(pa.string())
         columns = [
             pa.array(user_ids, pa.string()),
@@ -332,7 +333,7 @@ class Scorer:
 
     def best(self, block: UserBlock) -> tuple[IntArray, NDArray[np.float32]]:
         """Items and scores of a block's users, (U, n or all), -1 where there are no more."""
-        from antdist.evaluation.ranking import encode_histories, segments, unit
+        from antdist.evaluation.ranking import encode_histories, unit
         from antdist.serving.top import top_items
 
         starts, ends, known = block.offsets[:-1], block.offsets[1:], block.items.astype(np.int64)
@@ -343,12 +344,12 @@ class Scorer:
         for first in range(0, len(ends), self.task.batch_size):
             users = by_length[first : first + self.task.batch_size]
             recent = np.maximum(starts[users], ends[users] - self.model.config.max_length)
-            items, offsets = segments(known, recent, ends[users])
+            items, offsets = ragged.slices(known, recent, ends[users])
             distinct, tokens = np.unique(items, return_inverse=True)
             vectors = unit(encode_histories(self.model, self._rows(distinct), tokens, offsets), "user vectors")
             seen = None
             if not self.task.include_seen:
-                whole, bounds = segments(known, starts[users], ends[users])
+                whole, bounds = ragged.slices(known, starts[users], ends[users])
                 seen = np.repeat(np.arange(len(users)), np.diff(bounds)), whole
             ranges = (vectors.to(self.device) for vectors in self.ranges)
             indices[users], scores[users] = top_items(vectors, ranges, width, seen)

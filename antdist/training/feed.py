@@ -24,12 +24,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from antdist.batch import ROWS, Batch, GlobalBatch, IntArray, ItemFeatures
+from antdist import ragged
+from antdist.batch import ROWS, Batch, GlobalBatch, IntArray, ItemInputs
 from antdist.config.schema import LossConfig
 from antdist.data.stream.shard_batch import deal, share, split
 from antdist.data.stream.stream import Stream
 from antdist.distributed.world import World
-from antdist.ragged import starts_of
 
 AHEAD = 2  # steps
 HELD_SHARE = 0.2  # of a GPU's free memory, for features
@@ -48,7 +48,7 @@ class Features(Protocol):
     def dims(self) -> Mapping[str, int]:
         """Numbers an item has in each modality."""
 
-    def features(self, item_ids: IntArray) -> ItemFeatures:
+    def features(self, item_ids: IntArray) -> ItemInputs:
         """The features of these items, a row each."""
 
 
@@ -61,7 +61,7 @@ class Micro:
     """
 
     batch: Batch
-    features: ItemFeatures | None
+    features: ItemInputs | None
     weight: float
 
 
@@ -105,7 +105,7 @@ class Feed:
             seed=self.seed,
             step=step * self.accumulation + index,
         )
-        features: ItemFeatures | None
+        features: ItemInputs | None
         if self.loss.negatives == "catalogue":
             features = self.held
         elif self.held is not None:
@@ -114,7 +114,7 @@ class Feed:
             features = self._pinned(self.catalogue.features(_filled(dealt).numpy()))
         return Micro(self._pinned(dealt), features, micro.predictions / predictions)
 
-    def bring(self, micro: Micro) -> tuple[Batch, ItemFeatures]:
+    def bring(self, micro: Micro) -> tuple[Batch, ItemInputs]:
         """A micro-batch and its features on the rank's device; copies from pinned memory are not waited for."""
         batch = micro.batch.to(self.world.device)
         if micro.features is not None:
@@ -123,7 +123,7 @@ class Feed:
         return batch, look_up(self.held, _filled(batch))
 
     @cached_property
-    def held(self) -> ItemFeatures | None:
+    def held(self) -> ItemInputs | None:
         """Features that outlive the step: of this rank's share of the catalogue where that is what a step embeds, else of
         the whole catalogue where the device has room for it, else None. On the device if they fit, else on the host."""
         same_items = self.loss.negatives == "catalogue"
@@ -138,7 +138,7 @@ class Feed:
             return self._pinned(self.catalogue.features(np.arange(first, last)))
         starts = range(first, max(last, first + 1), HELD_CHUNK)
         parts = [self.catalogue.features(np.arange(i, min(i + HELD_CHUNK, last))).to(self.world.device) for i in starts]
-        return ItemFeatures(
+        return ItemInputs(
             {m: torch.cat([part.values[m] for part in parts]) for m in self.catalogue.dims},
             {m: torch.cat([part.present[m] for part in parts]) for m in self.catalogue.dims},
             torch.cat([part.index for part in parts]),
@@ -146,10 +146,10 @@ class Feed:
 
     @cached_property
     def _heaps(self) -> IntArray:
-        return starts_of(self.popularity + 1)
+        return ragged.offsets(self.popularity + 1)
 
     def _pinned(self, value: Any) -> Any:
-        """A `Batch` or `ItemFeatures` in memory that a GPU copies from by itself; where there is no GPU, as it is."""
+        """A `Batch` or `ItemInputs` in memory that a GPU copies from by itself; where there is no GPU, as it is."""
         return value if self.world.device.type == "cpu" else _each_tensor(value, Tensor.pin_memory)
 
     def epoch(self, epoch: int, start: int) -> Iterator[StepInput]:
@@ -175,13 +175,13 @@ def _filled(batch: Batch) -> Tensor:
     return torch.cat([item_ids, item_ids[-1:].expand(-len(item_ids) % ROWS)])
 
 
-def look_up(table: ItemFeatures, item_ids: Tensor) -> ItemFeatures:
+def look_up(table: ItemInputs, item_ids: Tensor) -> ItemInputs:
     """Rows of a table of the whole catalogue, by global id, on the table's device: what `Features.features` gives."""
     return _each_tensor(table, lambda rows: rows.index_select(0, item_ids))
 
 
 def _each_tensor(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
-    """A `Batch` or `ItemFeatures` with each tensor changed."""
+    """A `Batch` or `ItemInputs` with each tensor changed."""
 
     def changed(field: Any) -> Any:
         if isinstance(field, dict):

@@ -20,9 +20,9 @@ from typing import Any
 
 import numpy as np
 
+from antdist import ragged
 from antdist.batch import GlobalBatch, IntArray
 from antdist.data.stream.stream import Stream
-from antdist.ragged import starts_of
 
 WINDOW = 100  # times `training.max_skipped`: the steps among which so many may be skipped
 REMEMBERED = 50  # points of the loss's curve
@@ -80,7 +80,7 @@ def origin(stream: Stream, users: IntArray) -> dict[str, dict[str, list[int]]]:
         first, last = stream.user_offsets[d], stream.user_offsets[d + 1]
         mine = np.unique(users[(users >= first) & (users < last)]) - first
         blocks = [(shard.name, block) for shard in domain.manifest.sequence_shards for block in shard.blocks]
-        starts = starts_of(np.array([block.users for _, block in blocks]))
+        starts = ragged.offsets([block.users for _, block in blocks])
         for user, number in zip(mine.tolist(), np.searchsorted(starts, mine, side="right") - 1, strict=True):
             shard, block = blocks[number]
             found.setdefault(domain.name, {}).setdefault(f"{shard} {block.key}", []).append(user)

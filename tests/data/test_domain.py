@@ -12,6 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from antdist import ragged
 from antdist.data.domain import Domain, ItemRecord, Sequences, open_domain, read_blocks, write_domain
 from antdist.errors import UserError
 from tests.domains import numbered_domain
@@ -37,7 +38,7 @@ def domains(draw: st.DrawFn) -> tuple[list[ItemRecord], Sequences, list[str]]:
     total = sum(lengths)
     codes = draw(st.lists(st.integers(0, len(ids) - 1), min_size=total, max_size=total))
     times = draw(st.lists(st.integers(-(2**62), 2**62), min_size=total, max_size=total))
-    offsets = np.concatenate([[0], np.cumsum(lengths)])
+    offsets = ragged.offsets(lengths)
     users = draw(st.lists(texts, min_size=len(lengths), max_size=len(lengths), unique=True))
     return items, Sequences(offsets, np.array(codes), np.array(times)), users
 

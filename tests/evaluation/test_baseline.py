@@ -9,6 +9,7 @@ import pandas as pd
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from antdist import ragged
 from antdist.data.domain import Sequences, training_popularity
 from antdist.evaluation import ranking
 from antdist.evaluation.baseline import rank_by_popularity
@@ -19,7 +20,7 @@ from antdist.evaluation.metrics import summary
 @given(st.integers(0, 2**32 - 1), st.integers(1, 20), st.integers(1, 25))
 def test_equal_to_counting_one_by_one(seed: int, users: int, items: int) -> None:
     rng = np.random.default_rng(seed)
-    offsets = np.concatenate([[0], np.cumsum(rng.integers(3, 12, users))]).astype(np.int64)
+    offsets = ragged.offsets(rng.integers(3, 12, users))
     sequence = rng.integers(0, items, offsets[-1])
     sequences = Sequences(offsets, sequence, np.arange(len(sequence)))
     popularity = training_popularity(sequences, items)
@@ -38,7 +39,7 @@ def test_scientific_repeats_as_the_spec_says(shared_data: Path) -> None:
     frame = frame.sort_values(["user_id", "timestamp"], kind="stable")
     items = frame["item_id"].rank(method="dense").to_numpy().astype(np.int64) - 1
     lengths = frame.groupby("user_id", sort=False).size().to_numpy()
-    sequences = Sequences(np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64), items, np.arange(len(items)))
+    sequences = Sequences(ragged.offsets(lengths), items, np.arange(len(items)))
     queries = ranking.test_queries(sequences, 50)
     result = summary(rank_by_popularity(training_popularity(sequences, int(items.max()) + 1), queries))
     assert result["users"] == 8442 and round(result["seen"] / 8442, 3) == 0.006

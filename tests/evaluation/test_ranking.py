@@ -12,7 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from antdist.batch import ItemFeatures
+from antdist import ragged
+from antdist.batch import ItemInputs
 from antdist.config.schema import ModelConfig
 from antdist.data.domain import Domain, ItemRecord, Sequences, open_domain, write_domain
 from antdist.errors import UserError
@@ -39,7 +40,7 @@ class LastItem(nn.Module):
         self.users = nn.Parameter(users)
         self.calls: list[int] = []
 
-    def embed_items(self, features: ItemFeatures) -> SimpleNamespace:
+    def embed_items(self, features: ItemInputs) -> SimpleNamespace:
         assert not self.training and not torch.is_grad_enabled()
         self.calls.append(len(features.index))
         return SimpleNamespace(item=features.values["text"])
@@ -56,13 +57,13 @@ class Features:
     def __init__(self, values: torch.Tensor) -> None:
         self.values, self.size = values, len(values)
 
-    def features(self, ids: np.ndarray) -> ItemFeatures:
+    def features(self, ids: np.ndarray) -> ItemInputs:
         present = {"text": torch.ones(len(ids), dtype=torch.bool)}
-        return ItemFeatures({"text": self.values[ids]}, present, torch.from_numpy(ids))
+        return ItemInputs({"text": self.values[ids]}, present, torch.from_numpy(ids))
 
 
 def make_sequences(histories: list[list[int]]) -> Sequences:
-    offsets = np.concatenate([[0], np.cumsum([len(h) for h in histories])]).astype(np.int64)
+    offsets = ragged.offsets([len(h) for h in histories])
     items = np.concatenate([np.asarray(h, np.int64) for h in histories])
     return Sequences(offsets, items, np.arange(len(items)))
 

@@ -12,6 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from antdist import ragged
 from antdist.data.domain import Domain, ItemRecord
 from antdist.errors import UserError
 from antdist.features import table
@@ -77,7 +78,7 @@ def test_rows_are_the_stored_ones_in_any_order_and_across_parts(make_domain: Any
 @settings(max_examples=60, deadline=None)
 @given(sizes=st.lists(st.integers(0, 6), min_size=1, max_size=5), data=st.data())
 def test_groups_partition_the_ids(sizes: list[int], data: st.DataObject) -> None:
-    bounds = np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64)
+    bounds = ragged.offsets(sizes)
     total = int(bounds[-1])
     drawn = data.draw(st.lists(st.integers(0, max(total - 1, 0)), max_size=20)) if total else []
     if data.draw(st.booleans()):

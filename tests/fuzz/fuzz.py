@@ -34,6 +34,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import yaml
 
+from antdist import ragged
 from antdist.config.load import dump_config, load_config
 from antdist.config.schema import PretrainConfig, RelearnConfig, StreamConfig
 from antdist.data.domain import Sequences, open_domain, write_domain
@@ -248,7 +249,7 @@ def _folder_files(folder: Path) -> Files:
 
 def _prepared(folder: Path) -> Files:
     lengths = [3, 7, 4, 9, 5, 3]
-    offsets = np.concatenate([[0], np.cumsum(lengths)])
+    offsets = ragged.offsets(lengths)
     sequences = Sequences(offsets, np.arange(offsets[-1]) % 7, np.arange(offsets[-1]))
     users = [f"u{n}" for n in range(len(lengths))]
     write_domain(folder, "d", some_items(7), sequences, users, {"format": "test"}, block_users=2, blocks_per_shard=2)
@@ -317,7 +318,7 @@ def _shard_structure(name: str, data: bytes, random: Random) -> bytes:
 def _grown(folder: Path) -> Files:
     """A domain that was appended to twice, with users who wait."""
     lengths = [3, 7, 4, 9, 5, 3]
-    offsets = np.concatenate([[0], np.cumsum(lengths)])
+    offsets = ragged.offsets(lengths)
     sequences = Sequences(offsets, np.arange(offsets[-1]) % 5, np.arange(offsets[-1]))
     items, users = some_items(5), [f"u{n}" for n in range(len(lengths))]
     made = {"format": "tabular", "max_sequence": 9}

@@ -12,7 +12,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from antdist.batch import Batch, ItemFeatures
+from antdist.batch import Batch, ItemInputs
 from antdist.model.recommender import Recommender
 
 DIMS = {"text": 7, "image": 6, "price": 4}
@@ -31,8 +31,8 @@ class SmallWorld:
             m: torch.randn(size, dim, generator=random) * self.present[m].unsqueeze(1) for m, dim in DIMS.items()
         }
 
-    def rows(self, items: Tensor) -> ItemFeatures:
-        return ItemFeatures(
+    def rows(self, items: Tensor) -> ItemInputs:
+        return ItemInputs(
             {m: v[items] for m, v in self.values.items()}, {m: p[items] for m, p in self.present.items()}, items
         )
 
@@ -96,7 +96,7 @@ def make_batch(
     )
 
 
-def local_rows(world: SmallWorld, batch: Batch) -> ItemFeatures:
+def local_rows(world: SmallWorld, batch: Batch) -> ItemInputs:
     return world.rows(batch.item_ids[slice(*batch.share)])
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from antdist.batch import ItemFeatures
+from antdist.batch import ItemInputs
 from antdist.config.schema import ModelConfig
 from antdist.data.domain import Domain, ItemRecord, Sequences, open_domain, write_domain
 from antdist.errors import UserError
@@ -58,9 +58,9 @@ def test_an_item_that_nobody_touched_can_come_first(model: Recommender) -> None:
         def __init__(self, values: torch.Tensor) -> None:
             self.values, self.size = values, len(values)
 
-        def features(self, ids: np.ndarray) -> ItemFeatures:
+        def features(self, ids: np.ndarray) -> ItemInputs:
             present = {"text": torch.ones(len(ids), dtype=torch.bool)}
-            return ItemFeatures({"text": self.values[ids]}, present, torch.from_numpy(ids))
+            return ItemInputs({"text": self.values[ids]}, present, torch.from_numpy(ids))
 
     known = torch.randn(20, 16, generator=torch.Generator().manual_seed(1))
     wanted = preference(model, embed_catalogue(model, Features(known)), [3, 5])

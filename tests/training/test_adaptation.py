@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from antdist.batch import ItemFeatures
+from antdist.batch import ItemInputs
 from antdist.config.schema import ModelConfig
 from antdist.errors import UserError
 from antdist.model.recommender import build_recommender, parameter_groups
@@ -117,7 +117,7 @@ def test_a_centred_tower_gives_nothing_for_the_mean_item(mixture: bool) -> None:
     means = {m: torch.randn(d) for m, d in DIMS.items()}
     model = adapt("scratch", config, DIMS, parent=None, means=means).eval()
     present = {m: torch.ones(1, dtype=torch.bool) for m in DIMS}
-    features = ItemFeatures({m: v[None] for m, v in means.items()}, present, torch.zeros(1, dtype=torch.int64))
+    features = ItemInputs({m: v[None] for m, v in means.items()}, present, torch.zeros(1, dtype=torch.int64))
     torch.testing.assert_close(model.embed_items(features).item, torch.zeros(1, 8), atol=1e-6, rtol=0)
     plain = adapt("scratch", config, DIMS, parent=None).eval()
     assert plain.embed_items(features).item.abs().max() > 1e-3

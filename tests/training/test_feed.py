@@ -143,6 +143,6 @@ class Zeros:
 
     def features(self, item_ids: Any) -> Any:
         n = len(item_ids)
-        return feed_module.ItemFeatures(
+        return feed_module.ItemInputs(
             {"text": torch.zeros(n, 2)}, {"text": torch.zeros(n, dtype=torch.bool)}, torch.from_numpy(item_ids.copy())
         )

@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from antdist import faults
+from antdist import faults, ragged
 from antdist.batch import IntArray
 from antdist.data.domain import (
     BLOCK_USERS,
@@ -60,7 +60,6 @@ from antdist.data.shards import without
 from antdist.errors import UserError
 from antdist.io.files import flush_to_disk
 from antdist.io.progress import track
-from antdist.ragged import ranges, starts_of
 
 NOT_COMPARABLE = (
     "a grown user's last interaction tests from here on, and what tested before trains: figures of models evaluated before "
@@ -359,15 +358,15 @@ def _named(
 def _take(sequences: Sequences, rows: IntArray) -> Sequences:
     """Some users, in this order."""
     lengths = np.diff(sequences.offsets)[rows]
-    at = ranges(sequences.offsets[:-1][rows], lengths)
-    return Sequences(starts_of(lengths), sequences.items[at], sequences.times[at])
+    at = ragged.ranges(sequences.offsets[:-1][rows], lengths)
+    return Sequences(ragged.offsets(lengths), sequences.items[at], sequences.times[at])
 
 
 def _joined(parts: Sequence[Sequences]) -> Sequences:
     """The users of all parts, one after the other."""
     lengths = np.concatenate([np.diff(part.offsets) for part in parts])
     items, times = (np.concatenate([getattr(part, name) for part in parts]) for name in ("items", "times"))
-    return Sequences(starts_of(lengths), items, times)
+    return Sequences(ragged.offsets(lengths), items, times)
 
 
 def _there(old: tuple[IntArray, ...], new: tuple[IntArray, ...]) -> NDArray[np.bool_]:
@@ -477,7 +476,7 @@ def _generation(old: Domain, tally: Tally) -> Generation:
 def _marked(old: Domain, grown: _Grown) -> list[SequenceShard]:
     """The domain's shards, those users counted as superseded who have grown."""
     blocks = [block for shard in old.manifest.sequence_shards for block in shard.blocks]
-    starts = starts_of(np.array([block.stored_users for block in blocks], np.int64))
+    starts = ragged.offsets([block.stored_users for block in blocks])
     block_of = np.searchsorted(starts, grown.superseded, side="right") - 1
     users, interactions = np.zeros((2, len(blocks)), np.int64)
     np.add.at(users, block_of, 1)

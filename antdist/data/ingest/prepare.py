@@ -14,6 +14,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from antdist import ragged
 from antdist.data.domain import (
     BLOCK_USERS,
     ITEMS_PER_SHARD,
@@ -359,7 +360,7 @@ def order(users: IntArray, items: IntArray, times: NDArray[Any]) -> tuple[Sequen
         by_user_and_time = by_user_and_time[np.argsort(half[by_user_and_time], kind="stable")]
     lengths = np.bincount(users)
     codes = np.flatnonzero(lengths)
-    offsets = np.concatenate([[0], np.cumsum(lengths[codes])]).astype(np.int64)
+    offsets = ragged.offsets(lengths[codes])
     in_order = times[by_user_and_time]
     return Sequences(offsets, items[by_user_and_time].astype(np.int64), in_order.astype(np.int64)), codes
 
@@ -370,7 +371,7 @@ def cut(sequences: Sequences, longest: int, tally: Tally) -> Sequences:
     to_end = np.repeat(sequences.offsets[1:], lengths) - np.arange(len(sequences.items))
     recent = to_end <= longest
     tally.add(f"interactions dropped: before a user's most recent {longest}", int((~recent).sum()))
-    offsets = np.concatenate([[0], np.cumsum(np.minimum(lengths, longest))]).astype(np.int64)
+    offsets = ragged.offsets(np.minimum(lengths, longest))
     return Sequences(offsets, sequences.items[recent], sequences.times[recent])
 
 

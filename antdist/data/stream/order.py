@@ -15,6 +15,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from antdist import ragged
 from antdist.batch import IntArray
 
 
@@ -116,4 +117,4 @@ def _canonical_stream(
         for i in range(0, len(blocks), window_blocks):
             group = tuple(blocks[i : i + window_blocks])
             groups.append(Group(w, group, sum(units[shard][block] for shard, block in group)))
-    return CanonicalStream(windows, tuple(groups), np.cumsum([0] + [g.units for g in groups], dtype=np.int64))
+    return CanonicalStream(windows, tuple(groups), ragged.offsets([g.units for g in groups]))

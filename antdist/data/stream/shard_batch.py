@@ -9,8 +9,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from antdist import ragged
 from antdist.batch import Batch, GlobalBatch, IntArray
-from antdist.ragged import ranges, starts_of
 
 FloatArray = NDArray[np.float64]
 
@@ -32,14 +32,14 @@ def select(batch: GlobalBatch, windows: IntArray) -> GlobalBatch:
     """Some windows of a batch (increasing numbers) with their predictions; none is allowed."""
     begin = batch.offsets[windows]
     lengths = batch.offsets[windows + 1] - begin
-    offsets = starts_of(lengths)
+    offsets = ragged.offsets(lengths)
     bounds = np.searchsorted(batch.predict_at, batch.offsets)
     counts = bounds[windows + 1] - bounds[windows]
-    predictions = ranges(bounds[windows], counts)
+    predictions = ragged.ranges(bounds[windows], counts)
     return GlobalBatch(
         epoch=batch.epoch,
         index=batch.index,
-        items=batch.items[ranges(begin, lengths)],
+        items=batch.items[ragged.ranges(begin, lengths)],
         offsets=offsets,
         predict_at=batch.predict_at[predictions] + np.repeat(offsets[:-1] - begin, counts),
         targets=batch.targets[predictions],

@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from antdist import ragged
 from antdist.batch import GlobalBatch, IntArray
 from antdist.config.schema import StreamConfig
 from antdist.data.domain import Domain
@@ -27,7 +28,6 @@ from antdist.data.places import RemotePath, bring
 from antdist.data.stream.order import CanonicalStream, canonical_streams, quotas, shuffled, taken
 from antdist.data.stream.windows import Windows, concatenate, prefix_windows, user_windows
 from antdist.errors import UserError
-from antdist.ragged import starts_of
 
 ORDER_VERSION = 1  # raise it when the same configuration comes to give another order
 CHUNK = 4096  # units made into windows at once
@@ -60,8 +60,8 @@ class Stream:
         _check_domains(domains)
         self.domains, self.config, self.max_length, self.seed = tuple(domains), config, max_length, seed
         manifests = [domain.manifest for domain in domains]
-        self.item_offsets: IntArray = starts_of(np.array([m.items for m in manifests]))
-        self.user_offsets: IntArray = starts_of(np.array([m.users for m in manifests]))
+        self.item_offsets = ragged.offsets([m.items for m in manifests])
+        self.user_offsets = ragged.offsets([m.users for m in manifests])
         predictions = [m.interactions - 3 * m.users for m in manifests]
         units = predictions if config.mode == "prefix" else [m.users for m in manifests]
         self._quotas = quotas(units, config.mixing)
@@ -286,13 +286,13 @@ class _CanonicalReader:
         if layout.window != self.window:
             self._load_window(layout.window)
         blocks = [self.shards[shard][block] for shard, block in layout.blocks]
-        bases = starts_of(np.array([len(items) for _, items, _ in blocks]))
+        bases = ragged.offsets([len(items) for _, items, _ in blocks])
         self.items = np.concatenate([items for _, items, _ in blocks], dtype=np.int64)
         self.items += self.domain.stream.item_offsets[self.domain.d]
         self.starts = np.concatenate([o[:-1] + b for (o, _, _), b in zip(blocks, bases, strict=False)])
         self.lengths = np.concatenate([np.diff(o) for o, _, _ in blocks]) - 2  # less validation and test item
         self.users = np.concatenate([np.arange(first, first + len(o) - 1) for o, _, first in blocks])
-        self.predictions = starts_of(self.lengths - 1)
+        self.predictions = ragged.offsets(self.lengths - 1)
         self.shuffle = shuffled(layout.units, *self.key, "units", group)
         self.group = group
 

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from antdist import ragged
 from antdist.batch import IntArray
-from antdist.ragged import ranges, starts_of
 
 
 @dataclass(frozen=True)
@@ -42,15 +42,15 @@ def user_windows(items: IntArray, begin: IntArray, lengths: IntArray, users: Int
     stride = max(1, max_length // 2)
     inputs = lengths - 1
     windows = (inputs > 0) + -(-np.maximum(inputs - max_length, 0) // stride)
-    first_window = starts_of(windows)
+    first_window = ragged.offsets(windows)
     unit = np.repeat(np.arange(len(begin)), windows)
     nth = np.arange(len(unit)) - first_window[unit]
     start = nth * stride
     size = np.minimum(inputs[unit] - start, max_length)
     known = np.where(nth > 0, max_length - stride, 0)  # inputs that the window before has read
-    offsets = starts_of(size)
-    source = ranges(begin[unit] + start, size)
-    predict_at = ranges(offsets[:-1] + known, size - known)
+    offsets = ragged.offsets(size)
+    source = ragged.ranges(begin[unit] + start, size)
+    predict_at = ragged.ranges(offsets[:-1] + known, size - known)
     return Windows(
         items=items[source],
         offsets=offsets,
@@ -58,7 +58,7 @@ def user_windows(items: IntArray, begin: IntArray, lengths: IntArray, users: Int
         targets=items[source[predict_at] + 1],
         users=users[unit],
         first_window=first_window,
-        first_prediction=starts_of(size - known),
+        first_prediction=ragged.offsets(size - known),
     )
 
 
@@ -73,10 +73,10 @@ def prefix_windows(items: IntArray, begin: IntArray, position: IntArray, users: 
     """
     size = np.minimum(position, max_length)
     target = begin + position
-    offsets = starts_of(size)
+    offsets = ragged.offsets(size)
     units = np.arange(len(begin) + 1)
     return Windows(
-        items=items[ranges(target - size, size)],
+        items=items[ragged.ranges(target - size, size)],
         offsets=offsets,
         predict_at=offsets[1:] - 1,
         targets=items[target],

@@ -20,6 +20,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from antdist import ragged
+
 IntArray = NDArray[np.int64]
 
 
@@ -77,7 +79,7 @@ def make_domain(name: str, *, users: int, items: int, mean_length: float, seed: 
     lengths = np.minimum(lengths, min(LONGEST, items // 2))
     paths, fresh = _walk(rng, attributes, successors, weights, lengths)
     real = np.arange(paths.shape[1]) < lengths[:, None]
-    offsets = np.concatenate([[0], np.cumsum(lengths)])
+    offsets = ragged.offsets(lengths)
     return SyntheticDomain(name, attributes, successors, weights, offsets, paths[real], fresh[real])
 
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from antdist.batch import MODALITIES, ItemFeatures
+from antdist.batch import MODALITIES, ItemInputs
 from antdist.config.schema import ModelConfig
 from antdist.model.ops.dropout import dropout
 
@@ -146,7 +146,7 @@ class ItemTower(nn.Module):
                 transform = Projection(dims[modality], config.dim)
             self.add_module(modality, transform)
 
-    def forward(self, features: ItemFeatures) -> ItemEmbeddings:
+    def forward(self, features: ItemInputs) -> ItemEmbeddings:
         transformed = {m: self._transform(m, features) for m in self.modalities}
         item = (
             torch.stack(list(transformed.values())).sum(0) if len(transformed) > 1 else transformed[self.modalities[0]]
@@ -156,12 +156,12 @@ class ItemTower(nn.Module):
             item = torch.addcmul(item, text, image, value=self.beta)
         return ItemEmbeddings(item, text, image, self._present("text", features), self._present("image", features))
 
-    def _transform(self, modality: str, features: ItemFeatures) -> Tensor:
+    def _transform(self, modality: str, features: ItemInputs) -> Tensor:
         present = features.present[modality] if self.mask_missing else None
         embedding: Tensor = self.get_submodule(modality)(features.values[modality], present)
         return embedding
 
-    def _present(self, modality: str, features: ItemFeatures) -> Tensor:
+    def _present(self, modality: str, features: ItemInputs) -> Tensor:
         if modality in self.modalities:
             return features.present[modality]
         return torch.zeros_like(features.index, dtype=torch.bool)

@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from antdist import ragged
 from antdist.data.domain import Sequences, open_domain
 from antdist.data.ingest.prepare import PrepareReport, cut, order, prepare, select
 from antdist.data.ingest.readers.form import Tally
@@ -78,7 +79,7 @@ def test_cut_keeps_the_most_recent(lengths: list[int], longest: int) -> None:
     whole = [list(range(100 * user, 100 * user + length)) for user, length in enumerate(lengths)]
     flat = np.array([item for items in whole for item in items])
     tally = Tally()
-    found = cut(Sequences(np.concatenate([[0], np.cumsum(lengths)]), flat, flat), longest, tally)
+    found = cut(Sequences(ragged.offsets(lengths), flat, flat), longest, tally)
     parts = [found.items[a:b].tolist() for a, b in zip(found.offsets[:-1], found.offsets[1:], strict=True)]
     assert parts == [items[-longest:] for items in whole]
     assert sum(tally.counts.values()) == len(flat) - len(found.items)

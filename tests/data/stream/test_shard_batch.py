@@ -12,9 +12,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from antdist import ragged
 from antdist.batch import GlobalBatch
 from antdist.data.stream.shard_batch import assign, deal, share, split
-from antdist.ragged import starts_of
 
 CATALOGUE = 60
 
@@ -22,7 +22,7 @@ CATALOGUE = 60
 def random_batch(seed, windows, longest=12, catalogue=CATALOGUE):
     random = np.random.default_rng(seed)
     lengths = random.integers(1, longest + 1, windows)
-    offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
+    offsets = ragged.offsets(lengths)
     at = [i for b, e in itertools.pairwise(offsets) for i in range(random.integers(b, e), e)]
     return GlobalBatch(
         epoch=1,
@@ -161,7 +161,7 @@ def test_in_batch_loss_is_that_over_all_other_next_items():
 
 def test_in_batch_with_log_q():
     batch, popularity = random_batch(5, 25), np.arange(CATALOGUE) ** 2
-    (dealt,) = deals(batch, 1, log_q=True, heaps=starts_of(popularity + 1))
+    (dealt,) = deals(batch, 1, log_q=True, heaps=ragged.offsets(popularity + 1))
     for c, bias, target_bias in zip(
         dealt.item_ids[dealt.candidates].tolist(), dealt.bias, dealt.target_bias, strict=True
     ):
@@ -174,7 +174,7 @@ def test_in_batch_with_log_q():
     ("candidates", "log_q"), [("in_batch", False), ("in_batch", True), ("sampled", False), ("sampled", True)]
 )
 def test_marks_and_sorted_ids_deal_the_same(monkeypatch, candidates, log_q):
-    settings = {"samples": 30, "log_q": log_q, "heaps": starts_of(np.arange(CATALOGUE) + 1), "seed": 3}
+    settings = {"samples": 30, "log_q": log_q, "heaps": ragged.offsets(np.arange(CATALOGUE) + 1), "seed": 3}
     for windows in (2, 25):
         dealt = []
         for sparse in (0, math.inf):
@@ -208,7 +208,7 @@ def test_catalogue_candidates_are_all_items():
 @pytest.mark.parametrize("log_q", [False, True])
 def test_sampled_candidates(log_q):
     batch, popularity = random_batch(7, 3), np.arange(CATALOGUE) * 10
-    settings = {"samples": 50, "log_q": log_q, "heaps": starts_of(popularity + 1), "seed": 3}
+    settings = {"samples": 50, "log_q": log_q, "heaps": ragged.offsets(popularity + 1), "seed": 3}
     (dealt,) = deals(batch, 1, "sampled", step=1, **settings)
     candidates = dealt.item_ids[dealt.candidates].tolist()
     targets = Counter(batch.targets.tolist())
@@ -243,7 +243,7 @@ def test_draws_follow_their_distribution(log_q):
             catalogue_size=4,
             samples=1000,
             log_q=log_q,
-            heaps=starts_of(popularity + 1),
+            heaps=ragged.offsets(popularity + 1),
             step=step,
         )
         ids = dealt.item_ids[dealt.candidates].numpy()

@@ -16,6 +16,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from antdist import ragged
 from antdist.config.schema import StreamConfig
 from antdist.data import domain as domain_module
 from antdist.data.domain import UserBlock, open_domain
@@ -54,7 +55,7 @@ def same(left, right):
 def ledger(stream, lengths, epochs=1):
     """How often each prediction of each domain was made, checking that each stands on the items before it."""
     made = [Counter() for _ in lengths]
-    first_user = np.concatenate([[0], np.cumsum([len(of) for of in lengths])])
+    first_user = ragged.offsets([len(of) for of in lengths])
     for batch in itertools.chain.from_iterable(stream.batches(epoch) for epoch in range(epochs)):
         assert len(batch.users) == len(batch.offsets) - 1 and batch.predictions > 0
         assert np.array_equal(batch.targets, batch.items[batch.predict_at] + 1)

@@ -6,8 +6,8 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
+from antdist import ragged
 from antdist.data.stream.windows import concatenate, prefix_windows, user_windows
-from antdist.ragged import ranges, starts_of
 
 lengths = st.lists(st.integers(1, 40), min_size=1, max_size=8)
 
@@ -36,7 +36,7 @@ def _naive_user(items, max_length):
 @given(lengths, st.integers(1, 12))
 def test_user_windows_equal_a_loop(lengths, max_length):
     lengths = np.array(lengths)
-    begin, items = starts_of(lengths + 2)[:-1], np.arange(1000, 1000 + (lengths + 2).sum())
+    begin, items = ragged.offsets(lengths + 2)[:-1], np.arange(1000, 1000 + (lengths + 2).sum())
     users = np.arange(len(lengths)) * 10
     windows = user_windows(items, begin, lengths, users, max_length)
     expected = [
@@ -51,7 +51,7 @@ def test_user_windows_equal_a_loop(lengths, max_length):
 @given(lengths, st.integers(1, 12))
 def test_every_prediction_is_made_once_with_half_a_window_of_context(lengths, max_length):
     lengths = np.array(lengths)
-    begin, items = starts_of(lengths)[:-1], np.arange(lengths.sum())
+    begin, items = ragged.offsets(lengths)[:-1], np.arange(lengths.sum())
     windows = user_windows(items, begin, lengths, np.arange(len(lengths)), max_length)
     made = [target for _, _, predictions in _unpack(windows) for _, target in predictions]
     assert sorted(made) == sorted(set(items.tolist()) - set(begin.tolist()))
@@ -65,7 +65,7 @@ def test_every_prediction_is_made_once_with_half_a_window_of_context(lengths, ma
 @given(lengths, st.integers(1, 12), st.randoms())
 def test_prefix_windows_are_the_last_items_before_the_target(lengths, max_length, random):
     lengths = np.array(lengths) + 1
-    begin, items = starts_of(lengths)[:-1], np.arange(lengths.sum()) * 3
+    begin, items = ragged.offsets(lengths)[:-1], np.arange(lengths.sum()) * 3
     wanted = [(u, t) for u, n in enumerate(lengths) for t in range(1, n)]
     random.shuffle(wanted)
     user, position = np.array(wanted).T
@@ -80,7 +80,7 @@ def test_prefix_windows_are_the_last_items_before_the_target(lengths, max_length
 @given(st.lists(st.tuples(st.integers(0, 50), st.integers(0, 5)), max_size=6))
 def test_ranges(runs):
     begin, lengths = np.array(runs, dtype=np.int64).reshape(-1, 2).T
-    assert ranges(begin, lengths).tolist() == [b + i for b, n in runs for i in range(n)]
+    assert ragged.ranges(begin, lengths).tolist() == [b + i for b, n in runs for i in range(n)]
 
 
 def test_concatenate_joins_slices_of_pieces():
