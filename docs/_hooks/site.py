@@ -119,15 +119,24 @@ def cli_page() -> str:
     lines = ["# Command line", "", "Generated from `antdist --help` and the help of each verb.", ""]
     with click.Context(group, info_name="antdist") as context:
         lines += _help_text(group.help or "")
-        for name, command in group.commands.items():  # in the order of the flow
-            if not command.hidden:
-                lines += _verb(command, click.Context(command, info_name=name, parent=context))
+        lines += _verbs(group, context)
     return "\n".join(lines)
+
+
+def _verbs(group: click.Group, context: click.Context) -> list[str]:
+    """The verbs of a group in the order of the flow, those of its groups after it."""
+    lines: list[str] = []
+    for name, command in group.commands.items():
+        if not command.hidden:
+            inner = click.Context(command, info_name=name, parent=context)
+            lines += _verb(command, inner)
+            lines += _verbs(command, inner) if isinstance(command, click.Group) else []
+    return lines
 
 
 def _verb(command: click.Command, context: click.Context) -> list[str]:
     usage = " ".join([context.command_path, *command.collect_usage_pieces(context)])
-    lines = [f"## antdist {context.info_name}", "", *_help_text(command.help or ""), "```text", usage, "```", ""]
+    lines = [f"## {context.command_path}", "", *_help_text(command.help or ""), "```text", usage, "```", ""]
     for parameter in command.get_params(context):
         record = parameter.get_help_record(context)
         if record is not None and "help" not in parameter.opts[0]:

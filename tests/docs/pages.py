@@ -84,7 +84,8 @@ class Shell:
         self.folder = folder
         programs = folder / ".bin"
         programs.mkdir()
-        (programs / "antdist").write_text(f'#!/bin/sh\nexec {shlex.quote(sys.executable)} -m antdist "$@"\n')
+        script = 'import runpy\n\nrunpy.run_module("antdist", run_name="__main__")\n'  # argv[0] stays `antdist`
+        (programs / "antdist").write_text(f"#!{sys.executable}\n{script}")
         (programs / "antdist").chmod(0o755)
         (folder / "configs").symlink_to(ROOT / "configs")
         path = os.pathsep.join([str(programs), str(Path(sys.executable).parent), os.environ["PATH"]])
@@ -185,14 +186,17 @@ def check_commands(script: str, folder: Path) -> str | None:
     return None
 
 
-def check_command(words: Sequence[str]) -> None:
+def check_command(words: Sequence[str], group: click.Group = cli) -> None:
     """Raises UsageError or UserError for an unknown verb, option, value or configuration key."""
     if words[0].startswith("-"):
         assert words[0] in {"-h", "--help", "--version"}, f"no such option: {words[0]}"
         return
-    assert words[0] in cli.commands, f"no such verb: {words[0]}"
-    command = cli.commands[words[0]]
+    assert words[0] in group.commands, f"no such verb: {words[0]}"
+    command = group.commands[words[0]]
     if {"--help", "-h"} & set(words):
+        return
+    if isinstance(command, click.Group):
+        check_command(words[1:], command)
         return
     with command.make_context(words[0], list(words[1:]), parent=click.Context(cli, info_name="antdist")) as context:
         given = context.params

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import re
+from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 from types import ModuleType
@@ -64,10 +65,17 @@ def test_readme_is_a_front_page() -> None:
     assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= 150
 
 
+def _verbs(group: click.Group, path: str = "antdist") -> Iterator[tuple[str, click.Command]]:
+    for name, command in group.commands.items():
+        yield f"{path} {name}", command
+        if isinstance(command, click.Group):
+            yield from _verbs(command, f"{path} {name}")
+
+
 def test_cli_reference_has_every_verb_and_option(site: ModuleType) -> None:
     page = site.cli_page()
-    for name, command in cli.commands.items():
-        _, _, section = page.partition(f"\n## antdist {name}\n")
+    for name, command in _verbs(cli):
+        _, _, section = page.partition(f"\n## {name}\n")
         section = section.partition("\n## ")[0]
         options = [parameter.opts[0] for parameter in command.params if isinstance(parameter, click.Option)]
         assert section and not [option for option in options if option not in section], name
