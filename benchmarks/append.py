@@ -35,11 +35,11 @@ def prepare_from(folder: Path, interactions: str, out: str, threads: int) -> tup
     start = time.perf_counter()
     import pyarrow
 
-    from antdist.data.ingest.prepare import prepare
+    from antdist.data.ingest.prepare import prepare_domain
 
     pyarrow.set_cpu_count(threads)
     source, items = folder / interactions, folder / "items.csv"
-    prepare(interactions=source, items=items, domain="generated", out=folder / out, overwrite=True)
+    prepare_domain(interactions=source, items=items, domain="generated", out=folder / out, overwrite=True)
     return time.perf_counter() - start, peak_bytes() / 2**30
 
 
@@ -48,10 +48,10 @@ def append_late(folder: Path, threads: int) -> tuple[float, float, int]:
     start = time.perf_counter()
     import pyarrow
 
-    from antdist.data.ingest.append import append
+    from antdist.data.ingest.append import append_to_domain
 
     pyarrow.set_cpu_count(threads)
-    report = append(interactions=folder / "late.csv", domain="generated", out=folder / "grown")
+    report = append_to_domain(interactions=folder / "late.csv", domain="generated", out=folder / "grown")
     return time.perf_counter() - start, peak_bytes() / 2**30, report.grown_users
 
 

@@ -20,15 +20,15 @@ from safetensors.torch import load_file
 from antdist import ragged
 from antdist.config.schema import LossConfig, ModelConfig, ScheduleConfig, StreamConfig, TrainingConfig
 from antdist.data.domain import Domain, open_domain
-from antdist.data.ingest.prepare import prepare
+from antdist.data.ingest.prepare import prepare_domain
 from antdist.data.stream.stream import Stream
 from antdist.data.synthetic.grammar import shuffle_orders
-from antdist.data.synthetic.world import SynthReport, synth
+from antdist.data.synthetic.world import WorldReport, generate_world
 from antdist.distributed.world import World
 from antdist.evaluation.baseline import rank_by_popularity
 from antdist.evaluation.metrics import summary
 from antdist.evaluation.ranking import Queries, embed_catalogue, rank_targets, test_queries, validation_queries
-from antdist.features.featurize import featurize
+from antdist.features.featurize import featurize_domains
 from antdist.features.table import Catalogue
 from antdist.model.recommender import Recommender
 from antdist.training.adaptation import adapt
@@ -90,15 +90,15 @@ def evaluate(model: Recommender, catalogue: Catalogue, queries: Queries) -> dict
     return summary(rank_targets(model, embed_catalogue(model, catalogue, np.arange(catalogue.size)), queries))
 
 
-def prepared(world: SynthReport, folder: Path, shuffled: bool) -> Domain:
+def prepared(world: WorldReport, folder: Path, shuffled: bool) -> Domain:
     """The world's target, prepared and featurized below `folder`."""
     source = world.folder / world.target
     if shuffled:
         shuffle_source(source, folder / "source", seed=1)
         source = folder / "source"
-    prepare(source, format="tabular", domain=world.target, out=folder)
+    prepare_domain(source, format="tabular", domain=world.target, out=folder)
     target = open_domain(folder / world.target)
-    featurize([target], text="hashed", image="histogram", price="quantile", workers=0)
+    featurize_domains([target], text="hashed", image="histogram", price="quantile", workers=0)
     return target
 
 
@@ -108,9 +108,9 @@ def run(options: Options) -> Report:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         if options.short:
-            world = synth(folder / "source", domains=1, target_users=60, target_items=40)
+            world = generate_world(folder / "source", domains=1, target_users=60, target_items=40)
         else:
-            world = synth(folder / "source")
+            world = generate_world(folder / "source")
         for order in ("as it is", "shuffled"):
             target = prepared(world, folder / order, order == "shuffled")
             queries = test_queries(target.sequences(), MODEL.max_length)

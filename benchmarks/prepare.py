@@ -44,11 +44,11 @@ def ours(folder: Path, threads: int) -> tuple[float, float]:
     start = time.perf_counter()
     import pyarrow
 
-    from antdist.data.ingest.prepare import prepare
+    from antdist.data.ingest.prepare import prepare_domain
 
     pyarrow.set_cpu_count(threads)
 
-    prepare(folder, domain="generated", out=folder / "data", k_core=K_CORE, overwrite=True)
+    prepare_domain(folder, domain="generated", out=folder / "data", k_core=K_CORE, overwrite=True)
     return time.perf_counter() - start, peak_bytes() / 2**30
 
 

@@ -26,7 +26,7 @@ from antdist.errors import UserError
 from antdist.evaluation.metrics import per_user, summary
 from antdist.evaluation.ranking import Ranks, embed_catalogue, rank_targets, test_queries, validation_queries
 from antdist.evaluation.significance import compare
-from antdist.features.table import Catalogue, table_if_any
+from antdist.features.table import Catalogue, open_optional_table
 from antdist.model.recommender import Recommender
 from antdist.training.adaptation import adapt
 from antdist.training.checkpoints.local import best_weights
@@ -61,7 +61,7 @@ def run(options: Options) -> Report:
         else:
             domain, settings = open_domain(options.data), list(options.settings)
             modalities = load_config(RelearnConfig, None, settings).model.modalities
-            tables = {m: table_if_any(domain, m) for m in modalities}
+            tables = {m: open_optional_table(domain, m) for m in modalities}
             catalogue = Catalogue([domain], [m for m, table in tables.items() if table and table.meta.present])
         configs = {
             mode: load_config(RelearnConfig, None, ["training.engine=plain", *settings, f"stream.mode={mode}"])

@@ -64,26 +64,26 @@ def main(arguments: Sequence[str] = ()) -> None:
 
 
 def _make_world() -> tuple[str, list[str]]:
-    from antdist.data.ingest.prepare import prepare
-    from antdist.data.synthetic.world import synth
+    from antdist.data.ingest.prepare import prepare_domain
+    from antdist.data.synthetic.world import generate_world
 
     _stage("generate a world", f"antdist synth {OUT}/source")
-    world = synth(OUT / "source")
+    world = generate_world(OUT / "source")
     _print(world.lines())
     names = [domain.name for domain in world.domains]
     _stage("prepare", f"antdist prepare {OUT}/source/NAME --domain NAME --out {OUT}/data")
     for name in names:
         # small blocks, so that several workers have some each
-        _print(prepare(OUT / "source" / name, domain=name, out=OUT / "data", block_users=256).lines())
+        _print(prepare_domain(OUT / "source" / name, domain=name, out=OUT / "data", block_users=256).lines())
     return world.target, names
 
 
 def _featurize(names: Sequence[str]) -> None:
     from antdist.data.domain import open_domain
-    from antdist.features.featurize import featurize
+    from antdist.features.featurize import featurize_domains
 
     domains = [open_domain(OUT / "data" / name) for name in names]
-    _print(featurize(domains, text="hashed", image="histogram", price="quantile", workers=2).lines())
+    _print(featurize_domains(domains, text="hashed", image="histogram", price="quantile", workers=2).lines())
 
 
 def _stage(name: str, command: str | None = None) -> None:

@@ -164,7 +164,7 @@ def synth(out: Path, domains: str, images: bool, json_file: Path | None, **sizes
     Example:
       antdist synth world --users 2000 --seed 7
     """
-    from antdist.data.synthetic.world import synth as generate
+    from antdist.data.synthetic.world import generate_world as generate
 
     names: int | list[str] = int(domains) if domains.isdigit() else [name.strip() for name in domains.split(",")]
     tell(generate(out, domains=names, with_images=images, **sizes), json_file)
@@ -215,8 +215,8 @@ def prepare(
       antdist prepare amazon/ --format amazon --domain gifts --out data
       antdist prepare exports/monday --domain shop --out data --append
     """
-    from antdist.data.ingest.append import append
-    from antdist.data.ingest.prepare import prepare as run
+    from antdist.data.ingest.append import append_to_domain
+    from antdist.data.ingest.prepare import prepare_domain as run
 
     if appending:
         for option in ("k_core", "max_sequence", "overwrite"):
@@ -225,7 +225,7 @@ def prepare(
                 raise UserError(
                     "does not go with --append: what is there stays as it is", where=name, remedy="leave it out"
                 )
-        tell(append(source, format=form, columns=_mapping(columns, "--column"), **options), json_file)
+        tell(append_to_domain(source, format=form, columns=_mapping(columns, "--column"), **options), json_file)
         return
     tell(run(source, format=form, columns=_mapping(columns, "--column"), **options), json_file)
 
@@ -253,7 +253,7 @@ def verify(domain: str | Path, json_file: Path | None) -> None:
       antdist verify data/shop
       antdist verify s3://bucket/data/shop
     """
-    from antdist.data.verify import verify as run
+    from antdist.data.verify import verify_domain as run
 
     report = run(domain)
     tell(report, json_file)
@@ -300,7 +300,7 @@ def featurize(domains: Sequence[str | Path], json_file: Path | None, **options: 
       antdist featurize data/shop --text google-bert/bert-base-uncased --image microsoft/swin-base-patch4-window7-224
     """
     from antdist.data.domain import open_domain
-    from antdist.features.featurize import featurize as run
+    from antdist.features.featurize import featurize_domains as run
 
     tell(run([open_domain(domain) for domain in domains], **options), json_file)
 

@@ -36,18 +36,18 @@ logger = get_logger(__name__)
 
 GB = 10**9
 DEFAULT_GB = 50.0
-KEY = "data.cache"
+CACHE_KEY = "data.cache"
 WAITS = (1.0, 5.0, 15.0)  # seconds between trials to fetch a file
 POLL_SECONDS = 0.02  # while another process fetches the same file, or uses what would have to go
 FULL_SECONDS = 120.0  # that the cache may be full of files in use
 MOST_FETCHES = 10  # of a file that is gone, or damaged, whenever it has been fetched
 FULL = (errno.ENOSPC, errno.EDQUOT)
-_OURS = re.compile(r"[0-9a-f]{64}(\.partial)?")
+_CACHE_FILE = re.compile(r"[0-9a-f]{64}(\.partial)?")
 
 Source = Callable[[], Generator[bytes, None, None]]
 
 
-class Damaged(UserError):
+class CorruptDownload(UserError):
     """What was fetched is not what the manifest says; trying again may help."""
 
     def __init__(self, where: str, what: str) -> None:
@@ -71,22 +71,22 @@ class Cache:
             where: of the source, for people.
 
         Raises:
-            Unreachable, Damaged: each time, of so many as `WAITS` allows.
+            Unreachable, CorruptDownload: each time, of so many as `WAITS` allows.
             UserError: there is no such file; it does not fit, or the disk is full.
         """
         waits, fetches = iter(WAITS), 0
         while fetches < MOST_FETCHES:
-            if (held := self._held(file)) is not None:
+            if (held := self._open_cached(file)) is not None:
                 return held
             try:
-                with self._turn(file) as partial:
+                with self._lock_partial(file) as partial:
                     if partial is not None:
                         fetches += 1
                         self._fetch(file, partial, source, where)
                         continue
             except FileNotFoundError:  # the folder has just gone
                 continue
-            except (Unreachable, Damaged) as error:
+            except (Unreachable, CorruptDownload) as error:
                 if (wait := next(waits, None)) is None:
                     raise
                 logger.warning(f"{error} Trying again")
@@ -95,8 +95,8 @@ class Cache:
                 time.sleep(POLL_SECONDS)
         raise UserError(
             f"what is written there does not stay as it was ({file.name})",
-            where=f"{KEY} {self.folder}",
-            remedy=f"see to its disk, or name a folder on another with {KEY}=FOLDER",
+            where=f"{CACHE_KEY} {self.folder}",
+            remedy=f"see to its disk, or name a folder on another with {CACHE_KEY}=FOLDER",
         )
 
     def has(self, file: File) -> bool:
@@ -105,13 +105,13 @@ class Cache:
             return (self.folder / file.sha256).stat().st_size == file.bytes
         return False
 
-    def room(self) -> int:
+    def usable_bytes(self) -> int:
         """The bytes that it may hold: the bound, or what the disk has left for it."""
         self._make_folder()
         taken = sum(size for _, size, _ in self._files())
-        return min(self.bound, taken + _free(self.folder))
+        return min(self.bound, taken + _free_bytes(self.folder))
 
-    def _held(self, file: File) -> BinaryIO | None:
+    def _open_cached(self, file: File) -> BinaryIO | None:
         """The file, if it is here and sound; a damaged one goes."""
         path = self.folder / file.sha256
         try:
@@ -139,7 +139,7 @@ class Cache:
         return None
 
     @contextlib.contextmanager
-    def _turn(self, file: File) -> Iterator[IO[bytes] | None]:
+    def _lock_partial(self, file: File) -> Iterator[IO[bytes] | None]:
         """The place to fetch a file into, held alone; None where another fetches it, or has just done so."""
         path = self.folder / f"{file.sha256}.partial"
         self._make_folder()
@@ -172,23 +172,23 @@ class Cache:
                 for piece in pieces:
                     size += len(piece)
                     if size > file.bytes:
-                        raise Damaged(where, f"it goes on after {file.bytes} bytes")
+                        raise CorruptDownload(where, f"it goes on after {file.bytes} bytes")
                     digest.update(piece)
                     partial.write(piece)
             if size != file.bytes:
-                raise Damaged(where, f"it ends after {size} of {file.bytes} bytes")
+                raise CorruptDownload(where, f"it ends after {size} of {file.bytes} bytes")
             if digest.hexdigest() != file.sha256:
-                raise Damaged(where, "its SHA-256 differs")
+                raise CorruptDownload(where, "its SHA-256 differs")
             partial.flush()
-            with self._alone():  # who looks through the folder meanwhile could miss both names
+            with self._lock_folder():  # who looks through the folder meanwhile could miss both names
                 path.rename(self.folder / file.sha256)
         except BaseException as error:
             path.unlink(missing_ok=True)
             if isinstance(error, OSError) and error.errno in FULL:
                 raise UserError(
                     f"the disk has no room for {file.bytes / GB:.3g} GB more",
-                    where=f"{KEY} {self.folder}",
-                    remedy=f"free some, or name a folder on another disk with {KEY}=FOLDER",
+                    where=f"{CACHE_KEY} {self.folder}",
+                    remedy=f"free some, or name a folder on another disk with {CACHE_KEY}=FOLDER",
                 ) from error
             raise
 
@@ -204,10 +204,10 @@ class Cache:
         partial.truncate(0)  # what a killed process left
         deadline = time.monotonic() + FULL_SECONDS
         while True:
-            with self._alone() as lock:
+            with self._lock_folder() as lock:
                 told = lock.read()
                 taken = int(told) if told.isdigit() else self.bound
-                if size <= self.bound and (taken + size > self.bound or size > _free(self.folder)):
+                if size <= self.bound and (taken + size > self.bound or size > _free_bytes(self.folder)):
                     taken = self._make_room(size)
                 if taken + size <= self.bound:
                     # it may say too much, never too little: what goes in another way is found by a look
@@ -220,13 +220,13 @@ class Cache:
                 what = "is larger than the cache" if size > self.bound else "does not fit beside the files in use"
                 raise UserError(
                     f"a file of {size / GB:.3g} GB {what} of {self.bound / GB:.3g} GB",
-                    where=f"{KEY} {self.folder}",
+                    where=f"{CACHE_KEY} {self.folder}",
                     remedy="raise data.cache_gb; `antdist validate` says how much a run needs",
                 )
             time.sleep(POLL_SECONDS)
 
     @contextlib.contextmanager
-    def _alone(self) -> Iterator[IO[bytes]]:
+    def _lock_folder(self) -> Iterator[IO[bytes]]:
         """With the lock, whose file says how many bytes all files have, those on their way included."""
         while True:
             with contextlib.suppress(FileNotFoundError):
@@ -241,11 +241,11 @@ class Cache:
     def _make_room(self, size: int) -> int:
         """Remove files, the longest unused first, until `size` bytes fit, or nothing more can go; the bytes that are left."""
         files = sorted(self._files())
-        taken, short = sum(found for _, found, _ in files), size - _free(self.folder)
+        taken, short = sum(found for _, found, _ in files), size - _free_bytes(self.folder)
         for _, found, path in files:
             if taken + size <= self.bound and short <= 0:
                 break
-            if found and _removed(path):
+            if found and _try_remove(path):
                 taken, short = taken - found, short - found
         return taken
 
@@ -253,7 +253,7 @@ class Cache:
         """When each was used last, its bytes, its path. Files of other names are not ours."""
         with contextlib.suppress(FileNotFoundError), os.scandir(self.folder) as entries:
             for entry in entries:
-                if _OURS.fullmatch(entry.name):
+                if _CACHE_FILE.fullmatch(entry.name):
                     with contextlib.suppress(FileNotFoundError):
                         found = entry.stat(follow_symlinks=False)
                         yield found.st_mtime_ns, found.st_size, Path(entry.path)
@@ -263,7 +263,9 @@ class Cache:
             self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         except OSError as error:
             raise UserError(
-                f"the folder cannot be made ({error.strerror})", where=f"{KEY} {self.folder}", remedy="name another"
+                f"the folder cannot be made ({error.strerror})",
+                where=f"{CACHE_KEY} {self.folder}",
+                remedy="name another",
             ) from None
 
 
@@ -278,7 +280,9 @@ def default_folder() -> Path:
         folder.mkdir(mode=0o700)
     found = folder.lstat()
     if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid():
-        raise UserError("belongs to another user", where=folder, remedy=f"name a folder of your own with {KEY}=FOLDER")
+        raise UserError(
+            "belongs to another user", where=folder, remedy=f"name a folder of your own with {CACHE_KEY}=FOLDER"
+        )
     return folder
 
 
@@ -286,12 +290,12 @@ def open_cache(folder: str | None = None, gigabytes: float = DEFAULT_GB) -> Cach
     """The cache in `folder`, None for the default. Raises UserError."""
     if folder is not None and is_uri(folder):
         raise UserError(
-            "the cache is a folder on each node's own disk", where=f"{KEY} {folder}", remedy="name a folder"
+            "the cache is a folder on each node's own disk", where=f"{CACHE_KEY} {folder}", remedy="name a folder"
         )
     return Cache(default_folder() if folder is None else Path(folder).expanduser(), int(gigabytes * GB))
 
 
-def _removed(path: Path) -> bool:
+def _try_remove(path: Path) -> bool:
     """Remove a file unless somebody uses it, or fetches it; whether it is gone."""
     try:
         with path.open("rb") as stream:
@@ -314,6 +318,6 @@ def _allocate(stream: IO[bytes], size: int) -> None:
     stream.truncate(size)  # where the file system promises nothing, too
 
 
-def _free(folder: Path) -> int:
+def _free_bytes(folder: Path) -> int:
     found = os.statvfs(folder)
     return found.f_bavail * found.f_frsize

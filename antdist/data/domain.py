@@ -25,30 +25,30 @@ from antdist.data.manifest import (
     ItemShard,
     Manifest,
     SequenceShard,
+    archived_manifest_name,
     check_shard,
-    kept_name,
     read_manifest,
     write_manifest,
 )
-from antdist.data.places import Place, RemotePath, near, open_file, place_of
+from antdist.data.places import Place, RemotePath, open_checked, prefetch, resolve_place
 from antdist.data.shards import (
     HELD_OUT,
-    SHORTEST,
-    TORN,
-    ItemFacts,
+    MIN_INTERACTIONS,
+    VERIFY_REMEDY,
+    ItemMetadata,
     ItemRecord,
     Sample,
     ShardWriter,
     UserBlock,
-    block_faults,
-    block_members,
     decode_block,
     decode_item,
+    decode_npy,
     decode_users,
-    item_members,
-    npy_array,
-    npy_bytes,
-    read_facts,
+    encode_block,
+    encode_item,
+    encode_npy,
+    find_block_faults,
+    read_item_metadata,
     read_samples,
     without,
 )
@@ -61,17 +61,17 @@ ITEM_SHARD_BYTES = 256 << 20
 SEQUENCE_SHARD_BYTES = 64 << 20
 POPULARITY_NAME = "popularity.npy"
 # users with fewer than three interactions, for a later append: their shard, and its description where no append was yet
-PENDING_NAME, PENDING_DESCRIBED = "pending.tar", "pending.json"
+PENDING_NAME, PENDING_DESCRIPTION_NAME = "pending.tar", "pending.json"
 
 __all__ = [
-    "SHORTEST",
+    "MIN_INTERACTIONS",
     "Domain",
     "ItemRecord",
     "Sequences",
     "UserBlock",
-    "domain_as_of",
     "open_domain",
     "read_blocks",
+    "rewind_domain",
     "write_domain",
 ]
 
@@ -112,7 +112,7 @@ class Domain:
         """By which any process opens it: an absolute path, or a URI."""
         return self.folder.uri if isinstance(self.folder, RemotePath) else str(self.folder.resolve())
 
-    def own_folder(self) -> Path:
+    def writable_folder(self) -> Path:
         """The folder to write to. Raises UserError: it lies under a URI, where nothing is written."""
         if isinstance(self.folder, RemotePath):
             raise UserError(
@@ -124,7 +124,7 @@ class Domain:
 
     def sequences(self) -> Sequences:
         """All users, in memory (20 bytes an interaction)."""
-        shards = near(self.folder, self.manifest.sequence_shards)
+        shards = prefetch(self.folder, self.manifest.sequence_shards)
         blocks = [block for number, _ in enumerate(shards) for block in self.blocks(number)]
         lengths = [np.diff(block.offsets) for block in blocks]
         offsets = ragged.offsets(np.concatenate([np.zeros(0, np.int64), *lengths]))
@@ -137,7 +137,7 @@ class Domain:
         lengths, items, times = ([np.zeros(0, np.int64)] for _ in range(3))
         stored = self.manifest.sequence_shards
         numbers = [n for n, shard in enumerate(stored) if _among(users, shard.first_user, shard.users).size]
-        for number, shard in zip(numbers, near(self.folder, [stored[n] for n in numbers]), strict=True):
+        for number, shard in zip(numbers, prefetch(self.folder, [stored[n] for n in numbers]), strict=True):
             first = shard.first_user
             for block in self.blocks(number):
                 wanted = _among(users, first, len(block.offsets) - 1) - first
@@ -160,11 +160,11 @@ class Domain:
         if file is None:
             return np.zeros(0, np.int64)
         path = self.folder / file.name
-        with open_file(self.folder, file) as stream:
-            places = npy_array(stream.read(), "<i8", str(path))
+        with open_checked(self.folder, file) as stream:
+            places = decode_npy(stream.read(), "<i8", str(path))
         due = sum(shard.stored_users - shard.users for shard in shards)
         if len(places) != due or (places[1:] <= places[:-1]).any():
-            raise UserError(f"{len(places)} users, not {due} in rising order", where=path, remedy=TORN)
+            raise UserError(f"{len(places)} users, not {due} in rising order", where=path, remedy=VERIFY_REMEDY)
         return places
 
     @cached_property
@@ -182,7 +182,7 @@ class Domain:
                 raise UserError(
                     f"{last - first} superseded users, {block.stored_users - block.users} by the manifest",
                     where=f"{self.folder / file.name if file else self.folder} ({block.key})",
-                    remedy=TORN,
+                    remedy=VERIFY_REMEDY,
                 )
             yield self.superseded[first:last] - place
             place += block.stored_users
@@ -213,7 +213,7 @@ class Domain:
             raise UserError(
                 f"{len(live.items)} interactions of users that are not superseded, {stated.interactions} by the manifest",
                 where=f"{self.folder / shard.name} ({stated.key})",
-                remedy=TORN,
+                remedy=VERIFY_REMEDY,
             )
         return live
 
@@ -248,13 +248,13 @@ class Domain:
             self.folder.check_sizes(files)
         else:
             for file in files:
-                open_file(self.folder, file).close()
+                open_checked(self.folder, file).close()
         return sum(file.bytes for file in files)
 
     def user_ids(self) -> list[str]:
         """The users' ids in the source, by user index."""
         ids: list[str] = []
-        for number, shard in enumerate(near(self.folder, self.manifest.sequence_shards)):
+        for number, shard in enumerate(prefetch(self.folder, self.manifest.sequence_shards)):
             keys = [block.key for block in shard.blocks]
             samples, superseded = _samples(self.folder, shard, keys, _is_json), self.superseded_in(number)
             for sample, block, gone in zip(samples, shard.blocks, superseded, strict=True):
@@ -268,27 +268,27 @@ class Domain:
         Raises:
             UserError: a shard is missing, torn or not the manifest's.
         """
-        for part in near(self.folder, self.manifest.item_shards if shard is None else [shard]):
+        for part in prefetch(self.folder, self.manifest.item_shards if shard is None else [shard]):
             for sample in _samples(self.folder, part, _item_keys(part)):
                 yield decode_item(sample, self.folder / part.name)
 
     def item_ids(self) -> list[str]:
         """The items' ids in the source, by item index."""
-        return [facts.item_id for facts in self.item_facts()]
+        return [facts.item_id for facts in self.item_metadata()]
 
-    def item_facts(self) -> Iterator[ItemFacts]:
+    def item_metadata(self) -> Iterator[ItemMetadata]:
         """All items in order of their index, pictures unread. Raises UserError as `items`."""
-        for shard in near(self.folder, self.manifest.item_shards):
-            with open_file(self.folder, shard) as stream:
-                yield from read_facts(stream, self.folder / shard.name, _item_keys(shard))
+        for shard in prefetch(self.folder, self.manifest.item_shards):
+            with open_checked(self.folder, shard) as stream:
+                yield from read_item_metadata(stream, self.folder / shard.name, _item_keys(shard))
 
     def popularity(self) -> NDArray[np.int64]:
         """How often each item occurs in the training parts, (items,)."""
         path = self.folder / self.manifest.popularity.name
-        with open_file(self.folder, self.manifest.popularity) as stream:
-            counts = npy_array(stream.read(), "<i8", str(path))
+        with open_checked(self.folder, self.manifest.popularity) as stream:
+            counts = decode_npy(stream.read(), "<i8", str(path))
         if len(counts) != self.manifest.items:
-            raise UserError(f"{len(counts)} entries for {self.manifest.items} items", where=path, remedy=TORN)
+            raise UserError(f"{len(counts)} entries for {self.manifest.items} items", where=path, remedy=VERIFY_REMEDY)
         return counts
 
 
@@ -301,11 +301,11 @@ def open_domain(folder: str | Path, cache: Cache | None = None) -> Domain:
     Raises:
         UserError: the folder is no prepared domain, or its manifest is malformed.
     """
-    place = place_of(folder, cache)
+    place = resolve_place(folder, cache)
     return Domain(place, read_manifest(place))
 
 
-def domain_as_of(domain: Domain, fingerprint: str) -> Domain:
+def rewind_domain(domain: Domain, fingerprint: str) -> Domain:
     """The domain as it was with the manifest of this fingerprint, if appends have replaced that; else as it is.
 
     Raises:
@@ -314,10 +314,10 @@ def domain_as_of(domain: Domain, fingerprint: str) -> Domain:
     ancestors = domain.manifest.ancestors
     if fingerprint not in ancestors:
         return domain
-    name = f"append-{ancestors.index(fingerprint) + 1:05d}/{kept_name(fingerprint)}"
+    name = f"append-{ancestors.index(fingerprint) + 1:05d}/{archived_manifest_name(fingerprint)}"
     manifest = read_manifest(domain.folder, name)
     if manifest.fingerprint != fingerprint:
-        raise UserError("is not the manifest that was kept", where=domain.folder / name, remedy=TORN)
+        raise UserError("is not the manifest that was kept", where=domain.folder / name, remedy=VERIFY_REMEDY)
     return replace(domain, manifest=manifest)
 
 
@@ -338,7 +338,7 @@ def read_blocks(folder: Place, shard: SequenceShard, items: int) -> Iterator[Use
 
 
 def read_users(
-    folder: Place, shard: SequenceShard, items: int, shortest: int = SHORTEST
+    folder: Place, shard: SequenceShard, items: int, shortest: int = MIN_INTERACTIONS
 ) -> Iterator[tuple[list[str], UserBlock]]:
     """As `read_blocks`, with the users' ids; users have `shortest` interactions at least."""
     path = folder / shard.name
@@ -346,10 +346,10 @@ def read_users(
         yield decode_users(sample, path, stated.stored_users), _sound_block(sample, path, stated, items, shortest)
 
 
-def _sound_block(sample: Sample, path: Place, stated: Block, items: int, shortest: int = SHORTEST) -> UserBlock:
+def _sound_block(sample: Sample, path: Place, stated: Block, items: int, shortest: int = MIN_INTERACTIONS) -> UserBlock:
     block = decode_block(sample, path, stated.stored_users, stated.stored_interactions)
-    for fault in block_faults(block, items, shortest):
-        raise UserError(fault, where=f"{path} ({stated.key})", remedy=TORN)
+    for fault in find_block_faults(block, items, shortest):
+        raise UserError(fault, where=f"{path} ({stated.key})", remedy=VERIFY_REMEDY)
     return block
 
 
@@ -374,7 +374,7 @@ def _samples(
     folder: Place, shard: File, keys: list[str], select: Callable[[str], bool] | None = None
 ) -> Iterator[Sample]:
     """The samples of a shard, once its size and digest have been found right."""
-    with open_file(folder, shard) as stream:
+    with open_checked(folder, shard) as stream:
         yield from read_samples(stream, folder / shard.name, keys, select)
 
 
@@ -415,10 +415,10 @@ def write_domain(
     """
     folder = Path(folder)
     check_name(name)
-    check_free(folder, overwrite)
+    check_target_folder(folder, overwrite)
     assert min(block_users, items_per_shard, blocks_per_shard or 1) > 0
     lengths = np.diff(sequences.offsets)
-    assert len(user_ids) == len(lengths) and sequences.offsets[0] == 0 and (lengths >= SHORTEST).all()
+    assert len(user_ids) == len(lengths) and sequences.offsets[0] == 0 and (lengths >= MIN_INTERACTIONS).all()
 
     folder.parent.mkdir(parents=True, exist_ok=True)
     partial = folder.parent / f".{folder.name}.partial-{os.getpid()}"
@@ -439,9 +439,9 @@ def write_domain(
             made=made,
         )
         if waiting is not None and waiting[1]:
-            pending = write_pending(partial, in_blocks(*waiting, block_users))
+            pending = write_pending(partial, split_into_blocks(*waiting, block_users))
             document = {"fingerprint": manifest.fingerprint, "shard": pending.model_dump(mode="json")}
-            write_json(partial / PENDING_DESCRIBED, document)
+            write_json(partial / PENDING_DESCRIPTION_NAME, document)
         write_manifest(partial, manifest)
         _put_in_place(partial, folder)
     finally:
@@ -455,7 +455,7 @@ def check_name(name: str) -> None:
         raise UserError(f"{name!r} is no name for a domain", remedy="use letters, digits, dots, dashes and underscores")
 
 
-def check_free(folder: Path, overwrite: bool) -> None:
+def check_target_folder(folder: Path, overwrite: bool) -> None:
     """Refuse to write over something, unless it is a prepared domain and `overwrite` is on."""
     if not folder.exists():
         return
@@ -488,7 +488,7 @@ def write_items(
         with ShardWriter(folder / name) as writer:
             while pending is not None and index - start < items_per_shard and writer.bytes < ITEM_SHARD_BYTES:
                 assert pending.index == index, "items come in order of their index"
-                for member, data in item_members(pending):
+                for member, data in encode_item(pending):
                     writer.add(member, data)
                 pending, index = next(source, None), index + 1
         file = {"name": prefix + name, "bytes": writer.bytes, "sha256": writer.sha256}
@@ -517,7 +517,7 @@ def write_sequences(
             while user < users and len(blocks) != blocks_per_shard and writer.bytes < SEQUENCE_SHARD_BYTES:
                 last = min(user + block_users, users)
                 key, block = f"block-{blocks_written:06d}", _cut(sequences, user, last)
-                for member, data in block_members(key, block, user_ids[user:last]):
+                for member, data in encode_block(key, block, user_ids[user:last]):
                     writer.add(member, data)
                 blocks.append(Block(key=key, users=last - user, interactions=len(block.items)))
                 user, blocks_written = last, blocks_written + 1
@@ -549,7 +549,9 @@ def training_popularity(sequences: Sequences, items: int) -> NDArray[np.int64]:
     return np.bincount(sequences.items[train], minlength=items).astype(np.int64)
 
 
-def in_blocks(sequences: Sequences, user_ids: list[str], block_users: int) -> Iterator[tuple[list[str], UserBlock]]:
+def split_into_blocks(
+    sequences: Sequences, user_ids: list[str], block_users: int
+) -> Iterator[tuple[list[str], UserBlock]]:
     """Users, so many together: their ids and columns."""
     for first in range(0, len(user_ids), block_users):
         last = min(first + block_users, len(user_ids))
@@ -562,7 +564,7 @@ def write_pending(folder: Path, histories: Iterable[tuple[list[str], UserBlock]]
     with ShardWriter(folder / PENDING_NAME) as writer:
         for ids, block in histories:
             key = f"block-{len(written):06d}"
-            for member, data in block_members(key, block, ids):
+            for member, data in encode_block(key, block, ids):
                 writer.add(member, data)
             written.append(Block(key=key, users=len(ids), interactions=len(block.items)))
     return SequenceShard(
@@ -578,7 +580,7 @@ def write_pending(folder: Path, histories: Iterable[tuple[list[str], UserBlock]]
 
 def read_pending(folder: Place, fingerprint: str) -> SequenceShard | None:
     """What `pending.json` says of a freshly prepared domain of this fingerprint; None if nobody waits."""
-    path = folder / PENDING_DESCRIBED
+    path = folder / PENDING_DESCRIPTION_NAME
     if not path.is_file():
         return None
     remedy = "remove it, and those who wait are forgotten, or prepare the domain again"
@@ -597,6 +599,6 @@ def read_pending(folder: Place, fingerprint: str) -> SequenceShard | None:
 
 def write_array(path: Path, array: NDArray[np.int64], prefix: str = "") -> File:
     """Write an `.npy` file of int64, and describe it."""
-    data = npy_bytes(array.astype("<i8"))
+    data = encode_npy(array.astype("<i8"))
     path.write_bytes(data)
     return File(name=prefix + path.name, bytes=len(data), sha256=hashlib.sha256(data).hexdigest())

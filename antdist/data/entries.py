@@ -15,11 +15,11 @@ PLAIN_NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
 FileName = Annotated[str, Field(pattern=r"^(append-[0-9]{5}/)?" + PLAIN_NAME[1:], max_length=200)]
 
 
-class _Record(BaseModel):
+class FrozenRecord(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
 
-class File(_Record):
+class File(FrozenRecord):
     """A file of the folder, its size in bytes and its SHA-256."""
 
     name: FileName

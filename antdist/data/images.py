@@ -19,8 +19,8 @@ MISSING = "missing"
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
 
 
-class BadImage(Exception):
-    """The image cannot be used; the message says why in a few words."""
+class BrokenImageError(Exception):
+    """An image is missing, cannot be decoded or is too large; the message says which in a few words."""
 
 
 def load_image(path: Path) -> bytes:
@@ -29,39 +29,39 @@ def load_image(path: Path) -> bytes:
     Grey and CMYK images stay as they are. The same file gives the same bytes.
 
     Raises:
-        BadImage: missing, empty, too large, or not to be decoded.
+        BrokenImageError: missing, empty, too large, or not to be decoded.
     """
     try:
         if path.stat().st_size > LARGEST_FILE:
-            raise BadImage("too large")
+            raise BrokenImageError("too large")
         data = path.read_bytes()
     except OSError:
-        raise BadImage(MISSING) from None
-    return modest(data)
+        raise BrokenImageError(MISSING) from None
+    return normalize_image(data)
 
 
-def modest(data: bytes) -> bytes:
+def normalize_image(data: bytes) -> bytes:
     """`load_image`, of bytes."""
     from PIL import Image, ImageOps
 
     if not data:
-        raise BadImage("empty file")
+        raise BrokenImageError("empty file")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Pillow warns of sizes that the next line refuses
             image = Image.open(io.BytesIO(data), formats=FORMATS)
         with image:
             if image.width * image.height > MOST_PIXELS:
-                raise BadImage("too many pixels")
+                raise BrokenImageError("too many pixels")
             kept = image.format in ("JPEG", "PNG") and len(data) <= KEPT_BYTES and max(image.size) <= KEPT_SIDE
             image.load()
             return data if kept else _shrink(ImageOps.exif_transpose(image))
-    except BadImage:
+    except BrokenImageError:
         raise
     except Image.DecompressionBombError:
-        raise BadImage("too many pixels") from None
+        raise BrokenImageError("too many pixels") from None
     except Exception as error:  # decoders raise what they like on damaged files
-        raise BadImage(f"broken ({type(error).__name__})") from None
+        raise BrokenImageError(f"broken ({type(error).__name__})") from None
 
 
 def _shrink(image: Image.Image) -> bytes:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import Field, ValidationError, model_validator
 
-from antdist.data.entries import PLAIN_NAME, Count, Digest, File, _Record
+from antdist.data.entries import PLAIN_NAME, Count, Digest, File, FrozenRecord
 from antdist.errors import UserError
 from antdist.io.files import flush_to_disk
 
@@ -31,14 +31,14 @@ def _absent(value: Any) -> bool:
     return not value
 
 
-class Superseded(_Record):
+class Superseded(FrozenRecord):
     """Users of a block that stand, with a longer history, in a shard of a later append."""
 
     users: Count
     interactions: Count
 
 
-class Block(_Record):
+class Block(FrozenRecord):
     """One sample of a sequence shard: consecutive users in columns. `users` and `interactions` count those that stand
     nowhere else."""
 
@@ -84,7 +84,7 @@ class SequenceShard(File):
         return sum(block.stored_interactions for block in self.blocks)
 
 
-class Generation(_Record):
+class Generation(FrozenRecord):
     """What a domain was before an append, and what that append left out or had to tell (kind and count)."""
 
     fingerprint: Digest
@@ -94,7 +94,7 @@ class Generation(_Record):
     notes: dict[str, Count]
 
 
-class Manifest(_Record):
+class Manifest(FrozenRecord):
     """A prepared domain in figures; its digest is the domain's fingerprint.
 
     Of an appended domain besides: `superseded`, the places of users that a later shard holds anew, counted over all that the
@@ -201,7 +201,7 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
     flush_to_disk(folder)
 
 
-def kept_name(fingerprint: str) -> str:
+def archived_manifest_name(fingerprint: str) -> str:
     """What the manifest of that fingerprint is called in the folder of the append that replaced it."""
     return f"manifest-{fingerprint[:16]}.json"
 

@@ -12,12 +12,12 @@ from typing import Any, BinaryIO, TypeVar
 from antdist.data import cache as cached
 from antdist.data.cache import Cache, open_cache
 from antdist.data.entries import File
-from antdist.data.shards import TORN
+from antdist.data.shards import VERIFY_REMEDY
 from antdist.errors import UserError, redact
 from antdist.io.storage import asking, is_uri, open_storage, patiently
 
 PIECE = 4 << 20  # bytes asked for together
-AT_ONCE = 8  # files on their way to a process
+PARALLEL_FETCHES = 8  # files on their way to a process
 Kind = TypeVar("Kind", bound=File)
 
 
@@ -66,13 +66,13 @@ class RemotePath:
         """Raises FileNotFoundError, Unreachable."""
         return self.read_bytes().decode(encoding)
 
-    def sizes(self) -> dict[str, int | None]:
+    def file_sizes(self) -> dict[str, int | None]:
         """The files in this folder, and how many bytes each has, where the storage tells; none where there is no such folder.
         Raises Unreachable."""
 
         return {entry["name"].rpartition("/")[2]: entry["size"] for entry in self._list() if entry["type"] == "file"}
 
-    def folders(self) -> list[str]:
+    def folder_names(self) -> list[str]:
         """The names of the folders in this one. Raises Unreachable."""
         found = [entry["name"].rstrip("/").rpartition("/")[2] for entry in self._list() if entry["type"] == "directory"]
         return sorted(found)
@@ -92,12 +92,12 @@ class RemotePath:
     def open(self, file: File) -> BinaryIO:
         """A file of this folder, from the cache, its digest checked. Raises UserError."""
         there = self / file.name
-        return self.cache.open(file, there._pieces, str(there))
+        return self.cache.open(file, there._read_chunks, str(there))
 
-    def bring(self, files: Iterable[File]) -> None:
+    def fetch(self, files: Iterable[File]) -> None:
         """Have files of this folder brought to the cache, some side by side. Raises UserError."""
         missing = [file for file in files if not self.cache.has(file)]
-        with ThreadPoolExecutor(AT_ONCE, thread_name_prefix="fetch") as pool:
+        with ThreadPoolExecutor(PARALLEL_FETCHES, thread_name_prefix="fetch") as pool:
             for _ in pool.map(lambda file: self.open(file).close(), missing):
                 pass
 
@@ -107,16 +107,16 @@ class RemotePath:
         there: dict[str, int | None] = {}
         for below in {file.name.rpartition("/")[0] for file in files}:  # what was appended lies in folders of its own
             folder = self / below if below else self
-            there |= {f"{below}/{name}".lstrip("/"): size for name, size in folder.sizes().items()}
+            there |= {f"{below}/{name}".lstrip("/"): size for name, size in folder.file_sizes().items()}
         for file in files:
             if file.name not in there:
-                raise UserError("the file is missing", where=self / file.name, remedy=TORN)
+                raise UserError("the file is missing", where=self / file.name, remedy=VERIFY_REMEDY)
             size = there[file.name]
             if size not in (file.bytes, None):
                 what = f"the file has {size} bytes, {file.bytes} were written"
-                raise UserError(what, where=self / file.name, remedy=TORN)
+                raise UserError(what, where=self / file.name, remedy=VERIFY_REMEDY)
 
-    def _pieces(self) -> Generator[bytes, None, None]:
+    def _read_chunks(self) -> Generator[bytes, None, None]:
         """What the file holds. Raises Unreachable; UserError: there is no such file."""
         files, path = self._storage()
         try:
@@ -124,7 +124,7 @@ class RemotePath:
                 while piece := stream.read(PIECE):
                     yield piece
         except FileNotFoundError:
-            raise UserError("the file is missing", where=self, remedy=TORN) from None
+            raise UserError("the file is missing", where=self, remedy=VERIFY_REMEDY) from None
 
     def _storage(self) -> tuple[Any, str]:
         return open_storage(self.uri, str(self))
@@ -133,14 +133,14 @@ class RemotePath:
 Place = Path | RemotePath
 
 
-def place_of(folder: str | Path, cache: Cache | None = None) -> Place:
+def resolve_place(folder: str | Path, cache: Cache | None = None) -> Place:
     """A folder by its path, or by its URI, with the node's cache (None: the default one) before it. Raises UserError."""
     if not is_uri(folder):
         return Path(folder)
     return RemotePath(str(folder).rstrip("/"), cache or open_cache())
 
 
-def open_file(folder: Place, file: File) -> BinaryIO:
+def open_checked(folder: Place, file: File) -> BinaryIO:
     """A file that a manifest vouches for, open for reading, once its size and digest have been found right.
 
     Raises:
@@ -152,7 +152,9 @@ def open_file(folder: Place, file: File) -> BinaryIO:
     try:
         size = path.stat().st_size
         if size != file.bytes:
-            raise UserError(f"the file has {size} bytes, {file.bytes} by the manifest", where=path, remedy=TORN)
+            raise UserError(
+                f"the file has {size} bytes, {file.bytes} by the manifest", where=path, remedy=VERIFY_REMEDY
+            )
         stream = path.open("rb")
         try:
             digest = hashlib.file_digest(stream, "sha256").hexdigest()
@@ -161,12 +163,12 @@ def open_file(folder: Place, file: File) -> BinaryIO:
             stream.close()
             raise
     except FileNotFoundError:
-        raise UserError("the file is missing", where=path, remedy=TORN) from None
+        raise UserError("the file is missing", where=path, remedy=VERIFY_REMEDY) from None
     except OSError as error:
-        raise UserError(f"the file cannot be read ({error.strerror})", where=path, remedy=TORN) from None
+        raise UserError(f"the file cannot be read ({error.strerror})", where=path, remedy=VERIFY_REMEDY) from None
     if digest != file.sha256:
         stream.close()
-        raise UserError("the file is damaged: its SHA-256 is not the manifest's", where=path, remedy=TORN)
+        raise UserError("the file is damaged: its SHA-256 is not the manifest's", where=path, remedy=VERIFY_REMEDY)
     return stream
 
 
@@ -182,24 +184,24 @@ def open_unchecked(folder: Place, file: File) -> BinaryIO:
         return (folder / file.name).open("rb")
     except OSError as error:
         told = "is missing" if isinstance(error, FileNotFoundError) else f"cannot be read ({error.strerror})"
-        raise UserError(f"the file {told}", where=folder / file.name, remedy=TORN) from None
+        raise UserError(f"the file {told}", where=folder / file.name, remedy=VERIFY_REMEDY) from None
 
 
-def file_names(folder: Place) -> list[str]:
+def list_file_names(folder: Place) -> list[str]:
     """Of the files in a folder, sorted; none where there is no such folder. Raises Unreachable."""
     if isinstance(folder, RemotePath):
-        return sorted(folder.sizes())
+        return sorted(folder.file_sizes())
     return sorted(path.name for path in folder.iterdir() if path.is_file()) if folder.is_dir() else []
 
 
-def bring(folder: Place, files: Iterable[File]) -> None:
+def fetch_files(folder: Place, files: Iterable[File]) -> None:
     """Have files brought near that are read soon. Raises UserError."""
     if isinstance(folder, RemotePath):
-        folder.bring(files)
+        folder.fetch(files)
 
 
-def near(folder: Place, files: Sequence[Kind]) -> Iterator[Kind]:
+def prefetch(folder: Place, files: Sequence[Kind]) -> Iterator[Kind]:
     """The same files, some of them at a time brought near before they are read one after the other. Raises UserError."""
-    for first in range(0, len(files), AT_ONCE):
-        bring(folder, files[first : first + AT_ONCE])
-        yield from files[first : first + AT_ONCE]
+    for first in range(0, len(files), PARALLEL_FETCHES):
+        fetch_files(folder, files[first : first + PARALLEL_FETCHES])
+        yield from files[first : first + PARALLEL_FETCHES]

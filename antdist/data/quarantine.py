@@ -16,7 +16,7 @@ from antdist.errors import UserError
 QUARANTINE_NAME = "quarantine.jsonl"
 MAX_BAD = 0.001  # share of a file's records
 FEW, FEW_SHARE = 5, 0.01
-HOPELESS = 1000  # bad records from which on a file is judged by what was read of it, not at its end
+EARLY_CHECK = 1000  # bad records from which on a file is judged by what was read of it, not at its end
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class BadRecord:
         return f"{place}{f' ({self.key})' if self.key is not None else ''}: {self.reason}"
 
 
-def allowed(records: int, max_bad: float) -> int:
+def max_bad_records(records: int, max_bad: float) -> int:
     """How many of so many records may be bad. A cap of 0 allows none."""
     return 0 if max_bad == 0 else int(max(max_bad * records, min(FEW, FEW_SHARE * records)))
 
@@ -51,13 +51,13 @@ class Quarantine:
         self.max_bad = max_bad
         self.records: list[BadRecord] = []
 
-    def file(self, path: Path) -> Inspection:
+    def inspect(self, path: Path) -> FileQuarantine:
         """Begin with a file."""
-        return Inspection(self, path)
+        return FileQuarantine(self, path)
 
 
-class Inspection:
-    """The records of one file, counted; bad ones wait here until `end` knows how many there were in all."""
+class FileQuarantine:
+    """The records of one file, counted; bad ones wait here until `close` knows how many there were in all."""
 
     def __init__(self, quarantine: Quarantine, path: Path) -> None:
         self.path, self.good, self.bad = path, 0, 0
@@ -65,7 +65,7 @@ class Inspection:
         self._records: list[BadRecord] = []
         self._first: UserError | None = None
 
-    def set_aside(self, fault: UserError, line: int | None = None, key: str | None = None, records: int = 1) -> None:
+    def add(self, fault: UserError, line: int | None = None, key: str | None = None, records: int = 1) -> None:
         """Take note of a bad record (of several, where a fault spans lines).
 
         Raises:
@@ -74,10 +74,10 @@ class Inspection:
         self._first = self._first or fault
         self.bad += records
         self._records.append(BadRecord(str(self.path), line, key, fault.what))
-        if self.bad >= HOPELESS or self._quarantine.max_bad == 0:
+        if self.bad >= EARLY_CHECK or self._quarantine.max_bad == 0:
             self._check()
 
-    def end(self) -> None:
+    def close(self) -> None:
         """The file is read: hand what was set aside to the quarantine.
 
         Raises:
@@ -87,7 +87,7 @@ class Inspection:
         self._quarantine.records += self._records
 
     def _check(self) -> None:
-        read, most = self.good + self.bad, allowed(self.good + self.bad, self._quarantine.max_bad)
+        read, most = self.good + self.bad, max_bad_records(self.good + self.bad, self._quarantine.max_bad)
         if self._first is None or (self.bad <= most and self.good):
             return
         first, more = self._first, ""

@@ -27,8 +27,8 @@ from antdist.batch import IntArray
 from antdist.errors import UserError
 
 HELD_OUT = 2  # interactions at a user's end that are not for training: one validates, one tests
-SHORTEST = HELD_OUT + 1  # interactions a user needs
-TORN = "find out what is wrong with `antdist verify`, or prepare the domain again"
+MIN_INTERACTIONS = HELD_OUT + 1  # interactions a user needs
+VERIFY_REMEDY = "find out what is wrong with `antdist verify`, or prepare the domain again"
 Sample = dict[str, Any]
 
 
@@ -102,7 +102,7 @@ def _header(name: bytes, size: int) -> bytes:
     return name.ljust(100, b"\0") + _PLAIN[100:124] + octal + _PLAIN[135:148] + b"%06o" % total + _PLAIN[154:]
 
 
-def npy_bytes(array: NDArray[Any]) -> bytes:
+def encode_npy(array: NDArray[Any]) -> bytes:
     """An array as the bytes of an `.npy` file."""
     buffer = io.BytesIO()
     np.lib.format.write_array(buffer, np.ascontiguousarray(array), version=(1, 0), allow_pickle=False)
@@ -112,7 +112,7 @@ def npy_bytes(array: NDArray[Any]) -> bytes:
 _to_json = json.JSONEncoder(ensure_ascii=False, allow_nan=False).encode
 
 
-def item_members(item: ItemRecord) -> list[tuple[str, bytes]]:
+def encode_item(item: ItemRecord) -> list[tuple[str, bytes]]:
     """The tar members of an item, JSON first."""
     key = f"{item.index:09d}"
     fields = {"item_id": item.item_id, "text": item.text, "price": item.price, "images": len(item.images)}
@@ -128,13 +128,13 @@ def image_extension(data: bytes) -> str:
     return "png"
 
 
-def block_members(key: str, block: UserBlock, user_ids: list[str]) -> list[tuple[str, bytes]]:
+def encode_block(key: str, block: UserBlock, user_ids: list[str]) -> list[tuple[str, bytes]]:
     """The tar members of a block of users."""
     assert len(user_ids) == len(block.offsets) - 1 and block.offsets[0] == 0
     return [
-        (f"{key}.offsets.npy", npy_bytes(block.offsets.astype("<i8"))),
-        (f"{key}.items.npy", npy_bytes(block.items.astype("<i4"))),
-        (f"{key}.times.npy", npy_bytes(block.times.astype("<i8"))),
+        (f"{key}.offsets.npy", encode_npy(block.offsets.astype("<i8"))),
+        (f"{key}.items.npy", encode_npy(block.items.astype("<i4"))),
+        (f"{key}.times.npy", encode_npy(block.times.astype("<i8"))),
         (f"{key}.users.json", json.dumps(user_ids, ensure_ascii=False).encode()),
     ]
 
@@ -159,7 +159,7 @@ def member_names(stream: BinaryIO, where: object) -> list[str]:
                 check_member_name(member.name, where)
                 names.append(member.name)
     except (tarfile.TarError, OSError) as error:
-        raise UserError(f"the shard is cut short or no tar file ({error})", where=where, remedy=TORN) from None
+        raise UserError(f"the shard is cut short or no tar file ({error})", where=where, remedy=VERIFY_REMEDY) from None
     return names
 
 
@@ -192,9 +192,9 @@ def read_samples(
     names = member_names(stream, where)
     found = [key for key, _ in groupby(name.partition(".")[0] for name in names)]
     if found != keys:
-        raise UserError(_difference(found, keys), where=where, remedy=TORN)
+        raise UserError(_difference(found, keys), where=where, remedy=VERIFY_REMEDY)
     if len(set(names)) < len(names):
-        raise UserError("the shard holds a member twice", where=where, remedy=TORN)
+        raise UserError("the shard holds a member twice", where=where, remedy=VERIFY_REMEDY)
     try:
         stream.seek(0)
         source = [{"url": str(where), "stream": stream}]
@@ -202,10 +202,10 @@ def read_samples(
         for key in keys:
             sample = next(samples, None)
             if sample is None or sample["__key__"] != key:
-                raise UserError(f"the shard gives no sample {key}", where=where, remedy=TORN)
+                raise UserError(f"the shard gives no sample {key}", where=where, remedy=VERIFY_REMEDY)
             yield sample
     except (tarfile.TarError, OSError, ValueError) as error:
-        raise UserError(f"the shard cannot be read ({error})", where=where, remedy=TORN) from None
+        raise UserError(f"the shard cannot be read ({error})", where=where, remedy=VERIFY_REMEDY) from None
 
 
 def _difference(found: list[str], keys: list[str]) -> str:
@@ -215,7 +215,7 @@ def _difference(found: list[str], keys: list[str]) -> str:
     return f"the shard holds {len(found)} samples, the manifest {len(keys)}"
 
 
-def npy_array(data: bytes, dtype: str, where: str) -> NDArray[Any]:
+def decode_npy(data: bytes, dtype: str, where: str) -> NDArray[Any]:
     """A one-dimensional array on the bytes of an `.npy` file, without a copy (read-only).
 
     Raises:
@@ -234,7 +234,7 @@ def npy_array(data: bytes, dtype: str, where: str) -> NDArray[Any]:
             raise ValueError(f"{found} of shape {shape} in {len(data)} bytes, one dimension of {dtype} was due")
         return np.frombuffer(data, found, shape[0], stream.tell())
     except ValueError as error:
-        raise UserError(f"a column cannot be read ({error})", where=where, remedy=TORN) from None
+        raise UserError(f"a column cannot be read ({error})", where=where, remedy=VERIFY_REMEDY) from None
 
 
 def decode_block(sample: Sample, where: object, users: int, interactions: int) -> UserBlock:
@@ -252,11 +252,11 @@ def decode_block(sample: Sample, where: object, users: int, interactions: int) -
     ):
         data = sample.get(f"{name}.npy")
         if data is None:
-            raise UserError(f"the block has no column {name}", where=place, remedy=TORN)
-        columns[name] = npy_array(data, dtype, place)
+            raise UserError(f"the block has no column {name}", where=place, remedy=VERIFY_REMEDY)
+        columns[name] = decode_npy(data, dtype, place)
         if len(columns[name]) != length:
             what = f"column {name} has {len(columns[name])} entries, {length} by the manifest"
-            raise UserError(what, where=place, remedy=TORN)
+            raise UserError(what, where=place, remedy=VERIFY_REMEDY)
     return UserBlock(**columns)
 
 
@@ -272,7 +272,7 @@ def without(block: UserBlock, gone: IntArray) -> UserBlock:
     return UserBlock(offsets, block.items[kept], block.times[kept])
 
 
-def block_faults(block: UserBlock, items: int, shortest: int = SHORTEST) -> Iterator[str]:
+def find_block_faults(block: UserBlock, items: int, shortest: int = MIN_INTERACTIONS) -> Iterator[str]:
     """What is wrong with a block's columns, in words: a domain of `items` items can hold no such users, who have `shortest`
     interactions at least."""
     lengths = np.diff(block.offsets)
@@ -298,7 +298,7 @@ def decode_users(sample: Sample, where: object, users: int) -> list[str]:
     except (ValueError, RecursionError):
         pass
     what = f"the ids of the block's users are missing, malformed or not {users}"
-    raise UserError(what, where=f"{where} ({sample['__key__']})", remedy=TORN)
+    raise UserError(what, where=f"{where} ({sample['__key__']})", remedy=VERIFY_REMEDY)
 
 
 def decode_item(sample: Sample, where: object, *, images: bool = True) -> ItemRecord:
@@ -307,7 +307,7 @@ def decode_item(sample: Sample, where: object, *, images: bool = True) -> ItemRe
     Raises:
         UserError: its JSON is malformed or an image is missing.
     """
-    facts = decode_facts(sample, where)
+    facts = decode_item_metadata(sample, where)
     try:
         found = _images(sample, facts.images) if images else []
     except (KeyError, ValueError) as error:
@@ -316,7 +316,7 @@ def decode_item(sample: Sample, where: object, *, images: bool = True) -> ItemRe
 
 
 @dataclass(frozen=True)
-class ItemFacts:
+class ItemMetadata:
     """What an item's JSON says; `images` is how many there are."""
 
     item_id: str
@@ -325,11 +325,11 @@ class ItemFacts:
     images: int
 
 
-def decode_facts(sample: Sample, where: object) -> ItemFacts:
+def decode_item_metadata(sample: Sample, where: object) -> ItemMetadata:
     """An item's JSON. Raises UserError: it is malformed."""
     try:
         fields = json.loads(sample["json"])
-        facts = ItemFacts(**{name: fields[name] for name in ("item_id", "text", "price", "images")})
+        facts = ItemMetadata(**{name: fields[name] for name in ("item_id", "text", "price", "images")})
         right = isinstance(facts.item_id, str) and isinstance(facts.text, str | None) and type(facts.images) is int
         if not right or not (facts.price is None or type(facts.price) in (int, float)):
             raise TypeError("a field has a wrong type")
@@ -340,12 +340,12 @@ def decode_facts(sample: Sample, where: object) -> ItemFacts:
         raise _unfit(sample, where, error) from None
 
 
-def read_facts(stream: BinaryIO, where: object, keys: list[str]) -> Iterator[ItemFacts]:
+def read_item_metadata(stream: BinaryIO, where: object, keys: list[str]) -> Iterator[ItemMetadata]:
     """What the JSON of an open shard's items says, in order, their pictures passed over: by the headers alone, many times as
     fast as through `read_samples`.
 
     Raises:
-        UserError: as `read_samples` and `decode_facts`.
+        UserError: as `read_samples` and `decode_item_metadata`.
     """
     due = iter(keys)
     try:
@@ -354,12 +354,12 @@ def read_facts(stream: BinaryIO, where: object, keys: list[str]) -> Iterator[Ite
                 key = next(due, None)
                 if name != f"{key}.json":
                     what = f"the shard holds {name!r} where the manifest has {key or 'no more items'}"
-                    raise UserError(what, where=where, remedy=TORN)
-                yield decode_facts({"__key__": key, "json": data}, where)
+                    raise UserError(what, where=where, remedy=VERIFY_REMEDY)
+                yield decode_item_metadata({"__key__": key, "json": data}, where)
     except (OSError, ValueError) as error:
-        raise UserError(f"the shard cannot be read ({error})", where=where, remedy=TORN) from None
+        raise UserError(f"the shard cannot be read ({error})", where=where, remedy=VERIFY_REMEDY) from None
     if (missing := next(due, None)) is not None:
-        raise UserError(f"the shard holds no sample {missing}", where=where, remedy=TORN)
+        raise UserError(f"the shard holds no sample {missing}", where=where, remedy=VERIFY_REMEDY)
 
 
 def _json_members(tar: bytes | mmap.mmap) -> Iterator[tuple[str, bytes]]:
@@ -380,7 +380,7 @@ def _json_members(tar: bytes | mmap.mmap) -> Iterator[tuple[str, bytes]]:
 
 def _unfit(sample: Sample, where: object, error: Exception) -> UserError:
     what = f"the item's members do not fit together ({error!r})"
-    return UserError(what, where=f"{where} ({sample['__key__']})", remedy=TORN)
+    return UserError(what, where=f"{where} ({sample['__key__']})", remedy=VERIFY_REMEDY)
 
 
 def _images(sample: Sample, count: int) -> list[bytes]:

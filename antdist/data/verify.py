@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from antdist.data.cache import Cache
 from antdist.data.domain import (
-    PENDING_DESCRIBED,
+    PENDING_DESCRIPTION_NAME,
     PENDING_NAME,
     Domain,
     Sequences,
@@ -22,18 +22,18 @@ from antdist.data.domain import (
     training_popularity,
 )
 from antdist.data.entries import File
-from antdist.data.images import BadImage, modest
-from antdist.data.manifest import MANIFEST_NAME, ItemShard, SequenceShard, kept_name, read_manifest
-from antdist.data.places import Place, RemotePath, file_names, open_unchecked
+from antdist.data.images import BrokenImageError, normalize_image
+from antdist.data.manifest import MANIFEST_NAME, ItemShard, SequenceShard, archived_manifest_name, read_manifest
+from antdist.data.places import Place, RemotePath, list_file_names, open_unchecked
 from antdist.data.quarantine import QUARANTINE_NAME
 from antdist.data.shards import (
-    SHORTEST,
+    MIN_INTERACTIONS,
     Sample,
     UserBlock,
-    block_faults,
     decode_block,
     decode_item,
     decode_users,
+    find_block_faults,
     read_samples,
     without,
 )
@@ -87,7 +87,7 @@ class _Findings:
     user_hashes: list[NDArray[np.int64]] = field(default_factory=list)
 
 
-def verify(place: str | Path, cache: Cache | None = None) -> VerifyReport:
+def verify_domain(place: str | Path, cache: Cache | None = None) -> VerifyReport:
     """Check a prepared domain, by its folder or URI (with a `cache` as `open_domain` has it), its feature tables included
     where there are any.
 
@@ -157,12 +157,12 @@ def _beside(domain: Domain, found: _Findings) -> list[File]:
 def _strangers(domain: Domain) -> Iterator[str]:
     """Files beside the shards that neither the manifest nor an earlier one knows: a mixture of two preparations, perhaps. The
     folder of an append that died before its manifest is no harm."""
-    known = {MANIFEST_NAME, QUARANTINE_NAME, PENDING_NAME, PENDING_DESCRIBED}
+    known = {MANIFEST_NAME, QUARANTINE_NAME, PENDING_NAME, PENDING_DESCRIPTION_NAME}
     known |= {file.name for file in domain.manifest.files}
     folders = [""]
     for number, fingerprint in enumerate(domain.manifest.ancestors, 1):
         folders.append(f"append-{number:05d}/")
-        kept = f"{folders[-1]}{kept_name(fingerprint)}"
+        kept = f"{folders[-1]}{archived_manifest_name(fingerprint)}"
         known |= {kept, f"{folders[-1]}{QUARANTINE_NAME}"}
         try:
             earlier = read_manifest(domain.folder, kept)
@@ -172,7 +172,7 @@ def _strangers(domain: Domain) -> Iterator[str]:
         except UserError as error:
             yield str(error)
     for folder in folders:
-        for name in file_names(domain.folder / folder if folder else domain.folder):
+        for name in list_file_names(domain.folder / folder if folder else domain.folder):
             if f"{folder}{name}" not in known:
                 yield f"{domain.folder / f'{folder}{name}'}: the manifest does not know this file"
 
@@ -180,7 +180,7 @@ def _strangers(domain: Domain) -> Iterator[str]:
 def _feature_parts(domain: Domain, problems: list[str]) -> Iterator[tuple[Place, File]]:
     """The files that feature tables consist of. The features' room lies to the right of this one: its JSON is read bare."""
     folder = domain.folder / "features"
-    for name in file_names(folder):
+    for name in list_file_names(folder):
         if not name.endswith(".json") or not name.removesuffix(".json").isalpha():
             continue  # the note of one part, `text-00000.json`; the table's own has it too
         path = folder / name
@@ -232,8 +232,8 @@ def _check_item(sample: Sample, path: Place, found: _Findings) -> None:
         found.problems.append(f"{place}: price {item.price} is no price")
     for number, image in enumerate(item.images):
         try:
-            modest(image)
-        except BadImage as fault:
+            normalize_image(image)
+        except BrokenImageError as fault:
             found.problems.append(f"{place}: image {number} cannot be decoded: {fault}")
     found.items += 1
     found.images += len(item.images)
@@ -248,7 +248,7 @@ def _check_sequences(domain: Domain, number: int, found: _Findings) -> NDArray[n
         for sample, block, gone in zip(_blocks(domain, shard), shard.blocks, superseded, strict=True):
             try:
                 columns = decode_block(sample, path, block.stored_users, block.stored_interactions)
-                faults = list(block_faults(columns, domain.manifest.items)) or list(_disorder(columns))
+                faults = list(find_block_faults(columns, domain.manifest.items)) or list(_disorder(columns))
                 ids = decode_users(sample, path, block.stored_users)
             except UserError as error:
                 found.problems.append(str(error))
@@ -275,7 +275,7 @@ def _check_pending(domain: Domain, found: _Findings) -> None:
     try:
         for ids, block in domain.pending_histories():
             found.user_hashes.append(_hashes(ids))
-            if (np.diff(block.offsets) >= SHORTEST).any() or any(_disorder(block)):
+            if (np.diff(block.offsets) >= MIN_INTERACTIONS).any() or any(_disorder(block)):
                 what = "users who wait have three interactions, or some out of order"
                 found.problems.append(f"{domain.folder / domain.pending.name if domain.pending else ''}: {what}")
     except UserError as error:

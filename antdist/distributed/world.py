@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from antdist.data.stream.shard_batch import share
+from antdist.data.stream.shard_batch import partition_rows
 
 T = TypeVar("T")
 Gather = Callable[[Tensor], Tensor]
@@ -43,7 +43,7 @@ def current_world() -> World:
 
 def row_ranges(rows: int, parts: int) -> list[tuple[int, int]]:
     """`rows` cut into `parts` contiguous ranges, as `deal` shares items among ranks."""
-    return [share(rows, part, parts) for part in range(parts)]
+    return [partition_rows(rows, part, parts) for part in range(parts)]
 
 
 def row_gather(world: World, rows: int) -> Gather | None:

@@ -19,10 +19,10 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import ValidationError
 
-from antdist.data.quarantine import MAX_BAD, QUARANTINE_NAME, BadRecord, allowed, write_quarantine
+from antdist.data.quarantine import MAX_BAD, QUARANTINE_NAME, BadRecord, max_bad_records, write_quarantine
 from antdist.distributed.local_ray import ray_data_session
 from antdist.errors import UserError
-from antdist.features.encoders.base import Encoded, Encoder, Loaded
+from antdist.features.encoders.base import Encoded, Encoder, LoadedEncoder
 from antdist.features.encoders.image import MAX_PIXELS, HistogramImage, find_image_encoder
 from antdist.features.encoders.price import DIM, FREQUENCY, PriceEncoder, Scale
 from antdist.features.encoders.text import (
@@ -33,12 +33,12 @@ from antdist.features.encoders.text import (
     fit_projection,
     open_projection,
 )
-from antdist.features.source import item_facts
+from antdist.features.source import item_metadata
 from antdist.features.table import (
     Dtype,
     FeatureMeta,
-    Part,
-    part_is_whole,
+    TablePart,
+    is_part_intact,
     write_meta,
     write_part,
 )
@@ -108,7 +108,7 @@ class FeaturizeReport:
         return {"tables": tables, "seconds": self.seconds, "workers": self.workers}
 
 
-def featurize(
+def featurize_domains(
     domains: Sequence[Domain],
     *,
     text: str | None = None,
@@ -156,12 +156,12 @@ def featurize(
     if text is None and image is None and price is None:
         raise UserError("no features asked for", where="featurize", remedy="give --text, --image or --price")
     for domain in domains:
-        domain.own_folder()
+        domain.writable_folder()
     start = time.monotonic()
     prices = PriceEncoder(cast("Scale", price), price_range, price_frequency) if price is not None else None
     encoders: dict[str, Encoder] = {}
     if text == "hashed":
-        path = projection or domains[0].own_folder().parent / PROJECTION_NAME
+        path = projection or domains[0].writable_folder().parent / PROJECTION_NAME
         encoders["text"] = _hashed(domains, path, text_dim)
     elif text is not None:
         encoders["text"] = find_text_encoder(
@@ -175,15 +175,17 @@ def featurize(
         )
 
     orders = {
-        domain.own_folder(): [
+        domain.writable_folder(): [
             _order(domain, modality, encoder.description(), dtype) for modality, encoder in encoders.items()
         ]
         for domain in domains
     }
-    units, finished = _what_is_left(domains, orders)
+    units, finished = _plan_work(domains, orders)
     fresh = _encode_all(units, encoders, workers, threads, device)
     tables = [
-        _finish(domain, order, finished, fresh, max_bad) for domain in domains for order in orders[domain.own_folder()]
+        _finish_table(domain, order, finished, fresh, max_bad)
+        for domain in domains
+        for order in orders[domain.writable_folder()]
     ]
     if prices is not None:
         tables += [_price_table(domain, prices, dtype) for domain in domains]
@@ -197,7 +199,7 @@ def _hashed(domains: Sequence[Domain], path: Path, dim: int) -> HashedText:
         logger.info(f"hashed text: using the projection in {path}")
         return open_projection(path)
     stride = -(-sum(domain.manifest.items for domain in domains) // FIT_TEXTS)
-    texts = [facts.text for domain in domains for facts in islice(item_facts(domain), 0, None, max(stride, 1))]
+    texts = [facts.text for domain in domains for facts in islice(item_metadata(domain), 0, None, max(stride, 1))]
     logger.info(f"hashed text: fitting one projection on {', '.join(names)}, kept in {path}")
     return fit_projection([text for text in texts if text is not None], dim, path, names)
 
@@ -206,7 +208,7 @@ def _hashed(domains: Sequence[Domain], path: Path, dim: int) -> HashedText:
 
 
 @dataclass(frozen=True)
-class Order:
+class TableRequest:
     """A table to be made: whose, of what, by which encoder, in which type. The domain's folder is absolute."""
 
     domain: str
@@ -225,26 +227,26 @@ class Order:
         return {"fingerprint": self.fingerprint, "modality": self.modality, "encoder": encoder, "dtype": self.dtype}
 
 
-def _order(domain: Domain, modality: str, encoder: Description, dtype: Dtype) -> Order:
-    return Order(domain.address, domain.fingerprint, modality, encoder, dtype)
+def _order(domain: Domain, modality: str, encoder: Description, dtype: Dtype) -> TableRequest:
+    return TableRequest(domain.address, domain.fingerprint, modality, encoder, dtype)
 
 
 @dataclass(frozen=True)
-class Unit:
+class ShardTask:
     """One item shard, and the tables that still lack the part of it."""
 
     domain: str
     shard: int
-    orders: list[Order]
+    orders: list[TableRequest]
 
 
 @dataclass(frozen=True)
-class PartNote:
+class PartRecord:
     """What stands beside a finished part: the order that it answers, the part, and how it went."""
 
-    order: Order
+    order: TableRequest
     shard: int
-    part: Part
+    part: TablePart
     dim: int
     pictures: int
     faults: list[list[str]]  # item id and reason of each picture that could not be read
@@ -254,38 +256,40 @@ class PartNote:
         return {**vars(self), "order": asdict(self.order), "part": self.part.model_dump()}
 
     @staticmethod
-    def from_json(content: dict[str, Any]) -> PartNote:
-        return PartNote(**{**content, "order": Order(**content["order"]), "part": Part(**content["part"])})
+    def from_json(content: dict[str, Any]) -> PartRecord:
+        return PartRecord(
+            **{**content, "order": TableRequest(**content["order"]), "part": TablePart(**content["part"])}
+        )
 
 
-Notes = dict[tuple[str, str, int], PartNote]  # by domain folder, modality, shard
+Notes = dict[tuple[str, str, int], PartRecord]  # by domain folder, modality, shard
 
 
-def _what_is_left(domains: Sequence[Domain], orders: Mapping[Path, list[Order]]) -> tuple[list[Unit], Notes]:
+def _plan_work(domains: Sequence[Domain], orders: Mapping[Path, list[TableRequest]]) -> tuple[list[ShardTask], Notes]:
     """The shards to encode, and the parts that need not be."""
-    units: list[Unit] = []
+    units: list[ShardTask] = []
     finished: Notes = {}
     for domain in domains:
-        (domain.own_folder() / "features").mkdir(exist_ok=True)
-        mine = [order for order in orders[domain.own_folder()] if _empty_table(order) is None]
+        (domain.writable_folder() / "features").mkdir(exist_ok=True)
+        mine = [order for order in orders[domain.writable_folder()] if _empty_table(order) is None]
         for shard in range(len(domain.manifest.item_shards)):
             found = {order.modality: _finished_part(domain, order, shard) for order in mine}
             finished |= {(n.order.domain, n.order.modality, shard): n for n in found.values() if n is not None}
             missing = [order for order in mine if found[order.modality] is None]
             if missing:
-                units.append(Unit(domain.address, shard, missing))
+                units.append(ShardTask(domain.address, shard, missing))
             for order in missing:
                 (order.folder / f"{order.modality}.json").unlink(missing_ok=True)  # no longer true of its parts
     return units, finished
 
 
-def _empty_table(order: Order) -> FeatureMeta | None:
+def _empty_table(order: TableRequest) -> FeatureMeta | None:
     """The finished table, if it is this order's and says that no item has the modality."""
     meta = _meta_of(order)
     return meta if meta is not None and not meta.parts else None
 
 
-def _meta_of(order: Order, ancestors: Sequence[str] = ()) -> FeatureMeta | None:
+def _meta_of(order: TableRequest, ancestors: Sequence[str] = ()) -> FeatureMeta | None:
     """The finished table, if it is this order's, or was for one of the `ancestors` of the domain's manifest."""
     path = order.folder / f"{order.modality}.json"
     try:
@@ -293,58 +297,64 @@ def _meta_of(order: Order, ancestors: Sequence[str] = ()) -> FeatureMeta | None:
     except (OSError, ValidationError):
         return None
     fingerprint = order.fingerprint if meta.fingerprint in ancestors else meta.fingerprint
-    made_by = Order(order.domain, fingerprint, meta.modality, meta.encoder, meta.dtype).made_by()
+    made_by = TableRequest(order.domain, fingerprint, meta.modality, meta.encoder, meta.dtype).made_by()
     return meta if made_by == order.made_by() else None
 
 
-def _note_path(order: Order, shard: int) -> Path:
+def _note_path(order: TableRequest, shard: int) -> Path:
     return order.folder / f"{order.modality}-{shard:05d}.json"
 
 
-def _finished_part(domain: Domain, order: Order, shard: int) -> PartNote | None:
+def _finished_part(domain: Domain, order: TableRequest, shard: int) -> PartRecord | None:
     """The note of a part that answers this order and whose files are whole, by size and digest. What was made before an append
     counts: that leaves the old item shards as they are."""
     items = domain.manifest.item_shards[shard]
     try:
         content = json.loads(_note_path(order, shard).read_text(encoding="utf-8"))
-        made_by, part = content["made_by"], Part(**content["part"])
+        made_by, part = content["made_by"], TablePart(**content["part"])
         if made_by["fingerprint"] in domain.manifest.ancestors:
             made_by = {**made_by, "fingerprint": order.fingerprint}
         if made_by != order.made_by() or (part.first, part.items) != (items.first, items.items):
             return None
-        note = PartNote(order, shard, part, content["dim"], content["pictures"], content["faults"], 0.0)
+        note = PartRecord(order, shard, part, content["dim"], content["pictures"], content["faults"], 0.0)
     except (OSError, ValueError, KeyError, TypeError, ValidationError):
         return None
-    return note if part_is_whole(order.folder, part) else None
+    return note if is_part_intact(order.folder, part) else None
 
 
 # ------------------------------------------------------------------------------------------------------ encoding
 
 
 def _encode_all(
-    units: list[Unit], encoders: dict[str, Encoder], workers: int, threads: int | None, device: str
+    units: list[ShardTask], encoders: dict[str, Encoder], workers: int, threads: int | None, device: str
 ) -> Notes:
     if not units:
         return {}
-    results = _here(units, encoders, threads) if workers == 0 else _with_ray(units, encoders, workers, threads, device)
+    results = (
+        _encode_locally(units, encoders, threads)
+        if workers == 0
+        else _encode_with_ray(units, encoders, workers, threads, device)
+    )
     fresh: Notes = {}
     for notes in track(results, "item shards encoded", len(units)):
         fresh |= {(note.order.domain, note.order.modality, note.shard): note for note in notes}
     return fresh
 
 
-def _here(units: list[Unit], encoders: dict[str, Encoder], threads: int | None) -> Iterator[list[PartNote]]:
-    worker = Worker(encoders, threads)
+def _encode_locally(
+    units: list[ShardTask], encoders: dict[str, Encoder], threads: int | None
+) -> Iterator[list[PartRecord]]:
+    worker = EncodingWorker(encoders, threads)
     for unit in units:
         yield worker.encode(unit)
 
 
-class Worker:
+class EncodingWorker:
     """Encodes units; loads each encoder at its first use and keeps it."""
 
     def __init__(self, encoders: dict[str, Encoder], threads: int | None = None) -> None:
         self.encoders = encoders
-        self.loaded: dict[str, Loaded] = {}
+        self.loaded: dict[str, LoadedEncoder] = {}
         if threads is not None:
             import torch
 
@@ -352,13 +362,15 @@ class Worker:
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
         """Ray Data's interface: a row in, a row out; a user's mistake comes back as a row."""
-        unit = Unit(row["domain"], int(row["shard"]), [Order(**order) for order in json.loads(row["orders"])])
+        unit = ShardTask(
+            row["domain"], int(row["shard"]), [TableRequest(**order) for order in json.loads(row["orders"])]
+        )
         try:
             return {"notes": json.dumps([note.to_json() for note in self.encode(unit)]), "error": ""}
         except UserError as error:
             return {"notes": "[]", "error": json.dumps([error.what, error.where, error.remedy])}
 
-    def encode(self, unit: Unit) -> list[PartNote]:
+    def encode(self, unit: ShardTask) -> list[PartRecord]:
         """Read the shard once, encode it for each order, write the parts."""
         from antdist.data.domain import open_domain
 
@@ -374,28 +386,28 @@ class Worker:
             for order in unit.orders:
                 start = time.monotonic()
                 encoded = self.loaded[order.modality](items)
-                _refuse_infinite(encoded, items, domain.name, order)
+                _check_finite(encoded, items, domain.name, order)
                 chunks[order.modality].append(encoded)
                 seconds[order.modality] += time.monotonic() - start
         return [self._write(unit, order, shard.first, chunks[order.modality], seconds) for order in unit.orders]
 
     def _write(
-        self, unit: Unit, order: Order, first: int, chunks: list[Encoded], seconds: dict[str, float]
-    ) -> PartNote:
+        self, unit: ShardTask, order: TableRequest, first: int, chunks: list[Encoded], seconds: dict[str, float]
+    ) -> PartRecord:
         present = np.concatenate([chunk.present for chunk in chunks])
         values = np.concatenate([chunk.values for chunk in chunks]).astype(order.dtype)
         values[~present] = 0  # what is missing stays missing
         part = write_part(order.folder, order.modality, unit.shard, first=first, values=values, present=present)
         pictures = sum(chunk.pictures for chunk in chunks)
         faults = [list(fault) for chunk in chunks for fault in chunk.faults]
-        note = PartNote(order, unit.shard, part, values.shape[1], pictures, faults, seconds[order.modality])
+        note = PartRecord(order, unit.shard, part, values.shape[1], pictures, faults, seconds[order.modality])
         kept = {"dim": note.dim, "pictures": pictures, "faults": faults}
         said = {"made_by": order.made_by(), "part": part.model_dump(), **kept}
         write_json(_note_path(order, unit.shard), said)
         return note
 
 
-def _refuse_infinite(encoded: Encoded, items: Sequence[ItemRecord], domain: str, order: Order) -> None:
+def _check_finite(encoded: Encoded, items: Sequence[ItemRecord], domain: str, order: TableRequest) -> None:
     with np.errstate(over="ignore"):
         stored: NDArray[Any] = encoded.values.astype(order.dtype)
     bad = np.flatnonzero(~np.isfinite(stored).all(1) & encoded.present)
@@ -412,9 +424,9 @@ def _refuse_infinite(encoded: Encoded, items: Sequence[ItemRecord], domain: str,
     )
 
 
-def _with_ray(
-    units: list[Unit], encoders: dict[str, Encoder], workers: int, threads: int | None, device: str
-) -> Iterator[list[PartNote]]:
+def _encode_with_ray(
+    units: list[ShardTask], encoders: dict[str, Encoder], workers: int, threads: int | None, device: str
+) -> Iterator[list[PartRecord]]:
     """Through Ray Data: on the Ray that runs, or on a local one that is started here and stopped at the end."""
     workers = min(workers, len(units))
     rows = [
@@ -426,7 +438,7 @@ def _with_ray(
 
         gpus = ray.cluster_resources().get("GPU", 0) if device != "cpu" else 0
         encoded = ray.data.from_items(rows, override_num_blocks=len(rows)).map(
-            Worker,
+            EncodingWorker,
             fn_constructor_args=(encoders, share),
             compute=ray.data.ActorPoolStrategy(size=workers),
             num_cpus=share,
@@ -436,13 +448,13 @@ def _with_ray(
             if row["error"]:
                 what, where, remedy = json.loads(row["error"])
                 raise UserError(what, where=where, remedy=remedy)
-            yield [PartNote.from_json(note) for note in json.loads(row["notes"])]
+            yield [PartRecord.from_json(note) for note in json.loads(row["notes"])]
 
 
 # ----------------------------------------------------------------------------------------------------- finishing
 
 
-def _finish(domain: Domain, order: Order, finished: Notes, fresh: Notes, max_bad: float) -> TableReport:
+def _finish_table(domain: Domain, order: TableRequest, finished: Notes, fresh: Notes, max_bad: float) -> TableReport:
     """Gather the parts into the table's meta file, written last; forget what no longer belongs to it.
 
     Raises:
@@ -450,12 +462,12 @@ def _finish(domain: Domain, order: Order, finished: Notes, fresh: Notes, max_bad
     """
     empty = _empty_table(order)
     if empty is not None:
-        return _report(domain, empty, [])
+        return _table_report(domain, empty, [])
     keys = [(order.domain, order.modality, shard) for shard in range(len(domain.manifest.item_shards))]
     notes = [fresh[key] if key in fresh else finished[key] for key in keys]
     present = sum(note.part.present for note in notes)
     if order.modality == "image":
-        _set_aside(domain, order, notes, max_bad)
+        _quarantine_images(domain, order, notes, max_bad)
     meta = FeatureMeta(
         modality=cast("Any", order.modality),
         encoder=order.encoder,
@@ -468,11 +480,11 @@ def _finish(domain: Domain, order: Order, finished: Notes, fresh: Notes, max_bad
         parts=[note.part for note in notes] if present else [],
     )
     write_meta(order.folder, meta)
-    _sweep(order.folder, meta)
-    return _report(domain, meta, [fresh[key] for key in keys if key in fresh])
+    _delete_stale_files(order.folder, meta)
+    return _table_report(domain, meta, [fresh[key] for key in keys if key in fresh])
 
 
-def _set_aside(domain: Domain, order: Order, notes: list[PartNote], max_bad: float) -> None:
+def _quarantine_images(domain: Domain, order: TableRequest, notes: list[PartRecord], max_bad: float) -> None:
     """Write down which pictures could not be read, unless they are too many."""
     shards = domain.manifest.item_shards
     bad = [
@@ -481,7 +493,7 @@ def _set_aside(domain: Domain, order: Order, notes: list[PartNote], max_bad: flo
         for item, reason in note.faults
     ]
     seen = sum(note.pictures for note in notes)
-    if len(bad) > (most := allowed(seen, max_bad)):
+    if len(bad) > (most := max_bad_records(seen, max_bad)):
         raise UserError(
             f"{len(bad):,} of {seen:,} pictures cannot be read, {most:,} may be; item {bad[0].key}: {bad[0].reason}",
             where=bad[0].file,
@@ -492,7 +504,7 @@ def _set_aside(domain: Domain, order: Order, notes: list[PartNote], max_bad: flo
         write_quarantine(order.folder, bad)
 
 
-def _sweep(folder: Path, meta: FeatureMeta) -> None:
+def _delete_stale_files(folder: Path, meta: FeatureMeta) -> None:
     """Delete parts of an older table and what an interrupted run left half written."""
     kept = {f"{part.name}{end}" for part in meta.parts for end in (".npy", ".present.npy", ".json")}
     for path in [*folder.glob(f"{meta.modality}-*"), *folder.glob(f".{meta.modality}-*.tmp")]:
@@ -500,7 +512,7 @@ def _sweep(folder: Path, meta: FeatureMeta) -> None:
             path.unlink()
 
 
-def _report(domain: Domain, meta: FeatureMeta, fresh: Sequence[PartNote]) -> TableReport:
+def _table_report(domain: Domain, meta: FeatureMeta, fresh: Sequence[PartRecord]) -> TableReport:
     return TableReport(
         domain=domain.name,
         modality=meta.modality,
@@ -523,16 +535,16 @@ def _price_table(domain: Domain, encoder: PriceEncoder, dtype: Dtype) -> TableRe
     It is fitted on the items that the domain was first prepared with (the first that have prices): appended items are placed on
     it, so that the features of the old ones, which models have learned, do not move."""
     start = time.monotonic()
-    folder = domain.own_folder() / "features"
+    folder = domain.writable_folder() / "features"
     folder.mkdir(exist_ok=True)
     order = _order(domain, "price", encoder.description(), dtype)
     meta = _meta_of(order)
-    if meta is not None and all(part_is_whole(folder, part) for part in meta.parts):
-        return _report(domain, meta, [])
+    if meta is not None and all(is_part_intact(folder, part) for part in meta.parts):
+        return _table_report(domain, meta, [])
     before = _meta_of(order, domain.manifest.ancestors)
-    known = {part.first: part for part in before.parts if part_is_whole(folder, part)} if before else {}
+    known = {part.first: part for part in before.parts if is_part_intact(folder, part)} if before else {}
     (folder / "price.json").unlink(missing_ok=True)
-    source = (np.nan if facts.price is None else facts.price for facts in item_facts(domain))
+    source = (np.nan if facts.price is None else facts.price for facts in item_metadata(domain))
     prices = np.fromiter(source, np.float64, domain.manifest.items)
     scaled = encoder.scaled(prices, prices[: _first_priced(domain, prices)])
     parts, fresh = [], []
@@ -555,10 +567,10 @@ def _price_table(domain: Domain, encoder: PriceEncoder, dtype: Dtype) -> TableRe
         parts=parts,
     )
     write_meta(folder, meta)
-    _sweep(folder, meta)
+    _delete_stale_files(folder, meta)
     seconds = time.monotonic() - start
-    notes = [PartNote(order, number, part, meta.dim, 0, [], seconds / len(fresh)) for number, part in fresh]
-    return _report(domain, meta, notes)
+    notes = [PartRecord(order, number, part, meta.dim, 0, [], seconds / len(fresh)) for number, part in fresh]
+    return _table_report(domain, meta, notes)
 
 
 def _first_priced(domain: Domain, prices: NDArray[np.float64]) -> int:

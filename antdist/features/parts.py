@@ -62,7 +62,7 @@ def check_array(array: NDArray[Any], shape: Shape, dtype: str, where: object, ag
         )
 
 
-class Kept:
+class MappedParts:
     """The remote parts that this process has mapped, of all tables of a catalogue; the latest used stay, `limit` bytes of
     them, and one in any case. Looked up by the loop and by what reads ahead, so under a lock."""
 
@@ -93,7 +93,7 @@ class Kept:
         return array
 
 
-def room_for_parts(cache: Cache, needed: int, reserved: int | None = None) -> int:
+def mapping_budget(cache: Cache, needed: int, reserved: int | None = None) -> int:
     """How many of the `needed` bytes of parts this process may keep mapped, where `reserved` of the cache (None: a quarter)
     are for other files: all, if they fit, since the ranks of a node share them; else this rank's share of half of the room,
     as the other half takes what is on its way."""

@@ -23,11 +23,11 @@ from antdist import ragged
 from antdist.batch import IntArray, ItemInputs
 from antdist.data.entries import File
 from antdist.data.manifest import read_manifest
-from antdist.data.places import AT_ONCE, Place, RemotePath
+from antdist.data.places import PARALLEL_FETCHES, Place, RemotePath
 from antdist.errors import UserError
-from antdist.features.maps import make_room
-from antdist.features.parts import Kept, check_array, map_file, room_for_parts
-from antdist.features.source import source_has
+from antdist.features.limits import raise_limits
+from antdist.features.parts import MappedParts, check_array, map_file, mapping_budget
+from antdist.features.source import source_has_modality
 from antdist.io.files import file_sha256, write_json
 
 if TYPE_CHECKING:
@@ -43,7 +43,7 @@ Dtype = Literal["float32", "float16"]
 PartName = Annotated[str, StringConstraints(pattern=r"^(text|image|price)-[0-9]{5,9}$")]
 
 
-class Part(BaseModel):
+class TablePart(BaseModel):
     """The rows of one item shard: items `first` to `first + items - 1`; files `name.npy` and `name.present.npy`."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -58,7 +58,7 @@ class Part(BaseModel):
     present_sha256: str
 
 
-def _files(part: Part) -> tuple[File, File]:
+def _files(part: TablePart) -> tuple[File, File]:
     rows = File(name=f"{part.name}.npy", bytes=part.bytes, sha256=part.sha256)
     return rows, File(name=f"{part.name}.present.npy", bytes=part.present_bytes, sha256=part.present_sha256)
 
@@ -80,7 +80,7 @@ class FeatureMeta(BaseModel):
     fingerprint: str  # of the manifest whose items were encoded
     present: int
     broken: int = 0  # images that could not be read
-    parts: list[Part]
+    parts: list[TablePart]
 
     @property
     def identity(self) -> str:
@@ -110,12 +110,12 @@ def features_folder(domain: Domain) -> Place:
 
 def write_part(
     folder: Path, modality: str, number: int, *, first: int, values: NDArray[Any], present: NDArray[np.bool_]
-) -> Part:
+) -> TablePart:
     """Write one part, each file under a temporary name that is then renamed, and describe it."""
     name = f"{modality}-{number:05d}"
     size, digest = _write_array(folder / f"{name}.npy", values)
     present_size, present_digest = _write_array(folder / f"{name}.present.npy", present)
-    return Part(
+    return TablePart(
         name=name,
         first=first,
         items=len(values),
@@ -142,7 +142,7 @@ def write_meta(folder: Path, meta: FeatureMeta) -> None:
     write_json(folder / f"{meta.modality}.json", meta.model_dump())
 
 
-def part_is_whole(folder: Path, part: Part) -> bool:
+def is_part_intact(folder: Path, part: TablePart) -> bool:
     """Whether both files of a part have the size and digest that were recorded."""
     wanted = {f"{part.name}.npy": (part.bytes, part.sha256)}
     wanted[f"{part.name}.present.npy"] = (part.present_bytes, part.present_sha256)
@@ -162,7 +162,7 @@ class FeatureTable:
 
     folder: Place
     meta: FeatureMeta
-    kept: Kept = field(default_factory=Kept, compare=False)
+    kept: MappedParts = field(default_factory=MappedParts, compare=False)
 
     @property
     def modality(self) -> str:
@@ -195,10 +195,10 @@ class FeatureTable:
         if not isinstance(self.folder, RemotePath):
             yield from (self._parts[number] for number in numbers)
             return
-        for first in range(0, len(numbers), AT_ONCE):
-            files = [self.files[number][0] for number in numbers[first : first + AT_ONCE]]
-            self.folder.bring([file for file in files if file not in self.kept])
-            for number, file in zip(numbers[first : first + AT_ONCE], files, strict=True):
+        for first in range(0, len(numbers), PARALLEL_FETCHES):
+            files = [self.files[number][0] for number in numbers[first : first + PARALLEL_FETCHES]]
+            self.folder.fetch([file for file in files if file not in self.kept])
+            for number, file in zip(numbers[first : first + PARALLEL_FETCHES], files, strict=True):
                 shape = (self.meta.parts[number].items, self.meta.dim)
                 yield self.kept.array(self.folder, file, shape, self.meta.dtype, self._again)
 
@@ -215,8 +215,8 @@ class FeatureTable:
             return np.concatenate(
                 [map_file(self.folder / f"{p.name}.present.npy", self._again) for p in self.meta.parts]
             )
-        self.folder.bring(present for _, present in self.files)
-        passing = Kept()  # they are small, and copied
+        self.folder.fetch(present for _, present in self.files)
+        passing = MappedParts()  # they are small, and copied
         return np.concatenate(
             [
                 passing.array(self.folder, present, (part.items,), "bool", self._again)
@@ -259,11 +259,11 @@ class FeatureTable:
                     what = f"the features of item {part.first + first + bad[0]} are not finite (NaN or infinity)"
                     raise UserError(what, where=file, remedy=self._again)
 
-    def verify_part(self, part: Part) -> None:
+    def verify_part(self, part: TablePart) -> None:
         """Read a part: size and digest; a remote one comes to the cache by that. Raises UserError."""
         if isinstance(self.folder, RemotePath):
-            self.folder.bring(_files(part))
-        elif not part_is_whole(self.folder, part):
+            self.folder.fetch(_files(part))
+        elif not is_part_intact(self.folder, part):
             what = "this part of the feature table is damaged: its size or digest is not what was recorded"
             raise UserError(what, where=self.folder / f"{part.name}.npy", remedy=self._again)
 
@@ -321,7 +321,7 @@ def has_table(domain: Domain, modality: str) -> bool:
     return (features_folder(domain) / f"{modality}.json").is_file()
 
 
-def open_table(domain: Domain, modality: str, kept: Kept | None = None) -> FeatureTable:
+def open_table(domain: Domain, modality: str, kept: MappedParts | None = None) -> FeatureTable:
     """Open the feature table of a domain; cheap: sizes and shapes are checked, digests are not. Of a remote one all that is
     checked as its parts are fetched.
 
@@ -361,7 +361,7 @@ def open_table(domain: Domain, modality: str, kept: Kept | None = None) -> Featu
         raise UserError(
             f"the parts do not make up the domain's {domain.manifest.items} items", where=path, remedy=again
         )
-    table = FeatureTable(folder, meta, kept or Kept())
+    table = FeatureTable(folder, meta, kept or MappedParts())
     if isinstance(folder, RemotePath):
         assert len(table.files) == len(meta.parts)
     else:
@@ -397,7 +397,7 @@ def _read_meta(path: Place, again: str) -> FeatureMeta:
     return meta
 
 
-def _check_part(folder: Path, meta: FeatureMeta, part: Part, again: str) -> None:
+def _check_part(folder: Path, meta: FeatureMeta, part: TablePart, again: str) -> None:
     for name, size in ((f"{part.name}.npy", part.bytes), (f"{part.name}.present.npy", part.present_bytes)):
         file = folder / name
         if not file.is_file():
@@ -457,9 +457,9 @@ class Catalogue:
         self.dims: dict[str, int] = {}
         self.identities: dict[str, str] = {}
         self._tables: dict[str, list[FeatureTable | None]] = {}
-        self._kept = Kept()
+        self._kept = MappedParts()
         for modality in self.modalities:
-            tables = [table_if_any(domain, modality, self._kept) for domain in domains]
+            tables = [open_optional_table(domain, modality, self._kept) for domain in domains]
             filled = [(d, t) for d, t in zip(domains, tables, strict=True) if t is not None and t.meta.present]
             wanted = (identities or {}).get(modality)
             _refuse_mixture(modality, filled, wanted)
@@ -477,7 +477,7 @@ class Catalogue:
                     remedy=f"leave {modality} out of model.modalities, or use domains that have it",
                 )
             self._tables[modality] = [table if table and table.meta.present else None for table in tables]
-        self.leave_room()
+        self.reserve_cache()
 
     @property
     def size(self) -> int:
@@ -499,14 +499,14 @@ class Catalogue:
             values[modality], present[modality] = torch.from_numpy(rows), torch.from_numpy(mask)
         return ItemInputs(values, present, torch.from_numpy(item_ids.copy()))
 
-    def leave_room(self, reserved: int | None = None) -> None:
+    def reserve_cache(self, reserved: int | None = None) -> None:
         """Keep no more of remote tables in the node's cache than leaves `reserved` bytes of it (None: a quarter) to others.
         Raises UserError: more parts would stay mapped than the system allows."""
         remote = self.remote_tables()
         if remote:
             cache = remote[0].folder.cache  # type: ignore[union-attr]
-            self._kept.limit = room_for_parts(cache, sum(table.bytes for table in remote), reserved)
-        make_room(sum(len(table.meta.parts) for table in self._staying_tables()))
+            self._kept.limit = mapping_budget(cache, sum(table.bytes for table in remote), reserved)
+        raise_limits(sum(len(table.meta.parts) for table in self._staying_tables()))
 
     def remote_tables(self) -> list[FeatureTable]:
         """Those that are not on this machine."""
@@ -579,13 +579,13 @@ def _refuse_dim(filled: tuple[Domain, FeatureTable], wanted: int | None) -> int:
     return table.meta.dim
 
 
-def table_if_any(domain: Domain, modality: str, kept: Kept | None = None) -> FeatureTable | None:
+def open_optional_table(domain: Domain, modality: str, kept: MappedParts | None = None) -> FeatureTable | None:
     """The feature table of a domain; None if it has none and needs none, as no item has the modality in the source.
 
     Raises:
         UserError: what `open_table` raises.
     """
-    if has_table(domain, modality) or source_has(domain, modality):
+    if has_table(domain, modality) or source_has_modality(domain, modality):
         return open_table(domain, modality, kept)
     return None
 

@@ -310,7 +310,7 @@ def _inputs(predictions: int, items: int, max_length: int, seed: int) -> tuple[B
 
     from antdist import ragged
     from antdist.batch import ROWS, GlobalBatch, ItemInputs
-    from antdist.data.stream.shard_batch import deal
+    from antdist.data.stream.shard_batch import shard_batch
     from antdist.data.stream.windows import user_windows
 
     random = np.random.default_rng(seed)
@@ -321,7 +321,7 @@ def _inputs(predictions: int, items: int, max_length: int, seed: int) -> tuple[B
     users = np.arange(len(lengths))
     cut = user_windows(names, ragged.offsets(lengths)[:-1], lengths, users, max_length)
     whole = GlobalBatch(0, 0, cut.items, cut.offsets, cut.predict_at, cut.targets, cut.users)
-    batch = deal(whole, rank=0, world_size=1, candidates="in_batch", catalogue_size=items)
+    batch = shard_batch(whole, rank=0, world_size=1, candidates="in_batch", catalogue_size=items)
     rows = -(-len(batch.item_ids) // ROWS) * ROWS
     values = {m: torch.randn(rows, width) / width**0.5 for m, width in DIMS.items()}
     present = {m: torch.ones(rows, dtype=torch.bool) for m in DIMS}

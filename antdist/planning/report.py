@@ -203,12 +203,12 @@ def _lengths(domains: list[Domain], users: list[float]) -> FloatArray:
 
 def _features(config: Config, domains: list[Domain]) -> tuple[dict[str, int], float]:
     """Widths of the feature tables, and a row's bytes on disk; where there is no table yet, the paper's widths."""
-    from antdist.features.table import table_if_any
+    from antdist.features.table import open_optional_table
 
     dims: dict[str, int] = {}
     row = 0.0
     for modality in config.model.modalities:
-        tables = [table for domain in domains if (table := table_if_any(domain, modality)) is not None]
+        tables = [table for domain in domains if (table := open_optional_table(domain, modality)) is not None]
         dims[modality] = tables[0].meta.dim if tables else DIMS[modality]
         row += dims[modality] * (2 if tables and tables[0].meta.dtype == "float16" else 4)
     return dims, row

@@ -13,7 +13,7 @@ from antdist.io.logs import get_logger
 from antdist.io.storage import is_uri
 
 if TYPE_CHECKING:
-    from antdist.features.table import FeatureTable, Part
+    from antdist.features.table import FeatureTable, TablePart
     from antdist.runs.inputs import Inputs
     from antdist.runs.parent import Parent
     from antdist.tracking.registry import ResolvedModel
@@ -209,16 +209,16 @@ def _tell_inputs(inputs: Inputs, config: PretrainConfig | RelearnConfig, report:
 
 def _check_cache(inputs: Inputs, config: PretrainConfig | RelearnConfig, report: CheckReport) -> None:
     """That the cache can hold what is in use together, on a disk like this machine's. Raises UserError, with what would do."""
-    from antdist.data.cache import GB, KEY, open_cache
-    from antdist.data.places import AT_ONCE
+    from antdist.data.cache import CACHE_KEY, GB, open_cache
+    from antdist.data.places import PARALLEL_FETCHES
 
     cache = open_cache(config.data.cache, config.data.cache_gb)
     tables = inputs.catalogue.remote_tables()
-    shards, features = inputs.stream.bytes_in_reach(), sum(table.bytes for table in tables)
+    shards, features = inputs.stream.working_set_bytes(), sum(table.bytes for table in tables)
     largest = max((part.bytes for part in _parts(tables)), default=0)
     # of tables that do not fit, a rank has a part in use and some on their way
-    least = shards + min(features, 2 * config.ray.workers * (1 + AT_ONCE) * largest)
-    room, all_of_it = cache.room(), shards + features
+    least = shards + min(features, 2 * config.ray.workers * (1 + PARALLEL_FETCHES) * largest)
+    room, all_of_it = cache.usable_bytes(), shards + features
 
     def enough(size: int) -> str:
         return f"{math.ceil(size / GB * 1000) / 1000:g}"
@@ -228,8 +228,12 @@ def _check_cache(inputs: Inputs, config: PretrainConfig | RelearnConfig, report:
         raise UserError(
             f"the cache has room for {room / GB:.3g} GB, and {enough(least)} GB are in use together: shards that are shuffled "
             f"together, and read ahead, {shards / GB:.3g} GB; features {(least - shards) / GB:.3g} GB at least",
-            where=f"{KEY} {cache.folder}" if full else "data.cache_gb",
-            remedy=(f"free its disk, or name a larger one with {KEY}" if full else f"set data.cache_gb={enough(least)}")
+            where=f"{CACHE_KEY} {cache.folder}" if full else "data.cache_gb",
+            remedy=(
+                f"free its disk, or name a larger one with {CACHE_KEY}"
+                if full
+                else f"set data.cache_gb={enough(least)}"
+            )
             + ", or lower stream.streams or stream.window_shards",
         )
     report.checked.append(f"cache {cache.folder}: room for {room / GB:.3g} GB, {least / GB:.3g} GB needed")
@@ -246,7 +250,7 @@ def _check_cache(inputs: Inputs, config: PretrainConfig | RelearnConfig, report:
         )
 
 
-def _parts(tables: list[FeatureTable]) -> list[Part]:
+def _parts(tables: list[FeatureTable]) -> list[TablePart]:
     return [part for table in tables for part in table.meta.parts]
 
 

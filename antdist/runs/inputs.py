@@ -37,11 +37,11 @@ class Inputs:
 
 def prepared(data: DataConfig) -> list[str]:
     """The names of the prepared domains below `data.root`. Raises UserError: storage that is away."""
-    from antdist.data.places import RemotePath, place_of
+    from antdist.data.places import RemotePath, resolve_place
 
-    root = place_of(data.root, _cache(data))
+    root = resolve_place(data.root, _cache(data))
     if isinstance(root, RemotePath):
-        return [name for name in root.folders() if (root / name / "manifest.json").is_file()]
+        return [name for name in root.folder_names() if (root / name / "manifest.json").is_file()]
     return sorted(path.parent.name for path in root.glob("*/manifest.json"))
 
 
@@ -56,13 +56,13 @@ def open_domains(
 ) -> list[Domain]:
     """The prepared domains of these names; those that a run has `begun_with`, by name and fingerprint, as they were before
     appends since. Raises UserError: no name, a missing domain (with those there are), storage that is away."""
-    from antdist.data.domain import domain_as_of, open_domain
-    from antdist.data.places import place_of
+    from antdist.data.domain import open_domain, rewind_domain
+    from antdist.data.places import resolve_place
 
     if not names:
         raise UserError("no domain is named", where=key, remedy=f"name prepared domains below {data.root}")
     cache = _cache(data)
-    root = place_of(data.root, cache)
+    root = resolve_place(data.root, cache)
     domains = []
     for name in names:
         if name in (".", "..") or Path(name).name != name:
@@ -78,7 +78,7 @@ def open_domains(
                 remedy=remedy,
             )
         domain = open_domain(f"{data.root.rstrip('/')}/{name}", cache)
-        domains.append(domain_as_of(domain, (begun_with or {}).get(name, "")))
+        domains.append(rewind_domain(domain, (begun_with or {}).get(name, "")))
     return domains
 
 
@@ -97,7 +97,7 @@ def open_inputs(
 
     opened = Stream(domains, stream, max_length=max_length, seed=seed)
     opened.check_ranks(workers, accumulation)
-    catalogue.leave_room(opened.bytes_in_reach())
+    catalogue.reserve_cache(opened.working_set_bytes())
     popularity = np.concatenate([domain.popularity() for domain in domains]).astype(np.int64)
     return Inputs(domains, catalogue, opened, popularity)
 
@@ -144,9 +144,9 @@ def relearn_inputs(config: RelearnConfig, strategy: Strategy, parent: Parent | N
 
 def available(config: RelearnConfig, domain: Domain) -> list[str]:
     """Those of `model.modalities` that the target has. Raises UserError if it has none."""
-    from antdist.features.table import table_if_any
+    from antdist.features.table import open_optional_table
 
-    tables = {modality: table_if_any(domain, modality) for modality in config.model.modalities}
+    tables = {modality: open_optional_table(domain, modality) for modality in config.model.modalities}
     kept: list[str] = [modality for modality, table in tables.items() if table is not None and table.meta.present]
     if not kept:
         raise UserError(

@@ -27,7 +27,7 @@ from antdist import ragged
 from antdist.batch import IntArray
 from antdist.distributed.local_ray import ray_data_session
 from antdist.errors import UserError, redact
-from antdist.features.table import table_if_any
+from antdist.features.table import open_optional_table
 from antdist.io.files import file_sha256
 from antdist.io.progress import track
 from antdist.model.io import WEIGHTS
@@ -177,7 +177,7 @@ def _inputs(found: FoundModel, domain: Domain, n: int, include_seen: bool) -> di
         "include_seen": str(include_seen),
     }
     for modality in card.dims:
-        table = table_if_any(domain, modality)
+        table = open_optional_table(domain, modality)
         parts = [] if table is None else [[part.sha256, part.present_sha256] for part in table.meta.parts]
         inputs[f"features.{modality}"] = _digest(parts)
     return inputs

@@ -27,7 +27,7 @@ from torch import Tensor
 from antdist import ragged
 from antdist.batch import ROWS, Batch, GlobalBatch, IntArray, ItemInputs
 from antdist.config.schema import LossConfig
-from antdist.data.stream.shard_batch import deal, share, split
+from antdist.data.stream.shard_batch import partition_rows, shard_batch, split_batch
 from antdist.data.stream.stream import Stream
 from antdist.distributed.world import World
 
@@ -89,11 +89,11 @@ class Feed:
     def inputs(self, batch: GlobalBatch) -> StepInput:
         """Split into micro-batches, deal this rank its share, look its items' features up."""
         step = batch.epoch * self.stream.steps_per_epoch + batch.index
-        micros = [m for m in split(batch, self.accumulation) if m.predictions]
+        micros = [m for m in split_batch(batch, self.accumulation) if m.predictions]
         return StepInput(step, batch, [self._micro(m, batch.predictions, step, i) for i, m in enumerate(micros)])
 
     def _micro(self, micro: GlobalBatch, predictions: int, step: int, index: int) -> Micro:
-        dealt = deal(
+        dealt = shard_batch(
             micro,
             rank=self.world.rank,
             world_size=self.world.size,
@@ -101,7 +101,7 @@ class Feed:
             catalogue_size=self.catalogue.size,
             samples=self.loss.samples,
             log_q=self.loss.log_q,
-            heaps=self._heaps,
+            cumulative_counts=self._heaps,
             seed=self.seed,
             step=step * self.accumulation + index,
         )
@@ -128,7 +128,7 @@ class Feed:
         the whole catalogue where the device has room for it, else None. On the device if they fit, else on the host."""
         same_items = self.loss.negatives == "catalogue"
         size = self.catalogue.size
-        first, last = share(size, self.world.rank, self.world.size) if same_items else (0, size)
+        first, last = partition_rows(size, self.world.rank, self.world.size) if same_items else (0, size)
         # 4 bytes a number, one a presence, 8 an id
         item_bytes = sum(4 * dim + 1 for dim in self.catalogue.dims.values()) + 8
         fits = (last - first) * item_bytes <= room(self.world.device)

@@ -174,7 +174,7 @@ def _resume(job: Job) -> Progress:
         if job.world.leader:
             forget_from(job.folder / SKIPPED, 0)
         return Progress()
-    job.feed.stream.check(StreamState(**document["stream"]))
+    job.feed.stream.check_state(StreamState(**document["stream"]))
     job.engine.load(found.state if found else EngineState())
     progress = Progress(**document["progress"])
     progress.finished = _finished(job.config, progress)

@@ -22,7 +22,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from antdist.data import cache as module
-from antdist.data.cache import Cache, Damaged, default_folder, open_cache
+from antdist.data.cache import Cache, CorruptDownload, default_folder, open_cache
 from antdist.data.entries import File
 from antdist.errors import UserError
 from antdist.io.storage import Unreachable
@@ -177,7 +177,7 @@ def test_a_torn_a_wrong_and_a_longer_file_are_fetched_again(tmp_path: Path, caps
         assert f"s3://bucket/f0: what was fetched is not the file of the manifest: {told}" in capsys.readouterr().err
     shutil.rmtree(tmp_path)
     source.faults, source.fetched = [b"hello wOrld"] * 3, []
-    with pytest.raises(Damaged, match=r"s3://bucket/f0: .* its SHA-256 differs\. Compare what lies there"):
+    with pytest.raises(CorruptDownload, match=r"s3://bucket/f0: .* its SHA-256 differs\. Compare what lies there"):
         source.read(cache, source.files[0])
     assert len(source.fetched) == 3 and lying(tmp_path) == {}
 
@@ -328,9 +328,9 @@ def test_a_file_gets_its_name_while_nobody_looks_through_the_folder(
 def test_a_full_disk_is_told_and_what_can_go_goes_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source, cache = Source(b"a" * 10, b"b" * 10), Cache(tmp_path, 1000)
     source.read(cache, source.files[0])
-    monkeypatch.setattr(module, "_free", lambda folder: 3)
+    monkeypatch.setattr(module, "_free_bytes", lambda folder: 3)
     assert source.read(cache, source.files[1]) == b"b" * 10
-    assert set(lying(tmp_path)) == {source.files[1].sha256} and cache.room() == 13
+    assert set(lying(tmp_path)) == {source.files[1].sha256} and cache.usable_bytes() == 13
 
     def full(*_: int) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))

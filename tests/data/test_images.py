@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from antdist.data.images import KEPT_SIDE, BadImage, load_image, modest
+from antdist.data.images import KEPT_SIDE, BrokenImageError, load_image, normalize_image
 from tests.pictures import png_of_stated_size
 
 
@@ -23,40 +23,40 @@ def encoded(mode: str = "RGB", size: tuple[int, int] = (40, 30), kind: str = "JP
 @pytest.mark.parametrize(("mode", "kind"), [("RGB", "JPEG"), ("L", "JPEG"), ("CMYK", "JPEG"), ("RGBA", "PNG")])
 def test_modest_images_are_kept_to_the_byte(mode: str, kind: str) -> None:
     data = encoded(mode, kind=kind)
-    assert modest(data) == data
+    assert normalize_image(data) == data
 
 
 @pytest.mark.parametrize(("mode", "kind"), [("RGB", "JPEG"), ("L", "JPEG"), ("CMYK", "JPEG"), ("RGBA", "PNG")])
 def test_large_images_become_jpegs_of_512_the_same_each_time(mode: str, kind: str) -> None:
     data = encoded(mode, (1200, 600), kind)
-    small = modest(data)
+    small = normalize_image(data)
     image = Image.open(io.BytesIO(small))
     assert image.format == "JPEG" and image.size == (KEPT_SIDE, KEPT_SIDE // 2)
     assert image.mode == ("RGB" if mode == "RGBA" else mode)
-    assert modest(data) == small and modest(small) == small
+    assert normalize_image(data) == small and normalize_image(small) == small
 
 
 def test_other_formats_become_jpeg() -> None:
-    assert modest(encoded(kind="WEBP")).startswith(b"\xff\xd8")
+    assert normalize_image(encoded(kind="WEBP")).startswith(b"\xff\xd8")
 
 
 @pytest.mark.parametrize("size", [(30_000, 3_000), (60_000, 60_000)])
 def test_image_bomb_is_refused_by_its_header(size: tuple[int, int]) -> None:
-    with pytest.raises(BadImage, match="too many pixels"):
-        modest(png_of_stated_size(*size))
+    with pytest.raises(BrokenImageError, match="too many pixels"):
+        normalize_image(png_of_stated_size(*size))
 
 
 @pytest.mark.parametrize("data", [b"\xff\xd8\xff no image", encoded()[:300], encoded(kind="PNG")[:300], b"<svg/>"])
 def test_broken_image_is_refused(data: bytes) -> None:
-    with pytest.raises(BadImage, match="broken"):
-        modest(data)
+    with pytest.raises(BrokenImageError, match="broken"):
+        normalize_image(data)
 
 
 def test_empty_and_missing_files_are_refused(tmp_path: Path) -> None:
     (tmp_path / "zero.jpg").touch()
-    with pytest.raises(BadImage, match="empty file"):
+    with pytest.raises(BrokenImageError, match="empty file"):
         load_image(tmp_path / "zero.jpg")
-    with pytest.raises(BadImage, match="missing"):
+    with pytest.raises(BrokenImageError, match="missing"):
         load_image(tmp_path / "none.jpg")
-    with pytest.raises(BadImage, match="missing"):
+    with pytest.raises(BrokenImageError, match="missing"):
         load_image(tmp_path)

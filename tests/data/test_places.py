@@ -17,7 +17,7 @@ from antdist.data import cache as cached
 from antdist.data.cache import Cache
 from antdist.data.domain import Domain, open_domain
 from antdist.data.stream.stream import Stream
-from antdist.data.verify import verify
+from antdist.data.verify import verify_domain
 from antdist.errors import UserError
 from antdist.faults import corrupt
 from tests.data.ingest.test_append import FIRST, ITEMS, LATER, base, grow, histories, waiting
@@ -65,7 +65,7 @@ def test_batches_are_those_of_the_folder_though_the_cache_is_smaller_than_the_da
     shards = [shard.bytes for shard in local.manifest.sequence_shards]
     near = stream_of(local, mode=mode)
     remote = stream_of(far(local, tmp_path, bound=6 * max(shards)), mode=mode)
-    assert near.bytes_in_reach() == 0 and remote.bytes_in_reach() == sum(sorted(shards)[-6:])
+    assert near.working_set_bytes() == 0 and remote.working_set_bytes() == sum(sorted(shards)[-6:])
     assert sum(shards) > 1.9 * 6 * max(shards) and near.order == remote.order
     passes = 3
     for epoch in range(passes):
@@ -84,7 +84,7 @@ def test_a_rank_that_lags_behind_another_by_up_to_a_window_makes_nothing_be_fetc
     shards = [shard.bytes for shard in local.manifest.sequence_shards]
     bound = 6 * max(shards)
     first, second = (stream_of(far(local, tmp_path, bound)) for _ in range(2))
-    assert first.bytes_in_reach() <= bound < sum(shards) and first.steps_per_epoch >= 12 / 2 * 3
+    assert first.working_set_bytes() <= bound < sum(shards) and first.steps_per_epoch >= 12 / 2 * 3
     epochs = range(3)
     ahead = (batch for epoch in epochs for batch in first.batches(epoch))
     for _ in range(lag):
@@ -157,14 +157,14 @@ def test_a_damaged_shard_is_named_with_its_uri_and_a_missing_one(local: Domain, 
 def test_verify_finds_in_a_remote_domain_what_it_finds_in_a_folder(tmp_path: Path) -> None:
     local = make_domain(tmp_path, "d", blocks_per_shard=1)
     uri, cache = f"noted://{local.folder}", Cache(tmp_path / "cache", 10**8)
-    report = verify(uri, cache)
+    report = verify_domain(uri, cache)
     assert report.ok and report.folder == uri
-    assert dataclasses.replace(report, folder="") == dataclasses.replace(verify(local.folder), folder="")
+    assert dataclasses.replace(report, folder="") == dataclasses.replace(verify_domain(local.folder), folder="")
     corrupt(local.folder / "sequences-00001.tar", "flip")  # type: ignore[operator]
     corrupt(local.folder / "features" / "text-00000.npy", "cut")  # type: ignore[operator]
     (local.folder / "items-00009.tar").write_bytes(b"")  # type: ignore[union-attr]
     shutil.rmtree(tmp_path / "cache")
-    problems = "\n".join(verify(uri, cache).problems)
+    problems = "\n".join(verify_domain(uri, cache).problems)
     for name in ("sequences-00001.tar: what was fetched is not", "features/text-00000.npy: the file has", "items-00009.tar: the manifest does not know"):  # fmt: skip
         assert name in problems
 
@@ -177,7 +177,7 @@ def test_a_domain_that_grew_is_under_a_uri_what_it_is_in_its_folder(tmp_path: Pa
     assert len(local.superseded) and local.manifest.earlier
     assert histories(domain) == histories(local) and waiting(domain) == waiting(local)
     assert domain.verify_sequences() == local.verify_sequences()
-    assert verify(f"noted://{tmp_path}/d", Cache(tmp_path / "cache", 10**8)).ok
+    assert verify_domain(f"noted://{tmp_path}/d", Cache(tmp_path / "cache", 10**8)).ok
     for a, b in zip(stream_of(local).batches(0), stream_of(domain).batches(0), strict=True):
         assert equal(a, b)
     corrupt(next(tmp_path.glob("d/append-00001/sequences-*.tar")), "cut")
@@ -219,7 +219,7 @@ def test_a_domain_in_memory_storage_and_one_in_s3(local: Domain, tmp_path: Path,
         domain = open_domain(f"{uri}/d", Cache(tmp_path / uri[:2], 10**8))
         domain.verify_sequences()
         assert equal(domain.sequences(), local.sequences())
-        assert verify(f"{uri}/d", domain.folder.cache).ok  # type: ignore[union-attr]
+        assert verify_domain(f"{uri}/d", domain.folder.cache).ok  # type: ignore[union-attr]
         files.pipe_file(f"{root}/d/sequences-00000.tar", b"other")
         shutil.rmtree(tmp_path / uri[:2])
         with pytest.raises(UserError, match=rf"{uri}/d/sequences-00000.tar: what was fetched is not .* after 5 of"):

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from antdist.data.quarantine import HOPELESS, BadRecord, Quarantine, allowed, write_quarantine
+from antdist.data.quarantine import EARLY_CHECK, BadRecord, Quarantine, max_bad_records, write_quarantine
 from antdist.errors import UserError
 
 
@@ -27,7 +27,7 @@ from antdist.errors import UserError
     ],
 )
 def test_a_share_of_the_records_or_five_where_that_is_little(records: int, max_bad: float, most: int) -> None:
-    assert allowed(records, max_bad) == most
+    assert max_bad_records(records, max_bad) == most
 
 
 def fault(line: int) -> UserError:
@@ -36,34 +36,34 @@ def fault(line: int) -> UserError:
 
 def test_under_the_cap_all_are_kept_over_it_the_first_is_told() -> None:
     quarantine = Quarantine(0.001)
-    file = quarantine.file(Path("f"))
+    file = quarantine.inspect(Path("f"))
     file.good = 499
-    file.set_aside(fault(7), 7, "k")
-    file.end()
+    file.add(fault(7), 7, "k")
+    file.close()
     assert quarantine.records == [BadRecord("f", 7, "k", "is bad")]
-    other = quarantine.file(Path("g"))
+    other = quarantine.inspect(Path("g"))
     other.good = 98
-    other.set_aside(fault(1), 1)
+    other.add(fault(1), 1)
     with pytest.raises(UserError, match=r"f:1: is bad\. Mend it"):
-        other.end()
+        other.close()
     assert len(quarantine.records) == 1
 
 
 def test_nothing_but_bad_records_is_refused_whatever_the_cap() -> None:
-    file = Quarantine(1.0).file(Path("f"))
-    file.set_aside(fault(1), 1)
+    file = Quarantine(1.0).inspect(Path("f"))
+    file.add(fault(1), 1)
     with pytest.raises(UserError, match="f:1: is bad"):
-        file.end()
+        file.close()
 
 
 def test_a_cap_of_nothing_and_a_hopeless_file_are_told_at_once() -> None:
     with pytest.raises(UserError, match="f:3: is bad"):
-        Quarantine(0.0).file(Path("f")).set_aside(fault(3), 3)
-    file = Quarantine(0.001).file(Path("f"))
-    for line in range(1, HOPELESS):
-        file.set_aside(fault(line), line)
+        Quarantine(0.0).inspect(Path("f")).add(fault(3), 3)
+    file = Quarantine(0.001).inspect(Path("f"))
+    for line in range(1, EARLY_CHECK):
+        file.add(fault(line), line)
     with pytest.raises(UserError, match=r"f:1: is bad \(1,000 bad records among 1,000, 5 may be set aside\)"):
-        file.set_aside(fault(HOPELESS), HOPELESS)
+        file.add(fault(EARLY_CHECK), EARLY_CHECK)
 
 
 def test_a_cap_that_is_no_share_is_refused() -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from antdist.data.shards import ItemRecord, Sample, ShardWriter, item_members, npy_array, npy_bytes, read_samples
+from antdist.data.shards import ItemRecord, Sample, ShardWriter, decode_npy, encode_item, encode_npy, read_samples
 from antdist.errors import UserError
 
 JPEG, PNG = b"\xff\xd8\xff jpeg", b"\x89PNG png"
@@ -20,7 +20,7 @@ def write_items(path: Path) -> ShardWriter:
     with ShardWriter(path) as writer:
         for index in range(3):
             images = [JPEG, PNG][: index % 3]
-            for name, data in item_members(ItemRecord(index, f"i{index}", "grün", 1.5, images)):
+            for name, data in encode_item(ItemRecord(index, f"i{index}", "grün", 1.5, images)):
                 writer.add(name, data)
     return writer
 
@@ -117,8 +117,8 @@ def test_samples_other_than_the_manifests_are_refused(tmp_path: Path) -> None:
 
 
 def test_column_is_read_without_a_copy() -> None:
-    data = npy_bytes(np.arange(5, dtype=np.int32))
-    array = npy_array(data, "<i4", "here")
+    data = encode_npy(np.arange(5, dtype=np.int32))
+    array = decode_npy(data, "<i4", "here")
     assert array.tolist() == [0, 1, 2, 3, 4]
     assert not array.flags.owndata and np.array_equal(np.load(io.BytesIO(data)), array)
 
@@ -128,11 +128,11 @@ def test_column_is_read_without_a_copy() -> None:
     [
         b"",
         b"junk",
-        npy_bytes(np.arange(5)),
-        npy_bytes(np.zeros((2, 2), np.int32)),
-        npy_bytes(np.arange(5, dtype=np.int32))[:-1],
+        encode_npy(np.arange(5)),
+        encode_npy(np.zeros((2, 2), np.int32)),
+        encode_npy(np.arange(5, dtype=np.int32))[:-1],
     ],
 )
 def test_column_of_another_form_is_refused(data: bytes) -> None:
     with pytest.raises(UserError, match="here: a column cannot be read"):
-        npy_array(data, "<i4", "here")
+        decode_npy(data, "<i4", "here")

@@ -14,8 +14,8 @@ from PIL import Image
 
 from antdist.data.domain import Domain, ItemRecord, Sequences, UserBlock, open_domain, write_domain
 from antdist.data.manifest import Manifest, write_manifest
-from antdist.data.shards import ShardWriter, block_members, item_members, npy_bytes
-from antdist.data.verify import verify
+from antdist.data.shards import ShardWriter, encode_block, encode_item, encode_npy
+from antdist.data.verify import verify_domain
 from antdist.errors import UserError
 
 
@@ -48,7 +48,7 @@ def rewrite_blocks(domain: Domain, **columns: Any) -> None:
     rest = UserBlock(np.array([0, 5]), np.array([2, 3, 4, 0, 1], np.int32), np.arange(5))
     block = UserBlock(*(np.array(first[name]) for name in ("offsets", "items", "times")))  # type: ignore[arg-type]
     with ShardWriter(domain.folder / "sequences-00000.tar") as writer:
-        for name, data in block_members("block-000000", block, ["a", "b"]) + block_members("block-000001", rest, ["c"]):
+        for name, data in encode_block("block-000000", block, ["a", "b"]) + encode_block("block-000001", rest, ["c"]):
             writer.add(name, json.dumps(first["users"]).encode() if name == "block-000000.users.json" else data)
     resealed(domain)
 
@@ -56,20 +56,20 @@ def rewrite_blocks(domain: Domain, **columns: Any) -> None:
 def rewrite_items(domain: Domain, items: list[ItemRecord]) -> None:
     with ShardWriter(domain.folder / "items-00001.tar") as writer:
         for item in items:
-            for name, data in item_members(item):
+            for name, data in encode_item(item):
                 writer.add(name, data)
     resealed(domain)
 
 
 def problems(domain: Domain) -> str:
-    report = verify(domain.folder)
+    report = verify_domain(domain.folder)
     assert report.ok is (not report.problems) and report.to_json()["ok"] is report.ok
     assert all(problem in report.lines() for problem in report.problems)
     return "\n".join(report.problems)
 
 
 def test_what_was_written_is_well(domain: Domain) -> None:
-    report = verify(domain.folder)
+    report = verify_domain(domain.folder)
     assert report.ok and (report.items, report.images, report.users, report.interactions) == (5, 5, 3, 12)
     assert report.files == 5 and report.lines()[-1].endswith("all is well")
     rewrite_blocks(domain)  # the helper itself changes nothing
@@ -130,7 +130,7 @@ def test_times_may_fall_from_one_user_to_the_next(domain: Domain) -> None:
 def test_popularity_is_counted_again(domain: Domain) -> None:
     counts = domain.popularity().copy()
     counts[1] += 1
-    (domain.folder / "popularity.npy").write_bytes(npy_bytes(counts))
+    (domain.folder / "popularity.npy").write_bytes(encode_npy(counts))
     resealed(domain)
     assert "popularity.npy: 1 items do not occur in the training parts as often as stated" in problems(domain)
 
@@ -154,7 +154,7 @@ def feature_table(domain: Domain, **changes: Any) -> Path:
     folder.mkdir(exist_ok=True)
     part: dict[str, Any] = {"name": "text-00000", "first": 0, "items": 5}
     for prefix, suffix in (("", ""), ("present_", ".present")):
-        data = npy_bytes(np.ones(5))
+        data = encode_npy(np.ones(5))
         (folder / f"text-00000{suffix}.npy").write_bytes(data)
         part |= {f"{prefix}bytes": len(data), f"{prefix}sha256": hashlib.sha256(data).hexdigest()}
     meta = {"fingerprint": domain.fingerprint, "parts": [{**part, **changes}]}
@@ -164,7 +164,7 @@ def feature_table(domain: Domain, **changes: Any) -> Path:
 
 def test_feature_tables_are_checked(domain: Domain) -> None:
     folder = feature_table(domain)
-    assert problems(domain) == "" and verify(domain.folder).files == 7
+    assert problems(domain) == "" and verify_domain(domain.folder).files == 7
     (folder / "text-00000.npy").write_bytes(b"x")
     (folder / "text-00000.present.npy").unlink()
     assert "text-00000.npy: 1 bytes, 168 were written" in problems(domain)
@@ -193,4 +193,4 @@ def test_features_of_another_manifest(domain: Domain) -> None:
 
 def test_no_domain_is_an_error_not_a_report(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"manifest\.json is missing"):
-        verify(tmp_path)
+        verify_domain(tmp_path)

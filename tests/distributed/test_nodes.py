@@ -17,7 +17,7 @@ from antdist.config.schema import PretrainConfig
 from antdist.data.domain import Domain, Sequences, open_domain, write_domain
 from antdist.distributed import ray_session as session
 from antdist.errors import UserError
-from antdist.features.featurize import featurize
+from antdist.features.featurize import featurize_domains
 from antdist.runs.pretrain import Pretrained, pretrain
 from tests.distributed import test_elastic as elastic
 from tests.distributed.test_elastic import assert_same_curve, assert_same_weights, restarts, stalls, until
@@ -175,9 +175,9 @@ def domain_of_items(folder: Path) -> Domain:
 def test_features_are_made_on_several_nodes_and_are_those_of_one_process(cluster: Any, tmp_path: Path) -> None:
     kinds: dict[str, Any] = {"text": "hashed", "text_dim": 16, "image": "histogram", "price": "log"}
     alone, shared = domain_of_items(tmp_path / "one" / "things"), domain_of_items(tmp_path / "three" / "things")
-    featurize([alone], workers=0, **kinds)
+    featurize_domains([alone], workers=0, **kinds)
     with Seen("MapWorker") as seen:
-        report = featurize([shared], workers=3, threads=2, **kinds)
+        report = featurize_domains([shared], workers=3, threads=2, **kinds)
     assert report.workers == 3 and seen.distinct >= 2
     parts = sorted(path.name for path in (alone.folder / "features").glob("*.npy"))
     assert len(parts) > 16

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from antdist.data.domain import Domain, ItemRecord, open_domain
-from antdist.data.verify import verify
+from antdist.data.verify import verify_domain
 from antdist.distributed.local_ray import share_of_cores
 from antdist.errors import UserError
 from antdist.features import featurize as featurize_module
@@ -22,7 +22,7 @@ from antdist.features.encoders.base import Encoded
 from antdist.features.encoders.image import HistogramImage
 from antdist.features.encoders.price import PriceEncoder, sinusoid
 from antdist.features.encoders.text import _LoadedText, find_text_encoder, open_projection
-from antdist.features.featurize import featurize
+from antdist.features.featurize import featurize_domains
 from antdist.features.table import Catalogue, open_table
 from tests.items import some_items
 
@@ -49,7 +49,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 def test_tables_hold_what_the_encoders_say(make_domain: Any, tiny_bert: Path) -> None:
     items = some_items(10)
     domain = make_domain("books", items)
-    report = featurize([domain], text=str(tiny_bert), image="histogram", price="log", pooling="mean", workers=0)
+    report = featurize_domains([domain], text=str(tiny_bert), image="histogram", price="log", pooling="mean", workers=0)
 
     text = find_text_encoder(str(tiny_bert), pooling="mean", device="cpu").load()(items)
     image = HistogramImage().load()(items)
@@ -78,10 +78,10 @@ def test_tables_hold_what_the_encoders_say(make_domain: Any, tiny_bert: Path) ->
 
 def test_a_finished_table_is_left_alone(make_domain: Any, tiny_bert: Path, calls: list[int]) -> None:
     domain = make_domain("books", some_items(10))
-    featurize([domain], text=str(tiny_bert), price="quantile", workers=0)
+    featurize_domains([domain], text=str(tiny_bert), price="quantile", workers=0)
     assert calls == [4, 4, 2]
     before = files(domain)
-    report = featurize([domain], text=str(tiny_bert), price="quantile", workers=0)
+    report = featurize_domains([domain], text=str(tiny_bert), price="quantile", workers=0)
     assert calls == [4, 4, 2] and files(domain) == before
     assert report.tables[0].encoded_parts == 0 and "3 of 3 parts were finished before" in report.lines()[0]
 
@@ -99,17 +99,17 @@ def test_a_stopped_run_goes_on_where_it_stopped(
 
     monkeypatch.setattr(_LoadedText, "__call__", stop)
     with pytest.raises(KeyboardInterrupt):
-        featurize([domain], text=str(tiny_bert), workers=0)
+        featurize_domains([domain], text=str(tiny_bert), workers=0)
     assert calls == [4] and not (domain.folder / "features" / "text.json").exists()
     with pytest.raises(UserError, match="has no text features"):
         open_table(domain, "text")
     monkeypatch.setattr(_LoadedText, "__call__", counted)
-    report = featurize([domain], text=str(tiny_bert), workers=0)
+    report = featurize_domains([domain], text=str(tiny_bert), workers=0)
     assert calls == [4, 4, 2] and report.tables[0].encoded_parts == 2
     stopped = files(domain)
     for path in (domain.folder / "features").iterdir():
         path.unlink()
-    featurize([domain], text=str(tiny_bert), workers=0)
+    featurize_domains([domain], text=str(tiny_bert), workers=0)
     assert files(domain) == stopped
 
 
@@ -117,14 +117,14 @@ KILLED = """
 import os, signal, sys
 from antdist.data.domain import open_domain
 from antdist.features.encoders import text
-from antdist.features.featurize import featurize
+from antdist.features.featurize import featurize_domains
 real = text._LoadedText.__call__
 def kill(self, items):
     if items[0].index == 8:
         os.kill(os.getpid(), signal.SIGKILL)
     return real(self, items)
 text._LoadedText.__call__ = kill
-featurize([open_domain(sys.argv[1])], text=sys.argv[2], workers=0)
+featurize_domains([open_domain(sys.argv[1])], text=sys.argv[2], workers=0)
 """
 
 
@@ -137,7 +137,7 @@ def test_a_killed_run_goes_on_where_it_stopped(make_domain: Any, tiny_bert: Path
     )
     assert child.returncode == -signal.SIGKILL
     (domain.folder / "features" / ".text-00002.npy.1.tmp").write_bytes(b"half")
-    featurize([domain], text=str(tiny_bert), workers=0)
+    featurize_domains([domain], text=str(tiny_bert), workers=0)
     assert calls == [2]
     open_table(domain, "text").verify()
     assert not list((domain.folder / "features").glob(".*"))
@@ -145,14 +145,14 @@ def test_a_killed_run_goes_on_where_it_stopped(make_domain: Any, tiny_bert: Path
 
 def test_a_damaged_part_alone_is_made_again(make_domain: Any, tiny_bert: Path, calls: list[int]) -> None:
     domain = make_domain("books", some_items(10))
-    featurize([domain], text=str(tiny_bert), workers=0)
+    featurize_domains([domain], text=str(tiny_bert), workers=0)
     before = files(domain)
     part = domain.folder / "features" / "text-00001.npy"
     data = bytearray(part.read_bytes())
     data[-1] ^= 1
     part.write_bytes(data)
     calls.clear()
-    featurize([domain], text=str(tiny_bert), workers=0)
+    featurize_domains([domain], text=str(tiny_bert), workers=0)
     assert calls == [4] and files(domain) == before
 
 
@@ -161,9 +161,9 @@ def test_other_options_make_the_table_anew(
     make_domain: Any, tiny_bert: Path, calls: list[int], change: dict[str, Any]
 ) -> None:
     domain = make_domain("books", some_items(10))
-    featurize([domain], text=str(tiny_bert), workers=0)
+    featurize_domains([domain], text=str(tiny_bert), workers=0)
     calls.clear()
-    featurize([domain], text=str(tiny_bert), workers=0, **change)
+    featurize_domains([domain], text=str(tiny_bert), workers=0, **change)
     assert calls == [4, 4, 2]
     meta = open_table(domain, "text").meta
     assert (
@@ -175,9 +175,9 @@ def test_other_options_make_the_table_anew(
 
 def test_float16_rounds(make_domain: Any, tiny_bert: Path) -> None:
     domain = make_domain("books", some_items(6))
-    featurize([domain], text=str(tiny_bert), price="log", workers=0)
+    featurize_domains([domain], text=str(tiny_bert), price="log", workers=0)
     exact = [open_table(domain, m).rows(np.arange(6))[0] for m in ("text", "price")]
-    featurize([domain], text=str(tiny_bert), price="log", workers=0, dtype="float16")
+    featurize_domains([domain], text=str(tiny_bert), price="log", workers=0, dtype="float16")
     for modality, values in zip(("text", "price"), exact, strict=True):
         rows, _ = open_table(domain, modality).rows(np.arange(6))
         assert rows.dtype == np.float16
@@ -205,19 +205,19 @@ def test_features_that_are_not_finite_name_the_item(
 
     monkeypatch.setattr(_LoadedText, "__call__", spoil)
     with pytest.raises(UserError, match=message):
-        featurize([domain], text=str(tiny_bert), workers=0, dtype=dtype)
+        featurize_domains([domain], text=str(tiny_bert), workers=0, dtype=dtype)
 
 
 def test_a_domain_without_the_modality_gets_a_table_that_says_so(make_domain: Any) -> None:
     bare = make_domain("bare", [ItemRecord(n, f"i{n}", "red lamp", None, []) for n in range(5)])
     full = make_domain("full", some_items(5))
-    report = featurize([bare, full], image="histogram", price="quantile", workers=0)
+    report = featurize_domains([bare, full], image="histogram", price="quantile", workers=0)
     assert open_table(bare, "image").meta.parts == [] and open_table(bare, "price").meta.parts == []
     assert "bare image: no item has it" in report.lines()
     features = Catalogue([bare, full], ["image", "price"]).features(np.arange(10))
     assert not features.present["image"][:5].any() and features.present["image"][5:].any()
     before = files(bare)
-    featurize([bare], image="histogram", price="quantile", workers=0)
+    featurize_domains([bare], image="histogram", price="quantile", workers=0)
     assert files(bare) == before
 
 
@@ -229,34 +229,34 @@ def test_broken_pictures_are_counted(make_domain: Any) -> None:
         r"items-00000\.tar: 1 of 3 pictures cannot be read, 0 may be; item i1: picture 0 is broken: no JPEG.*--max-bad"
     )
     with pytest.raises(UserError, match=told):
-        featurize([domain], image="histogram", workers=0)
+        featurize_domains([domain], image="histogram", workers=0)
     with pytest.raises(UserError, match="has no image features"):
         open_table(domain, "image")
-    report = featurize([domain], image="histogram", max_bad=0.5, workers=0)
+    report = featurize_domains([domain], image="histogram", max_bad=0.5, workers=0)
     assert report.tables[0].encoded_parts == 0  # what was encoded before the cap stopped it is not encoded again
     assert report.tables[0].broken == 1 and "1 broken pictures skipped" in report.lines()[0]
     assert open_table(domain, "image").present.tolist() == [True, False, True]
     record = json.loads((domain.folder / "features" / "quarantine.jsonl").read_text())
     assert record["key"] == "i1" and record["file"].endswith("items-00000.tar")
-    assert verify(domain.folder).problems == [
+    assert verify_domain(domain.folder).problems == [
         f"{record['file']} (000000001): image 0 cannot be decoded: broken (UnidentifiedImageError)"
     ]
 
 
 def test_hashed_text_is_one_encoder_only_if_fitted_together(make_domain: Any, tmp_path: Path) -> None:
     a, b = make_domain("a", some_items(30, 1)), make_domain("b", some_items(30, 2))
-    featurize([a, b], text="hashed", text_dim=6, workers=0)
+    featurize_domains([a, b], text="hashed", text_dim=6, workers=0)
     assert Catalogue([a, b], ["text"]).dims == {"text": 6}
     default = open_projection(tmp_path / "hashed-text.safetensors")
     assert open_table(a, "text").meta.encoder["digest"] == default.digest
     rows = open_table(b, "text").rows(np.arange(30))[0]
     np.testing.assert_allclose(rows, default.load()(some_items(30, 2)).values, atol=1e-6)
 
-    featurize([b], text="hashed", text_dim=6, projection=tmp_path / "of-b-alone", workers=0)
+    featurize_domains([b], text="hashed", text_dim=6, projection=tmp_path / "of-b-alone", workers=0)
     with pytest.raises(UserError, match=r"cannot be mixed: a has hashed .*; b has hashed"):
         Catalogue([a, b], ["text"])
     c = make_domain("c", some_items(30, 3))
-    featurize([b, c], text="hashed", workers=0)  # the first fit is found where it lies
+    featurize_domains([b, c], text="hashed", workers=0)  # the first fit is found where it lies
     assert Catalogue([a, b, c], ["text"]).size == 90
 
 
@@ -268,19 +268,19 @@ def test_the_fit_reads_a_spread_sample_of_many_items(make_domain: Any, monkeypat
     monkeypatch.setattr(
         featurize_module, "fit_projection", lambda texts, *rest: given.append(texts) or real(texts, *rest)
     )
-    featurize([a, b], text="hashed", text_dim=4, workers=0)
+    featurize_domains([a, b], text="hashed", text_dim=4, workers=0)
     sampled = [item.text for seed in (1, 2) for item in some_items(30, seed)[::3]]
     assert given == [[said for said in sampled if said is not None]]
 
 
 def test_nothing_asked_for_is_told(make_domain: Any) -> None:
     with pytest.raises(UserError, match=r"no features asked for.*--text, --image or --price"):
-        featurize([make_domain("books", some_items(3))], workers=0)
+        featurize_domains([make_domain("books", some_items(3))], workers=0)
 
 
 def test_a_reprepared_domain_is_encoded_anew(make_domain: Any, tiny_bert: Path, calls: list[int]) -> None:
     domain = make_domain("books", some_items(10))
-    featurize([domain], text=str(tiny_bert), workers=0)
+    featurize_domains([domain], text=str(tiny_bert), workers=0)
     kept = files(domain)
     shutil.rmtree(domain.folder)
     again = make_domain("books", some_items(7, seed=5))
@@ -290,7 +290,7 @@ def test_a_reprepared_domain_is_encoded_anew(make_domain: Any, tiny_bert: Path, 
     with pytest.raises(UserError, match="made for another manifest"):
         open_table(again, "text")
     calls.clear()
-    featurize([again], text=str(tiny_bert), workers=0)
+    featurize_domains([again], text=str(tiny_bert), workers=0)
     assert calls == [4, 3]
     assert not list((again.folder / "features").glob("text-00002*"))
     open_table(again, "text").verify()
@@ -322,7 +322,7 @@ def test_prices_are_encoded_a_shard_at_a_time(make_domain: Any, monkeypatch: pyt
     monkeypatch.setattr("antdist.features.encoders.price.sinusoid", counting)
     items = [ItemRecord(n, f"i{n}", None, 1.5**n, []) for n in range(11)]
     domain = make_domain("d", items, items_per_shard=4)
-    featurize([domain], price="log", workers=0)
+    featurize_domains([domain], price="log", workers=0)
     assert taken == [4, 4, 3]
     values, present = open_table(domain, "price").rows(np.arange(11))
     assert present.all() and np.array_equal(values, sinusoid(np.linspace(0, 1000, 11)))
@@ -336,13 +336,13 @@ def test_ray_workers_make_the_same_tables(
 
     domains = [make_domain("a", some_items(10, 1)), make_domain("b", some_items(6, 2))]
     options: dict[str, Any] = {"text": str(tiny_bert), "image": "histogram", "price": "log", "device": "cpu"}
-    featurize(domains, workers=0, **options)
+    featurize_domains(domains, workers=0, **options)
     here = [files(domain) for domain in domains]
     for domain in domains:
         for path in (domain.folder / "features").iterdir():
             path.unlink()
     monkeypatch.chdir(tmp_path)
-    report = featurize([open_domain("a"), open_domain("b")], workers=2, threads=1, **options)
+    report = featurize_domains([open_domain("a"), open_domain("b")], workers=2, threads=1, **options)
     assert [files(domain) for domain in domains] == here
     assert not ray.is_initialized()
     assert [table.encoded_parts for table in report.tables] == [3, 3, 2, 2, 3, 2]
@@ -351,5 +351,5 @@ def test_ray_workers_make_the_same_tables(
     (tmp_path / "a" / "features" / "text-00000.npy").unlink()
     damaged.write_bytes(damaged.read_bytes()[:-2000])
     with pytest.raises(UserError, match=rf"{damaged.name}: the file has"):
-        featurize([open_domain("a")], workers=1, threads=1, **options)
+        featurize_domains([open_domain("a")], workers=1, threads=1, **options)
     assert not ray.is_initialized()

@@ -10,13 +10,13 @@ import numpy as np
 import pytest
 
 from antdist.data.domain import Domain, open_domain
-from antdist.data.ingest.append import append
-from antdist.data.ingest.prepare import prepare
-from antdist.data.verify import verify
+from antdist.data.ingest.append import append_to_domain
+from antdist.data.ingest.prepare import prepare_domain
+from antdist.data.verify import verify_domain
 from antdist.errors import UserError
 from antdist.features import featurize as featurize_module
 from antdist.features.encoders.price import PriceEncoder, rescale
-from antdist.features.featurize import featurize
+from antdist.features.featurize import featurize_domains
 from antdist.features.table import Catalogue, open_table
 
 FIRST = [10.0, None, 30.0, 20.0, 40.0]
@@ -33,10 +33,10 @@ def source(folder: Path, prices: list[float | None], first: int, time: int) -> P
 
 
 def grown(tmp_path: Path, *, first: list[float | None], scale: str, featurized: bool) -> Domain:
-    prepare(source(tmp_path / "base", first, 0, 0), domain="d", out=tmp_path, items_per_shard=2)
+    prepare_domain(source(tmp_path / "base", first, 0, 0), domain="d", out=tmp_path, items_per_shard=2)
     if featurized:
-        featurize([open_domain(tmp_path / "d")], text="hashed", text_dim=8, price=scale, workers=0)
-    append(source(tmp_path / "more", LATER, len(first), 100), domain="d", out=tmp_path, items_per_shard=3)
+        featurize_domains([open_domain(tmp_path / "d")], text="hashed", text_dim=8, price=scale, workers=0)
+    append_to_domain(source(tmp_path / "more", LATER, len(first), 100), domain="d", out=tmp_path, items_per_shard=3)
     return open_domain(tmp_path / "d")
 
 
@@ -56,18 +56,18 @@ def test_only_new_items_are_encoded_and_old_rows_stay(tmp_path: Path, scale: str
     with pytest.raises(UserError, match=r"text features of domain d lack 4 items that were appended.*only those"):
         open_table(domain, "text")
     seen: list[str] = []
-    real = featurize_module._refuse_infinite
+    real = featurize_module._check_finite
     monkeypatch.setattr(
         featurize_module,
-        "_refuse_infinite",
+        "_check_finite",
         lambda e, items, *r: (seen.extend(i.item_id for i in items), real(e, items, *r)),
     )
-    report = featurize([domain], text="hashed", text_dim=8, price=scale, workers=0)
+    report = featurize_domains([domain], text="hashed", text_dim=8, price=scale, workers=0)
     assert seen == ["i5", "i6", "i7", "i8"]
     assert [(table.parts, table.encoded_parts) for table in report.tables] == [(5, 2), (5, 2)]
     after = stamps(domain)
     assert all(after[name] == told for name, told in before.items()) and len(after) == len(before) + 8
-    assert verify(domain.folder).ok
+    assert verify_domain(domain.folder).ok
     assert Catalogue([domain], ["text", "price"]).size == 9
 
     rows, present = open_table(domain, "price").rows(np.arange(9))
@@ -83,7 +83,7 @@ def test_only_new_items_are_encoded_and_old_rows_stay(tmp_path: Path, scale: str
 @pytest.mark.parametrize("featurized", [True, False])
 def test_the_scale_is_that_of_the_first_prices_whenever_the_table_is_made(tmp_path: Path, featurized: bool) -> None:
     domain = grown(tmp_path, first=FIRST, scale="quantile", featurized=featurized)
-    featurize([domain], price="quantile", workers=0)
+    featurize_domains([domain], price="quantile", workers=0)
     rows, _ = open_table(domain, "price").rows(np.arange(5))
     values, _ = encoded("quantile", [np.nan if p is None else p for p in FIRST])
     np.testing.assert_array_equal(rows, values)
@@ -91,7 +91,7 @@ def test_the_scale_is_that_of_the_first_prices_whenever_the_table_is_made(tmp_pa
 
 def test_prices_that_came_later_are_their_own_scale(tmp_path: Path) -> None:
     domain = grown(tmp_path, first=[None] * 4, scale="minmax", featurized=True)
-    featurize([domain], price="minmax", workers=0)
+    featurize_domains([domain], price="minmax", workers=0)
     rows, present = open_table(domain, "price").rows(np.arange(8))
     assert present.tolist() == [False] * 4 + [True, True, True, False]
     values, _ = encoded("minmax", [5.0, 25.0, 400.0])
@@ -99,10 +99,10 @@ def test_prices_that_came_later_are_their_own_scale(tmp_path: Path) -> None:
 
 
 def test_without_new_items_the_tables_stay_good(tmp_path: Path) -> None:
-    prepare(source(tmp_path / "base", FIRST, 0, 0), domain="d", out=tmp_path)
-    featurize([open_domain(tmp_path / "d")], text="hashed", text_dim=8, workers=0)
+    prepare_domain(source(tmp_path / "base", FIRST, 0, 0), domain="d", out=tmp_path)
+    featurize_domains([open_domain(tmp_path / "d")], text="hashed", text_dim=8, workers=0)
     (tmp_path / "more.csv").write_text("user_id,item_id,timestamp\nu0,i3,50\n")
-    append(interactions=tmp_path / "more.csv", domain="d", out=tmp_path)
+    append_to_domain(interactions=tmp_path / "more.csv", domain="d", out=tmp_path)
     domain = open_domain(tmp_path / "d")
     assert open_table(domain, "text").meta.fingerprint == domain.manifest.ancestors[0]
-    assert verify(domain.folder).ok
+    assert verify_domain(domain.folder).ok

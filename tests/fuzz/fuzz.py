@@ -38,15 +38,15 @@ from antdist import ragged
 from antdist.config.load import dump_config, load_config
 from antdist.config.schema import PretrainConfig, RelearnConfig, StreamConfig
 from antdist.data.domain import Sequences, open_domain, write_domain
-from antdist.data.images import BadImage, modest
-from antdist.data.ingest.append import append
-from antdist.data.ingest.prepare import prepare, read_source
+from antdist.data.images import BrokenImageError, normalize_image
+from antdist.data.ingest.append import append_to_domain
+from antdist.data.ingest.prepare import prepare_domain, read_source
 from antdist.data.quarantine import Quarantine
 from antdist.data.stream.stream import Stream
-from antdist.data.verify import verify
+from antdist.data.verify import verify_domain
 from antdist.errors import UserError
-from antdist.features.encoders.image import BrokenImageError, read_picture
-from antdist.features.source import item_facts
+from antdist.features.encoders.image import read_picture
+from antdist.features.source import item_metadata
 from antdist.features.table import Catalogue, open_table
 from tests.fuzz import mutations
 from tests.items import picture, some_items
@@ -55,7 +55,7 @@ from tests.worlds import make_domain
 PROJECT = Path(__file__).resolve().parents[2]
 PARSERS = (
     "antdist/data/ingest/readers/files.py", "antdist/data/ingest/readers/columns.py", "antdist/data/ingest/readers/tabular.py",
-    "antdist/data/ingest/readers/amazon.py", "antdist/data/ingest/readers/atomic.py", "antdist/data/ingest/readers/form.py",
+    "antdist/data/ingest/readers/amazon.py", "antdist/data/ingest/readers/atomic.py", "antdist/data/ingest/readers/base.py",
     "antdist/data/quarantine.py", "antdist/data/manifest.py", "antdist/data/shards.py", "antdist/data/images.py",
     "antdist/data/verify.py", "antdist/features/source.py", "antdist/config/load.py",
 )  # fmt: skip
@@ -182,7 +182,7 @@ def _preparing(form: Any) -> Callable[[Path, Random], Any]:
         options["drop_unknown"] = form != "atomic" and random.random() < 0.3
         if random.random() < 0.7:  # the reader alone
             return read_source(folder, format=form, quarantine=Quarantine(shares.get("max_bad", 0.0)))
-        return prepare(folder, format=form, domain="d", out=folder / "out", overwrite=True, **shares, **options)
+        return prepare_domain(folder, format=form, domain="d", out=folder / "out", overwrite=True, **shares, **options)
 
     return use
 
@@ -265,9 +265,9 @@ def _use_domain(folder: Path, random: Random) -> None:
         domain.user_ids,
         lambda: list(domain.items()),
         domain.item_ids,
-        lambda: list(item_facts(domain)),
+        lambda: list(item_metadata(domain)),
         domain.popularity,
-        lambda: verify(folder),
+        lambda: verify_domain(folder),
     ]
     refused = None
     for reading in readings:
@@ -329,7 +329,7 @@ def _grown(folder: Path) -> Files:
         rows = [{"user_id": f"u{n * step}", "item_id": f"n{n % 3}", "timestamp": 100 * step + n} for n in range(8)]
         (source / "interactions.jsonl").write_bytes(_json_lines(rows))
         (source / "items.jsonl").write_bytes(_json_lines([{"item_id": f"n{n}"} for n in range(2 + step)]))
-        append(source, domain="d", out=folder, block_users=2, drop_unknown=True)
+        append_to_domain(source, domain="d", out=folder, block_users=2, drop_unknown=True)
     return _folder_files(folder / "d")
 
 
@@ -364,7 +364,7 @@ def _use_features(folder: Path, random: Random) -> None:
             table.verify()
         except UserError as error:
             refused = error
-    verify(folder)
+    verify_domain(folder)
     Catalogue([domain], ["text", "image"]).features(np.arange(domain.manifest.items))
     if refused is not None:
         raise refused
@@ -443,9 +443,10 @@ def _use_picture(folder: Path, random: Random) -> None:
         with contextlib.suppress(BrokenImageError):
             read_picture(data)
         try:
-            read_picture(modest(data))
-        except BadImage as fault:
-            raise UserError(str(fault)) from None
+            normalized = normalize_image(data)
+        except BrokenImageError as error:
+            raise UserError(str(error)) from None
+        read_picture(normalized)
 
 
 def other_targets() -> list[Target]:

@@ -26,7 +26,7 @@ def test_what_is_no_clean_error_is_a_finding_that_can_be_tried_again(monkeypatch
     def broken(*_: object, **__: object) -> None:
         raise KeyError("deep inside")
 
-    monkeypatch.setattr(prepare_module, "known_items", broken)
+    monkeypatch.setattr(prepare_module, "map_known_items", broken)
     found = fuzz(66, seed=7).findings
     assert found and all("KeyError: 'deep inside'" in finding for finding in found)
     number = int(found[0].split()[0].removeprefix("7:"))

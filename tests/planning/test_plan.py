@@ -105,7 +105,7 @@ def test_windows_are_those_that_users_are_cut_into(mode: str) -> None:
     lengths = np.random.default_rng(0).integers(3, 60, 300)
     train, begin = lengths - 2, ragged.offsets(lengths - 2)
     items = np.zeros(begin[-1], dtype=np.int64)
-    cut: Windows
+    cut: PackedWindows
     if mode == "sequence":
         cut = user_windows(items, begin[:-1], train, np.arange(300), 9)
     else:
@@ -169,7 +169,7 @@ def test_ranks_share_a_step_and_its_batch_stays() -> None:
 
 def test_an_expected_step_is_an_average_batch(tmp_path: Path) -> None:
     """Of prepared domains, through the stream and the deal."""
-    from antdist.data.stream.shard_batch import deal
+    from antdist.data.stream.shard_batch import shard_batch
     from antdist.data.stream.stream import Stream
     from antdist.planning.calibration import step_of
 
@@ -184,7 +184,10 @@ def test_an_expected_step_is_an_average_batch(tmp_path: Path) -> None:
     assert plan.steps_an_epoch == stream.steps_per_epoch
     steps = [
         step_of(
-            deal(batch, rank=0, world_size=1, candidates="in_batch", catalogue_size=800), run.loss, run.model, DIMS
+            shard_batch(batch, rank=0, world_size=1, candidates="in_batch", catalogue_size=800),
+            run.loss,
+            run.model,
+            DIMS,
         ).rank
         for batch in stream.batches(0)
     ]

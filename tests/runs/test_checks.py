@@ -170,7 +170,7 @@ def test_a_cache_that_cannot_hold_what_is_in_use_together_is_refused_with_what_w
     fetched = {path.name for path in (tmp_path / "cache").iterdir()}
     assert fetched == {"lock", domain.manifest.popularity.sha256}, "more than popularity"
     # a disk that has no room for the bound
-    monkeypatch.setattr("antdist.data.cache._free", lambda folder: 1000)
+    monkeypatch.setattr("antdist.data.cache._free_bytes", lambda folder: 1000)
     with pytest.raises(
         UserError, match=rf"data\.cache {tmp_path}/cache: the cache has room .*Free its disk, or name a larger"
     ):

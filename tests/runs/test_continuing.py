@@ -16,12 +16,12 @@ from safetensors.torch import load_file
 from antdist.config.load import check_config
 from antdist.config.schema import PretrainConfig
 from antdist.data.domain import open_domain
-from antdist.data.ingest.append import append
-from antdist.data.ingest.prepare import prepare
+from antdist.data.ingest.append import append_to_domain
+from antdist.data.ingest.prepare import prepare_domain
 from antdist.distributed.ray_session import ray_session
 from antdist.distributed.world import World
 from antdist.errors import UserError
-from antdist.features.featurize import featurize
+from antdist.features.featurize import featurize_domains
 from antdist.model.io import read_card
 from antdist.model.recommender import build_recommender
 from antdist.runs.checks import check_pretrain
@@ -53,11 +53,11 @@ def source(folder: Path, name: str, items: range, first: int, days: int) -> Path
 
 
 def features(data: Path, names: list[str]) -> None:
-    featurize([open_domain(data / name) for name in names], text="hashed", text_dim=8, workers=0)
+    featurize_domains([open_domain(data / name) for name in names], text="hashed", text_dim=8, workers=0)
 
 
 def grow(folder: Path) -> None:
-    append(source(folder / "more", "a", range(20, 25), 9, 6), domain="a", out=folder / "data", block_users=8)
+    append_to_domain(source(folder / "more", "a", range(20, 25), 9, 6), domain="a", out=folder / "data", block_users=8)
     features(folder / "data", ["a", "b"])
 
 
@@ -79,7 +79,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """Domain `a` grown since the run `parent` learned it, and `b`, which that run does not know."""
     folder = tmp_path_factory.mktemp("continuing")
     for name in ("a", "b"):
-        prepare(source(folder / name, name, range(20), 0, 9), domain=name, out=folder / "data", block_users=8)
+        prepare_domain(source(folder / name, name, range(20), 0, 9), domain=name, out=folder / "data", block_users=8)
     features(folder / "data", ["a", "b"])
     place = folder / "runs" / "parent"
     place.mkdir(parents=True)
@@ -178,7 +178,7 @@ def test_refusals(world: Path, tmp_path: Path) -> None:
     check_pretrain(tree(world, "later", model={"dropout": 0.1}, **{"continue": parent}))
 
     shutil.copytree(world / "data" / "b", tmp_path / "other" / "b")
-    featurize([open_domain(tmp_path / "other" / "b")], text="hashed", text_dim=4, workers=0)
+    featurize_domains([open_domain(tmp_path / "other" / "b")], text="hashed", text_dim=4, workers=0)
     told = refused(data={"root": str(tmp_path / "other"), "domains": ["b"]})
     assert told.startswith("features: the text features of the domains are of another encoder (text digest=")
 
@@ -188,7 +188,9 @@ def test_a_run_goes_on_with_the_data_that_it_began_with(world: Path, tmp_path: P
     monkeypatch.setattr("antdist.runs.workers.common.node_is_going", lambda: False)
     for place in ("alone", "grown"):
         for name in ("a", "b"):
-            prepare(source(tmp_path / place / name, name, range(20), 0, 9), domain=name, out=tmp_path / place / "data")
+            prepare_domain(
+                source(tmp_path / place / name, name, range(20), 0, 9), domain=name, out=tmp_path / place / "data"
+            )
         features(tmp_path / place / "data", ["a", "b"])
         (tmp_path / place / "run").mkdir()
     pretraining._train(tree(tmp_path / "alone", "run"), World(), tmp_path / "alone" / "run", None)
@@ -214,7 +216,9 @@ def test_through_ray_and_the_registry_with_lineage(tmp_path: Path, monkeypatch: 
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     for name in ("a", "b"):
-        prepare(source(tmp_path / name, name, range(20), 0, 9), domain=name, out=tmp_path / "data", block_users=8)
+        prepare_domain(
+            source(tmp_path / name, name, range(20), 0, 9), domain=name, out=tmp_path / "data", block_users=8
+        )
     features(tmp_path / "data", ["a", "b"])
     deepspeed = {"engine": "deepspeed"}
     first = tree(tmp_path, "shop", domains=["a", "b"], training=deepspeed)

@@ -22,8 +22,8 @@ import torch
 from antdist import faults
 from antdist.config.schema import ModelConfig
 from antdist.data.domain import Domain, open_domain
-from antdist.data.ingest.append import append
-from antdist.data.ingest.prepare import prepare
+from antdist.data.ingest.append import append_to_domain
+from antdist.data.ingest.prepare import prepare_domain
 from antdist.errors import UserError
 from antdist.features.table import Catalogue
 from antdist.model.io import FeatureSource, ModelCard, save_model
@@ -222,11 +222,11 @@ def test_an_appended_domain_and_the_users_who_wait(tmp_path: Path) -> None:
         + "p,a,5\np,b,6\nq,c,7\n"
     )
     items.write_text("item_id\n" + "".join(f"{item}\n" for item in "abcdef"))
-    prepare(source, domain="food", out=tmp_path / "data", block_users=2)
+    prepare_domain(source, domain="food", out=tmp_path / "data", block_users=2)
     model = save(tmp_path / "model", featured(open_domain(tmp_path / "data" / "food")))
     interactions.write_text("user_id,item_id,timestamp\nv,e,20\np,g,22\nr,a,23\n")
     items.write_text("item_id\ng\nh\n")
-    append(source, domain="food", out=tmp_path / "data", block_users=2)
+    append_to_domain(source, domain="food", out=tmp_path / "data", block_users=2)
     grown = featured(open_domain(tmp_path / "data" / "food"))
 
     report = run(model, grown, tmp_path / "out", n=8)

@@ -10,7 +10,7 @@ import pytest
 
 from antdist.config.schema import LossConfig, ModelConfig, StreamConfig, TrainingConfig
 from antdist.data.domain import open_domain
-from antdist.data.stream.order import shuffled
+from antdist.data.stream.order import permutation
 from antdist.data.stream.stream import Stream
 from antdist.distributed.world import current_world
 from antdist.errors import UserError
@@ -70,7 +70,7 @@ def copies(tmp_path: Path) -> Path:
 def test_a_shard_damaged_on_one_rank_ends_all_ranks_in_mid_epoch(copies: Path) -> None:
     domain = open_domain(copies / "rank1" / "d")
     shards = [shard.name for shard in domain.manifest.sequence_shards]
-    last = shards[int(shuffled(len(shards), domain.fingerprint, 0, 0, "shards")[-1])]  # in the order of epoch 0
+    last = shards[int(permutation(len(shards), domain.fingerprint, 0, 0, "shards")[-1])]  # in the order of epoch 0
     path = domain.folder / last
     data = bytearray(path.read_bytes())
     data[2000] ^= 1

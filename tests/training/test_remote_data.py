@@ -54,7 +54,7 @@ def learn(root: str, cache: Path, bound: int, trouble: bool, environment: dict[s
     training = TrainingConfig(epochs=EPOCHS, log_every=1)
     catalogue = Catalogue(domains, config.modalities)
     stream = Stream(domains, StreamConfig(batch_size=16, streams=1, window_shards=1), max_length=6, seed=0)
-    catalogue.leave_room(stream.bytes_in_reach())
+    catalogue.reserve_cache(stream.working_set_bytes())
     users: list[list[int]] = []
 
     class Noting(Feed):

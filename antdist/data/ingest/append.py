@@ -30,21 +30,29 @@ from antdist.batch import IntArray
 from antdist.data.domain import (
     BLOCK_USERS,
     ITEMS_PER_SHARD,
-    SHORTEST,
+    MIN_INTERACTIONS,
     Domain,
     Sequences,
     UserBlock,
     check_name,
-    in_blocks,
     open_domain,
+    split_into_blocks,
     training_popularity,
     write_array,
     write_items,
     write_pending,
     write_sequences,
 )
-from antdist.data.ingest.prepare import Format, check_sizes, cut, item_records, known_items, order, read_source
-from antdist.data.ingest.readers.form import Item, Source, Tally, tally_lines
+from antdist.data.ingest.prepare import (
+    Format,
+    check_sizes,
+    make_item_records,
+    map_known_items,
+    order_interactions,
+    read_source,
+    truncate_sequences,
+)
+from antdist.data.ingest.readers.base import Item, Source, Tally, format_tally
 from antdist.data.manifest import (
     MANIFEST_NAME,
     Block,
@@ -52,7 +60,7 @@ from antdist.data.manifest import (
     Manifest,
     SequenceShard,
     Superseded,
-    kept_name,
+    archived_manifest_name,
     write_manifest,
 )
 from antdist.data.quarantine import MAX_BAD, Quarantine, write_quarantine
@@ -86,7 +94,7 @@ class AppendReport:
     was: str  # the fingerprint before; the same where there was nothing new
     notes: dict[str, int]
     examples: dict[str, list[str]]
-    set_aside: int
+    quarantined: int
     seconds: float
 
     def lines(self) -> list[str]:
@@ -97,9 +105,9 @@ class AppendReport:
             f"in all {self.users:,} users, {self.items:,} items, {self.interactions:,} interactions; {self.waiting:,} users "
             f"wait for their third interaction",
         ]
-        told += tally_lines(self.notes, self.examples)
-        if self.set_aside:
-            told.append(f"bad records set aside: {self.set_aside:,}")
+        told += format_tally(self.notes, self.examples)
+        if self.quarantined:
+            told.append(f"bad records set aside: {self.quarantined:,}")
         if self.fingerprint == self.was:
             return [*told, f"nothing new: {self.folder} stays as it is, {self.was[:16]}"]
         if self.k_core is not None:
@@ -114,7 +122,7 @@ class AppendReport:
         return asdict(self)
 
 
-def append(
+def append_to_domain(
     source: str | Path | None = None,
     *,
     format: Format = "tabular",
@@ -165,7 +173,7 @@ def append(
         )
         tally = data.tally
         at, new_items = _match_items(old, data, tally)
-        users, places, times = known_items(data, at, drop_unknown, quarantine, "the domain or the items file")
+        users, places, times = map_known_items(data, at, drop_unknown, quarantine, "the domain or the items file")
         del at
         grown = _grow(old, data, users, places, times, tally)
         manifest = old.manifest
@@ -189,7 +197,7 @@ def append(
         was=old.fingerprint,
         notes=tally.counts,
         examples=tally.examples,
-        set_aside=len(quarantine.records),
+        quarantined=len(quarantine.records),
         seconds=time.monotonic() - start,
     )
 
@@ -242,7 +250,7 @@ def _match_items(old: Domain, data: Source, tally: Tally) -> tuple[dict[str, int
     touched = set(data.interactions.item_ids.to_pylist())
     fresh = {item.item_id: item for item in data.items}
     at: dict[str, int] = {}
-    for index, facts in enumerate(track(old.item_facts(), "reading the catalogue", old.manifest.items)):
+    for index, facts in enumerate(track(old.item_metadata(), "reading the catalogue", old.manifest.items)):
         if facts.item_id in touched:
             at[facts.item_id] = index
         given = fresh.pop(facts.item_id, None)
@@ -299,17 +307,17 @@ def _grow(
     users, items, times = users[fresh], items[fresh], times[fresh]
     if last is not None:
         tally.add("interactions earlier than the domain's last", int((times < last).sum()))
-    together, codes = order(
+    together, codes = order_interactions(
         np.concatenate([known, users]),
         np.concatenate([found.sequences.items, items]),
         np.concatenate([found.sequences.times, times]),
     )
     longest = _filter(old, "max_sequence")
     if longest is not None:
-        together = cut(together, longest, tally)
+        together = truncate_sequences(together, longest, tally)
     changed = _changed(found, together, codes)
     lengths = np.diff(together.offsets)
-    live, waiting = changed & (lengths >= SHORTEST), changed & (lengths < SHORTEST)
+    live, waiting = changed & (lengths >= MIN_INTERACTIONS), changed & (lengths < MIN_INTERACTIONS)
 
     grown = np.isin(found.codes, codes[changed])
     superseded = grown & (found.places >= 0)
@@ -415,13 +423,13 @@ def _write(
 ) -> Manifest:
     """The folder of this append, with the old manifest under another name, then the new one in its place: a process that dies
     on the way leaves the domain as it was."""
-    was, folder, name = old.manifest, old.own_folder(), f"append-{len(old.manifest.earlier) + 1:05d}"
+    was, folder, name = old.manifest, old.writable_folder(), f"append-{len(old.manifest.earlier) + 1:05d}"
     partial, prefix = folder / f".{name}.partial", f"{name}/"
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir()
     try:
         faults.at("append", file="items")
-        records = item_records(new_items, {"text": 0, "price": 0, "image": 0}, tally, quarantine, was.items)
+        records = make_item_records(new_items, {"text": 0, "price": 0, "image": 0}, tally, quarantine, was.items)
         item_shards = write_items(partial, records, items_per_shard, first=was.items, prefix=prefix)
         faults.at("append", file="sequences")
         kept = _marked(old, grown)
@@ -453,7 +461,7 @@ def _write(
         )
         if quarantine.records:
             write_quarantine(partial, quarantine.records)
-        shutil.copyfile(folder / MANIFEST_NAME, partial / kept_name(old.fingerprint))
+        shutil.copyfile(folder / MANIFEST_NAME, partial / archived_manifest_name(old.fingerprint))
         for path in [*partial.iterdir(), partial]:
             flush_to_disk(path)
         faults.at("append", file="rename")
@@ -526,4 +534,4 @@ def _waiting(old: Domain, grown: _Grown, block_users: int) -> Iterator[tuple[lis
         gone = [row for row, user in enumerate(ids) if user in grown.taken]
         if len(gone) < len(ids):
             yield [user for user in ids if user not in grown.taken], without(block, np.array(gone, np.int64))
-    yield from in_blocks(*grown.waiting, block_users)
+    yield from split_into_blocks(*grown.waiting, block_users)

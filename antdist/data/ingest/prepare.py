@@ -18,23 +18,23 @@ from antdist import ragged
 from antdist.data.domain import (
     BLOCK_USERS,
     ITEMS_PER_SHARD,
-    SHORTEST,
+    MIN_INTERACTIONS,
     ItemRecord,
     Sequences,
-    check_free,
     check_name,
+    check_target_folder,
     write_domain,
 )
-from antdist.data.images import MISSING, BadImage, load_image
-from antdist.data.ingest.readers.form import Item, Source, Tally, tally_lines
+from antdist.data.images import MISSING, BrokenImageError, load_image
+from antdist.data.ingest.readers.base import Item, Source, Tally, format_tally
 from antdist.data.manifest import Manifest
 from antdist.data.quarantine import (
-    HOPELESS,
+    EARLY_CHECK,
     MAX_BAD,
     QUARANTINE_NAME,
     BadRecord,
     Quarantine,
-    allowed,
+    max_bad_records,
     write_quarantine,
 )
 from antdist.errors import UserError
@@ -61,7 +61,7 @@ class PrepareReport:
     fingerprint: str
     notes: dict[str, int]
     examples: dict[str, list[str]]
-    set_aside: int  # bad records: what and where stands in the domain's quarantine.jsonl
+    quarantined: int  # bad records: what and where stands in the domain's quarantine.jsonl
     seconds: float
 
     def lines(self) -> list[str]:
@@ -70,17 +70,17 @@ class PrepareReport:
             f"{self.domain}: {self.users:,} users, {self.items:,} items, {self.interactions:,} interactions",
             f"items with text {self.with_text:,}, with price {self.with_price:,}, with images {self.with_image:,}",
         ]
-        told += tally_lines(self.notes, self.examples)
-        if self.set_aside:
+        told += format_tally(self.notes, self.examples)
+        if self.quarantined:
             file = Path(self.folder) / QUARANTINE_NAME
-            told.append(f"bad records set aside: {self.set_aside:,}, each with its place and reason in {file}")
+            told.append(f"bad records set aside: {self.quarantined:,}, each with its place and reason in {file}")
         return [*told, f"wrote {self.folder} ({self.blocks:,} blocks, {self.seconds:.1f} s), {self.fingerprint[:16]}"]
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
 
 
-def prepare(
+def prepare_domain(
     source: str | Path | None = None,
     *,
     format: Format = "tabular",
@@ -123,7 +123,7 @@ def prepare(
     start = time.monotonic()
     folder = Path(out) / domain
     check_name(domain)
-    check_free(folder, overwrite)
+    check_target_folder(folder, overwrite)
     _check_options(format, k_core, max_sequence, drop_unknown)
     check_sizes(block_users, items_per_shard, blocks_per_shard)
     quarantine = Quarantine(max_bad)
@@ -139,26 +139,26 @@ def prepare(
     )
     tally = data.tally
     places_by_id = {item.item_id: place for place, item in enumerate(data.items)}
-    users, places, times = known_items(data, places_by_id, drop_unknown, quarantine)
+    users, places, times = map_known_items(data, places_by_id, drop_unknown, quarantine)
     del places_by_id
-    kept = select(users, places, k_core, tally)
+    kept = select_interactions(users, places, k_core, tally)
     if not len(kept):
         raise UserError(
             _emptied(k_core), where=domain, remedy="use a smaller k-core or none, or bring more interactions"
         )
-    sequences, codes = order(users[kept], places[kept], times[kept])
+    sequences, codes = order_interactions(users[kept], places[kept], times[kept])
     catalogue, waiting = data.items, None
     if k_core is None:
         waiting = _waiting(data, users, places, times, kept)
     else:
         sequences, catalogue = _touched(sequences, data.items, k_core, tally)
     if max_sequence is not None:
-        sequences = cut(sequences, max_sequence, tally)
+        sequences = truncate_sequences(sequences, max_sequence, tally)
     counts = {"text": 0, "price": 0, "image": 0}
     manifest = write_domain(
         folder,
         domain,
-        item_records(catalogue, counts, tally, quarantine),
+        make_item_records(catalogue, counts, tally, quarantine),
         sequences,
         data.interactions.user_ids.take(codes).to_pylist(),
         # The notes grow while images are read; the manifest, written last, has them all.
@@ -261,26 +261,26 @@ def _check_options(format: Format, k_core: int | None, max_sequence: int | None,
         raise UserError(what, where="--format", remedy="leave out --k-core, --max-sequence and --drop-unknown")
     if k_core is not None and k_core < 1:
         raise UserError(f"is {k_core}, at least 1 was due", where="--k-core")
-    if max_sequence is not None and max_sequence < SHORTEST:
-        raise UserError(f"is {max_sequence}, at least {SHORTEST} was due", where="--max-sequence")
+    if max_sequence is not None and max_sequence < MIN_INTERACTIONS:
+        raise UserError(f"is {max_sequence}, at least {MIN_INTERACTIONS} was due", where="--max-sequence")
 
 
 # ---------------------------------------------------------------------------------------------------------- filtering
 
 
-def known_items(
+def map_known_items(
     data: Source, at: Mapping[str, int], drop_unknown: bool, quarantine: Quarantine, among: str = "the items file"
 ) -> tuple[IntArray, IntArray, NDArray[Any]]:
     """Users, items (as `at` numbers them) and times of the interactions whose item is known; `among` says for messages where
     items are known from."""
     ids = data.interactions.item_ids.to_pylist()
-    place_of = np.fromiter((at.get(item_id, -1) for item_id in ids), np.int32, len(ids))
-    users, places, times = data.interactions.users, place_of[data.interactions.items], data.interactions.times
+    resolve_place = np.fromiter((at.get(item_id, -1) for item_id in ids), np.int32, len(ids))
+    users, places, times = data.interactions.users, resolve_place[data.interactions.items], data.interactions.times
     unknown = int((places < 0).sum())
     if not unknown:
         return users, places, times
     first = ids[data.interactions.items[np.argmax(places < 0)]]
-    if unknown <= allowed(len(places), quarantine.max_bad):
+    if unknown <= max_bad_records(len(places), quarantine.max_bad):
         for code, count in enumerate(np.bincount(data.interactions.items[places < 0])):
             if count:
                 what = f"{count:,} interactions with an item that is not in {among}"
@@ -293,14 +293,14 @@ def known_items(
     return users[known], places[known], times[known]
 
 
-def select(users: IntArray, items: IntArray, k_core: int | None, tally: Tally) -> NDArray[np.int64]:
+def select_interactions(users: IntArray, items: IntArray, k_core: int | None, tally: Tally) -> NDArray[np.int64]:
     """Positions of the interactions that stay, in input order: by iterative k-core, or users of three or more alone.
 
     Args:
         users, items: (T,) code of each interaction's user and item.
         k_core: least interactions of a user (but never fewer than three) and of an item; None: no k-core.
     """
-    least_user, least_item = (SHORTEST, 0) if k_core is None else (max(k_core, SHORTEST), k_core)
+    least_user, least_item = (MIN_INTERACTIONS, 0) if k_core is None else (max(k_core, MIN_INTERACTIONS), k_core)
     kept, kept_users, kept_items = np.arange(len(users)), users, items
     while True:
         enough = (np.bincount(kept_users) >= least_user)[kept_users]
@@ -323,7 +323,7 @@ def _waiting(
     short[kept] = False
     if not short.any():
         return None
-    sequences, codes = order(users[short], items[short], times[short])
+    sequences, codes = order_interactions(users[short], items[short], times[short])
     return sequences, data.interactions.user_ids.take(codes).to_pylist()
 
 
@@ -349,7 +349,7 @@ def _touched(sequences: Sequences, items: list[Item], k_core: int, tally: Tally)
 # ----------------------------------------------------------------------------------------------------------- ordering
 
 
-def order(users: IntArray, items: IntArray, times: NDArray[Any]) -> tuple[Sequences, NDArray[np.int64]]:
+def order_interactions(users: IntArray, items: IntArray, times: NDArray[Any]) -> tuple[Sequences, NDArray[np.int64]]:
     """Users one after the other by code, each in time order; equal times keep the input's order.
 
     Returns the sequences and the code of each user in them.
@@ -365,7 +365,7 @@ def order(users: IntArray, items: IntArray, times: NDArray[Any]) -> tuple[Sequen
     return Sequences(offsets, items[by_user_and_time].astype(np.int64), in_order.astype(np.int64)), codes
 
 
-def cut(sequences: Sequences, longest: int, tally: Tally) -> Sequences:
+def truncate_sequences(sequences: Sequences, longest: int, tally: Tally) -> Sequences:
     """Every user cut to the most recent `longest` interactions."""
     lengths = np.diff(sequences.offsets)
     to_end = np.repeat(sequences.offsets[1:], lengths) - np.arange(len(sequences.items))
@@ -378,7 +378,7 @@ def cut(sequences: Sequences, longest: int, tally: Tally) -> Sequences:
 # -------------------------------------------------------------------------------------------------------------- items
 
 
-def item_records(
+def make_item_records(
     items: list[Item], counts: dict[str, int], tally: Tally, quarantine: Quarantine, first: int = 0
 ) -> Iterator[ItemRecord]:
     """The items, with indices from `first` on, with their image bytes; counts what is there, and tallies images that cannot be
@@ -391,11 +391,11 @@ def item_records(
             seen += 1
             try:
                 images.append(load_image(path))
-            except BadImage as fault:
+            except BrokenImageError as fault:
                 tally.add(f"images dropped: {fault}", example=f"{path} of item {item.item_id}")
                 if str(fault) != MISSING:
                     broken.append(BadRecord(str(path), None, item.item_id, f"image dropped: {fault}"))
-                    if len(broken) % HOPELESS == 0:
+                    if len(broken) % EARLY_CHECK == 0:
                         _check_images(broken, seen, quarantine)
         counts["text"] += item.text is not None
         counts["price"] += item.price is not None
@@ -406,7 +406,7 @@ def item_records(
 
 
 def _check_images(broken: list[BadRecord], seen: int, quarantine: Quarantine) -> None:
-    most = allowed(seen, quarantine.max_bad)
+    most = max_bad_records(seen, quarantine.max_bad)
     if len(broken) > most:
         raise UserError(
             f"{len(broken):,} of {seen:,} images cannot be used, {most:,} may be: {broken[0].reason} "
@@ -432,6 +432,6 @@ def _report(
         fingerprint=manifest.fingerprint,
         notes=tally.counts,
         examples=tally.examples,
-        set_aside=len(quarantine.records),
+        quarantined=len(quarantine.records),
         seconds=seconds,
     )

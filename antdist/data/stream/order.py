@@ -19,7 +19,7 @@ from antdist import ragged
 from antdist.batch import IntArray
 
 
-def shuffled(count: int, *key: int | str) -> IntArray:
+def permutation(count: int, *key: int | str) -> IntArray:
     """A permutation of 0..count-1 that depends on `count` and `key` alone.
 
     It sorts the raw output of PCG64, which numpy promises to keep from version to version (its `permutation` is not).
@@ -29,7 +29,7 @@ def shuffled(count: int, *key: int | str) -> IntArray:
     return np.argsort(raw, kind="stable")
 
 
-def taken(sizes: Sequence[int], first: int) -> tuple[int, ...]:
+def merge_counts(sizes: Sequence[int], first: int) -> tuple[int, ...]:
     """How many of the `first` first units of an even merge come from each of several streams.
 
     Unit j of a stream of n units stands at time (2j + 1) / 2n, so each stream is spread evenly over the whole; ties go to
@@ -95,7 +95,7 @@ def canonical_streams(
 
     A domain with fewer shards than `streams` has as many streams as shards.
     """
-    shards = shuffled(len(units), *key, "shards").tolist()
+    shards = permutation(len(units), *key, "shards").tolist()
     streams = min(streams, len(shards))
     return tuple(
         _canonical_stream(units, shards[s::streams], window_shards, window_blocks, (*key, s)) for s in range(streams)
@@ -113,7 +113,7 @@ def _canonical_stream(
     groups = []
     for w, window in enumerate(windows):
         blocks = [(shard, block) for shard in window for block in range(len(units[shard]))]
-        blocks = [blocks[i] for i in shuffled(len(blocks), *key, "blocks", w)]
+        blocks = [blocks[i] for i in permutation(len(blocks), *key, "blocks", w)]
         for i in range(0, len(blocks), window_blocks):
             group = tuple(blocks[i : i + window_blocks])
             groups.append(Group(w, group, sum(units[shard][block] for shard, block in group)))

@@ -17,7 +17,7 @@ FloatArray = NDArray[np.float64]
 SPARSE = 32  # items of the catalogue for each id of a micro-batch: above it ids are sorted (65,000 take a millisecond)
 
 
-def assign(lengths: IntArray, parts: int) -> IntArray:
+def assign_windows(lengths: IntArray, parts: int) -> IntArray:
     """Which part each window goes to, (W,): longest first, there and back again over the parts.
 
     With W >= parts every part gets a window, and the tokens of two parts differ by no more than the longest window.
@@ -28,7 +28,7 @@ def assign(lengths: IntArray, parts: int) -> IntArray:
     return np.where(row % 2 == 0, column, parts - 1 - column)
 
 
-def select(batch: GlobalBatch, windows: IntArray) -> GlobalBatch:
+def select_windows(batch: GlobalBatch, windows: IntArray) -> GlobalBatch:
     """Some windows of a batch (increasing numbers) with their predictions; none is allowed."""
     begin = batch.offsets[windows]
     lengths = batch.offsets[windows + 1] - begin
@@ -47,15 +47,15 @@ def select(batch: GlobalBatch, windows: IntArray) -> GlobalBatch:
     )
 
 
-def split(batch: GlobalBatch, parts: int) -> list[GlobalBatch]:
+def split_batch(batch: GlobalBatch, parts: int) -> list[GlobalBatch]:
     """Micro-batches: whole windows in their order, tokens balanced. With fewer windows than parts some are empty."""
     if parts == 1:
         return [batch]
-    part = assign(np.diff(batch.offsets), parts)
-    return [select(batch, np.flatnonzero(part == p)) for p in range(parts)]
+    part = assign_windows(np.diff(batch.offsets), parts)
+    return [select_windows(batch, np.flatnonzero(part == p)) for p in range(parts)]
 
 
-def deal(
+def shard_batch(
     batch: GlobalBatch,
     *,
     rank: int,
@@ -64,7 +64,7 @@ def deal(
     catalogue_size: int,
     samples: int = 0,
     log_q: bool = False,
-    heaps: IntArray | None = None,
+    cumulative_counts: IntArray | None = None,
     seed: int = 0,
     step: int = 0,
 ) -> Batch:
@@ -81,11 +81,11 @@ def deal(
       candidate of its own predictions only); target_bias = -log(samples q_c) with `log_q`, else none.
 
     Args:
-        heaps: (catalogue_size + 1,) running sum from 0 of popularity + 1, needed with `log_q` only.
+        cumulative_counts: (catalogue_size + 1,) running sum from 0 of popularity + 1, needed with `log_q` only.
         seed, step: of the draws of `sampled`; give each micro-batch a step of its own.
     """
-    assert not log_q or heaps is not None or candidates == "catalogue"
-    heaps = heaps if log_q else None
+    assert not log_q or cumulative_counts is not None or candidates == "catalogue"
+    cumulative_counts = cumulative_counts if log_q else None
     bias: FloatArray | None = None
     target_bias: FloatArray | None = None
     if candidates == "catalogue":
@@ -94,16 +94,16 @@ def deal(
     else:
         draws = np.empty(0, dtype=np.int64)
         if candidates == "sampled":
-            draws = _draw(samples, catalogue_size, heaps, seed, step)
+            draws = _draw(samples, catalogue_size, cumulative_counts, seed, step)
         item_ids, (items, targets, draws) = _numbered(catalogue_size, batch.items, batch.targets, draws)
         batch = replace(batch, items=items, targets=targets)
         chosen, counts, drawn = _tally(targets, draws, len(item_ids))
         repeats = drawn if candidates == "sampled" else counts
-        bias, target_bias = _biases(repeats, item_ids[chosen], heaps, samples=max(1, len(draws)))
-    mine = select(batch, np.flatnonzero(assign(np.diff(batch.offsets), world_size) == rank))
+        bias, target_bias = _biases(repeats, item_ids[chosen], cumulative_counts, samples=max(1, len(draws)))
+    mine = select_windows(batch, np.flatnonzero(assign_windows(np.diff(batch.offsets), world_size) == rank))
     places = np.empty(len(item_ids), dtype=np.int64)  # where a row stands in the candidates
     places[chosen] = np.arange(len(chosen))
-    begin, end = share(len(item_ids), rank, world_size)
+    begin, end = partition_rows(len(item_ids), rank, world_size)
     own_begin, own_end = np.searchsorted(chosen, [begin, end]).tolist()
     return Batch(
         item_ids=torch.from_numpy(item_ids),
@@ -122,7 +122,7 @@ def deal(
     )
 
 
-def share(rows: int, rank: int, world_size: int) -> tuple[int, int]:
+def partition_rows(rows: int, rank: int, world_size: int) -> tuple[int, int]:
     """Which of `rows` rows are this rank's: even runs, the first ranks get one more where it does not divide."""
     each, over = divmod(rows, world_size)
     begin = rank * each + min(rank, over)
@@ -154,21 +154,21 @@ def _tally(targets: IntArray, draws: IntArray, rows: int) -> tuple[IntArray, Int
     return chosen, counts[chosen], drawn[chosen]
 
 
-def _draw(samples: int, catalogue_size: int, heaps: IntArray | None, seed: int, step: int) -> IntArray:
+def _draw(samples: int, catalogue_size: int, cumulative_counts: IntArray | None, seed: int, step: int) -> IntArray:
     random = np.random.default_rng([seed, step])
-    if heaps is None:
+    if cumulative_counts is None:
         return random.integers(catalogue_size, size=samples)
-    return np.searchsorted(heaps[1:], random.integers(heaps[-1], size=samples), side="right")
+    return np.searchsorted(cumulative_counts[1:], random.integers(cumulative_counts[-1], size=samples), side="right")
 
 
 def _biases(
-    repeats: IntArray, ids: IntArray, heaps: IntArray | None, samples: int
+    repeats: IntArray, ids: IntArray, cumulative_counts: IntArray | None, samples: int
 ) -> tuple[FloatArray, FloatArray | None]:
     with np.errstate(divide="ignore"):  # log 0 = -inf is meant: never drawn, so nobody's negative
         bias = np.log(repeats.astype(np.float64))
-    if heaps is None:
+    if cumulative_counts is None:
         return bias, None
     # Each item counts once more than it occurs, so that no probability is 0.
-    chance = (heaps[ids + 1] - heaps[ids]) / heaps[-1]
+    chance = (cumulative_counts[ids + 1] - cumulative_counts[ids]) / cumulative_counts[-1]
     correction = np.log(samples * chance)
     return bias - correction, -correction

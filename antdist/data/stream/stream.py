@@ -24,9 +24,9 @@ from antdist import ragged
 from antdist.batch import GlobalBatch, IntArray
 from antdist.config.schema import StreamConfig
 from antdist.data.domain import Domain
-from antdist.data.places import RemotePath, bring
-from antdist.data.stream.order import CanonicalStream, canonical_streams, quotas, shuffled, taken
-from antdist.data.stream.windows import Windows, concatenate, prefix_windows, user_windows
+from antdist.data.places import RemotePath, fetch_files
+from antdist.data.stream.order import CanonicalStream, canonical_streams, merge_counts, permutation, quotas
+from antdist.data.stream.windows import PackedWindows, concatenate_windows, prefix_windows, user_windows
 from antdist.errors import UserError
 
 ORDER_VERSION = 1  # raise it when the same configuration comes to give another order
@@ -90,7 +90,7 @@ class Stream:
         """What a checkpoint keeps; `batch` is the next one to give."""
         return StreamState(self.order, epoch, batch)
 
-    def check(self, state: StreamState) -> None:
+    def check_state(self, state: StreamState) -> None:
         """Raise UserError, saying what differs, unless `state` was made by a stream of the same order."""
         grown = {domain.name: domain.manifest.ancestors for domain in self.domains}
         differences = list(_differences(state.order, self.order, grown))
@@ -117,7 +117,7 @@ class Stream:
                 remedy="raise stream.batch_size, or lower ray.workers or training.accumulation",
             )
 
-    def bytes_in_reach(self) -> int:
+    def working_set_bytes(self) -> int:
         """Bytes of the remote shards that may be in use together on a node: of each canonical stream the window that the
         slowest rank reads, the one after it, and the one that the fastest reads ahead. Where the cache has room for them,
         each shard is fetched once a pass, for all ranks."""
@@ -140,7 +140,7 @@ class Stream:
             readers = [_DomainReader(self, d, background) for d in range(len(self.domains))]
             for index, spans in self._spans(epoch, start):
                 pieces = [piece for d, first, last in spans for piece in readers[d].take(first, last)]
-                batch = GlobalBatch(epoch=epoch, index=index, **concatenate(pieces))
+                batch = GlobalBatch(epoch=epoch, index=index, **concatenate_windows(pieces))
                 if batch.predictions:
                     yield batch
         finally:
@@ -164,7 +164,7 @@ class Stream:
         """Have the shards of a remote domain fetched side by side."""
         domain = self.domains[d]
         there = domain.manifest.sequence_shards
-        bring(domain.folder, [there[shard] for shard in shards if (domain.name, shard) not in self._kept])
+        fetch_files(domain.folder, [there[shard] for shard in shards if (domain.name, shard) not in self._kept])
 
     def _spans(self, epoch: int, start: int) -> Iterator[tuple[int, list[tuple[int, int, int]]]]:
         """For each batch its number and, by domain, which of the domain's units (counted over all epochs) it takes."""
@@ -172,9 +172,9 @@ class Stream:
         base = [epoch * q for q in self._quotas]
         if self.config.batches == "mixed":
             total, steps = sum(self._quotas), self.steps_per_epoch
-            before = taken(self._quotas, start * total // steps)
+            before = merge_counts(self._quotas, start * total // steps)
             for index in range(start, steps):
-                after = taken(self._quotas, (index + 1) * total // steps)
+                after = merge_counts(self._quotas, (index + 1) * total // steps)
                 yield (
                     index,
                     [(d, b + lo, b + hi) for d, (b, lo, hi) in enumerate(zip(base, before, after, strict=True))],
@@ -183,7 +183,7 @@ class Stream:
             return
         # Which domain each batch is of: every domain as often as it has steps, in an order drawn for the epoch.
         turns = np.repeat(np.arange(len(self._steps)), self._steps)
-        turns = turns[shuffled(len(turns), *(d.fingerprint for d in self.domains), self.seed, epoch, "turns")]
+        turns = turns[permutation(len(turns), *(d.fingerprint for d in self.domains), self.seed, epoch, "turns")]
         done = np.bincount(turns[:start], minlength=len(self._steps)).tolist()
         for index in range(start, self.steps_per_epoch):
             d = int(turns[index])
@@ -206,14 +206,14 @@ class _DomainReader:
         self.number = -1  # of the pass that is open
         self.readers: list[_CanonicalReader] = []
 
-    def take(self, first: int, last: int) -> Iterator[tuple[Windows, int, int]]:
+    def take(self, first: int, last: int) -> Iterator[tuple[PackedWindows, int, int]]:
         while first < last:
             number, begin = divmod(first, self.size)
             end = min(begin + last - first, self.size)
             if number != self.number:
                 self._open(number)
             sizes = [reader.layout.units for reader in self.readers]
-            for reader, lo, hi in zip(self.readers, taken(sizes, begin), taken(sizes, end), strict=True):
+            for reader, lo, hi in zip(self.readers, merge_counts(sizes, begin), merge_counts(sizes, end), strict=True):
                 yield from reader.take(lo, hi)
             first += end - begin
 
@@ -241,7 +241,7 @@ class _CanonicalReader:
         self.next: tuple[int, Future[dict[int, list[Block]]]] | None = None  # the window that is read ahead
         self.begin, self.end = 0, 0  # the units of the chunk
 
-    def take(self, first: int, last: int) -> Iterator[tuple[Windows, int, int]]:
+    def take(self, first: int, last: int) -> Iterator[tuple[PackedWindows, int, int]]:
         while first < last:
             if not self.begin <= first < self.end:
                 self._open(first)
@@ -293,7 +293,7 @@ class _CanonicalReader:
         self.lengths = np.concatenate([np.diff(o) for o, _, _ in blocks]) - 2  # less validation and test item
         self.users = np.concatenate([np.arange(first, first + len(o) - 1) for o, _, first in blocks])
         self.predictions = ragged.offsets(self.lengths - 1)
-        self.shuffle = shuffled(layout.units, *self.key, "units", group)
+        self.shuffle = permutation(layout.units, *self.key, "units", group)
         self.group = group
 
 

@@ -15,7 +15,7 @@ from antdist.batch import IntArray
 
 
 @dataclass(frozen=True)
-class Windows:
+class PackedWindows:
     """Packed windows (W), their tokens (T) and predictions (P), of a run of units (U); as in `GlobalBatch`."""
 
     items: IntArray  # (T,)
@@ -27,7 +27,9 @@ class Windows:
     first_prediction: IntArray  # (W + 1,) of each window
 
 
-def user_windows(items: IntArray, begin: IntArray, lengths: IntArray, users: IntArray, max_length: int) -> Windows:
+def user_windows(
+    items: IntArray, begin: IntArray, lengths: IntArray, users: IntArray, max_length: int
+) -> PackedWindows:
     """All windows of some users (`sequence` mode): every prediction once, each with as much context as half a window.
 
     A user's inputs are its training part but the last item. The first window reads the first `max_length` of them and
@@ -51,7 +53,7 @@ def user_windows(items: IntArray, begin: IntArray, lengths: IntArray, users: Int
     offsets = ragged.offsets(size)
     source = ragged.ranges(begin[unit] + start, size)
     predict_at = ragged.ranges(offsets[:-1] + known, size - known)
-    return Windows(
+    return PackedWindows(
         items=items[source],
         offsets=offsets,
         predict_at=predict_at,
@@ -62,7 +64,9 @@ def user_windows(items: IntArray, begin: IntArray, lengths: IntArray, users: Int
     )
 
 
-def prefix_windows(items: IntArray, begin: IntArray, position: IntArray, users: IntArray, max_length: int) -> Windows:
+def prefix_windows(
+    items: IntArray, begin: IntArray, position: IntArray, users: IntArray, max_length: int
+) -> PackedWindows:
     """One window for each of some predictions (`prefix` mode): the last `max_length` items before the target.
 
     Args:
@@ -75,7 +79,7 @@ def prefix_windows(items: IntArray, begin: IntArray, position: IntArray, users: 
     target = begin + position
     offsets = ragged.offsets(size)
     units = np.arange(len(begin) + 1)
-    return Windows(
+    return PackedWindows(
         items=items[ragged.ranges(target - size, size)],
         offsets=offsets,
         predict_at=offsets[1:] - 1,
@@ -86,7 +90,7 @@ def prefix_windows(items: IntArray, begin: IntArray, position: IntArray, users: 
     )
 
 
-def concatenate(pieces: Sequence[tuple[Windows, int, int]]) -> dict[str, IntArray]:
+def concatenate_windows(pieces: Sequence[tuple[PackedWindows, int, int]]) -> dict[str, IntArray]:
     """The windows of units [first, last) of each piece, end to end, as the array fields of a `GlobalBatch`."""
     items, offsets, predict_at, targets, users = [], [np.zeros(1, dtype=np.int64)], [], [], []
     tokens = 0

@@ -26,8 +26,8 @@ def draw_item(rng: np.random.Generator, *, shape: int, colour: int, texture: int
 
     ink = COLOURS[colour] * rng.uniform(0.85, 1.1) + rng.normal(0, 12, 3)
     ground = rng.uniform(205, 250) + rng.normal(0, 6, 3)
-    shade = np.where(_texture(texture, x, y), 1.0, 0.55)
-    picture = np.where(_shape(shape, x, y)[..., None], ink * shade[..., None], ground)
+    shade = np.where(_texture_mask(texture, x, y), 1.0, 0.55)
+    picture = np.where(_shape_mask(shape, x, y)[..., None], ink * shade[..., None], ground)
     picture += rng.normal(0, 4, (pixels, pixels, 1))
 
     buffer = io.BytesIO()
@@ -35,7 +35,7 @@ def draw_item(rng: np.random.Generator, *, shape: int, colour: int, texture: int
     return buffer.getvalue()
 
 
-def _shape(shape: int, x: Plane, y: Plane) -> NDArray[np.bool_]:
+def _shape_mask(shape: int, x: Plane, y: Plane) -> NDArray[np.bool_]:
     """Where the shape is, on coordinates in which it reaches from -1 to 1."""
     radius, far, near = np.hypot(x, y), np.maximum(abs(x), abs(y)), np.minimum(abs(x), abs(y))
     match SHAPES[shape]:
@@ -53,7 +53,7 @@ def _shape(shape: int, x: Plane, y: Plane) -> NDArray[np.bool_]:
             return (y < 0.8) & (y > 2 * abs(x) - 1)
 
 
-def _texture(texture: int, x: Plane, y: Plane) -> NDArray[np.bool_]:
+def _texture_mask(texture: int, x: Plane, y: Plane) -> NDArray[np.bool_]:
     """Where the shape is light rather than dark."""
     across, along = np.sin(9 * x) > 0, np.sin(9 * y) > 0
     match TEXTURES[texture]:

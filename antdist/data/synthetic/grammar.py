@@ -43,7 +43,7 @@ RULES = (
     Rule("tier", values=3, lag=1, probability=0.4),  # in the price only
 )
 BREAK = 0.08  # probability that a step starts afresh, none of the rules holding
-SHORTEST, LONGEST = 5, 40  # items of a user
+MIN_INTERACTIONS, LONGEST = 5, 40  # items of a user
 SKEW = 0.6  # exponent of the popularity over ranks
 TRIES = 50  # draws of an item that is new to the user and satisfies the rules
 
@@ -69,13 +69,13 @@ def generator(seed: int, domain: str, purpose: str) -> np.random.Generator:
 def make_domain(name: str, *, users: int, items: int, mean_length: float, seed: int) -> SyntheticDomain:
     """The catalogue and the walks of one domain: a function of its arguments alone."""
     rng = generator(seed, name, "catalogue")
-    attributes = {rule.attribute: _spread(rng, items, rule.values) for rule in RULES}
+    attributes = {rule.attribute: _spread_evenly(rng, items, rule.values) for rule in RULES}
     successors = {rule.attribute: (np.arange(rule.values) + 1) % rule.values for rule in RULES}
     successors["category"] = _random_cycle(rng, len(successors["category"]))
     weights = rng.permutation((np.arange(items, dtype=np.float64) + 0.02 * items) ** -SKEW)
 
     rng = generator(seed, name, "walks")
-    lengths = SHORTEST + rng.geometric(1 / (mean_length - SHORTEST + 1), users) - 1
+    lengths = MIN_INTERACTIONS + rng.geometric(1 / (mean_length - MIN_INTERACTIONS + 1), users) - 1
     lengths = np.minimum(lengths, min(LONGEST, items // 2))
     paths, fresh = _walk(rng, attributes, successors, weights, lengths)
     real = np.arange(paths.shape[1]) < lengths[:, None]
@@ -89,7 +89,7 @@ def shuffle_orders(offsets: IntArray, items: IntArray, seed: int) -> IntArray:
     return items[np.lexsort((np.random.default_rng(seed).random(len(items)), users))]
 
 
-def _spread(rng: np.random.Generator, items: int, values: int) -> IntArray:
+def _spread_evenly(rng: np.random.Generator, items: int, values: int) -> IntArray:
     """Each value equally often, in random order."""
     return rng.permutation(np.arange(items) % values)
 
@@ -153,7 +153,7 @@ class _Shelves:
         for each in np.unique(mask):
             rows = np.flatnonzero(mask == each)
             order, cumulative, bounds = self._sorted(int(each))
-            key = _key(int(each), [values[rows] for values in wanted])
+            key = _combination_key(int(each), [values[rows] for values in wanted])
             start, end = bounds[key], bounds[key + 1]
             height = cumulative[start] + dice[rows] * (cumulative[end] - cumulative[start])
             place = np.clip(np.searchsorted(cumulative, height, side="right") - 1, start, np.maximum(end - 1, start))
@@ -163,7 +163,7 @@ class _Shelves:
     def _sorted(self, mask: int) -> tuple[IntArray, NDArray[np.float64], IntArray]:
         """Items sorted by the masked attributes, their cumulative weight, and where each combination starts."""
         if mask not in self.sorted:
-            key = _key(mask, self.attributes)
+            key = _combination_key(mask, self.attributes)
             order = np.argsort(key, kind="stable")
             cumulative = np.concatenate([[0.0], np.cumsum(self.weights[order])])
             combinations = int(np.prod([rule.values for rule in RULES]))
@@ -171,7 +171,7 @@ class _Shelves:
         return self.sorted[mask]
 
 
-def _key(mask: int, values: list[IntArray]) -> IntArray:
+def _combination_key(mask: int, values: list[IntArray]) -> IntArray:
     """One number for the values of the masked attributes; the others count as 0."""
     key = np.zeros_like(values[0])
     for bit, (rule, value) in enumerate(zip(RULES, values, strict=True)):

@@ -21,13 +21,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from antdist.data.synthetic.drawing import draw_item
-from antdist.data.synthetic.grammar import LONGEST, SHORTEST, SyntheticDomain, generator, make_domain
+from antdist.data.synthetic.grammar import LONGEST, MIN_INTERACTIONS, SyntheticDomain, generator, make_domain
 from antdist.errors import UserError
 from antdist.io.progress import track
 
 TARGET = "workshop"
 AUXILIARIES = ("garden", "kitchen", "toys", "office", "music", "pets", "sports")
-FEWEST_ITEMS = 4 * SHORTEST
+FEWEST_ITEMS = 4 * MIN_INTERACTIONS
 
 # Words that every domain uses, by value of the attribute; the first of each is the usual one.
 STAGES = (
@@ -82,7 +82,7 @@ FIRST_DAY, DAY = 1_672_531_200, 86_400  # 1 January 2023, in seconds
 
 
 @dataclass(frozen=True)
-class SynthDomain:
+class GeneratedDomain:
     """What was written of one domain."""
 
     name: str
@@ -95,12 +95,12 @@ class SynthDomain:
 
 
 @dataclass(frozen=True)
-class SynthReport:
+class WorldReport:
     """What was written, and which domain is meant as the target (the last)."""
 
     folder: Path
     target: str
-    domains: list[SynthDomain]
+    domains: list[GeneratedDomain]
 
     def lines(self) -> list[str]:
         return [
@@ -113,7 +113,7 @@ class SynthReport:
         return {"folder": str(self.folder), "target": self.target, "domains": [asdict(d) for d in self.domains]}
 
 
-def synth(
+def generate_world(
     out: str | Path,
     *,
     domains: int | Sequence[str] = 4,
@@ -126,7 +126,7 @@ def synth(
     with_images: bool = True,
     pixels: int = 64,
     seed: int = 0,
-) -> SynthReport:
+) -> WorldReport:
     """Generate a world of auxiliary domains and, last, a target domain, below the folder `out`.
 
     Args:
@@ -144,7 +144,7 @@ def synth(
     _check_range("domains", domains if isinstance(domains, int) else len(domains), 1)
     _check_range("users", min(users, target_users), 1)
     _check_range("items", min(items, target_items), FEWEST_ITEMS)
-    _check_range("mean_length", mean_length, SHORTEST, LONGEST)
+    _check_range("mean_length", mean_length, MIN_INTERACTIONS, LONGEST)
     _check_range("missing", missing, 0, 1 / 3)
     _check_range("pixels", pixels, 16, 1024)
     _check_range("seed", seed, 0)
@@ -158,7 +158,7 @@ def synth(
         shutil.rmtree(partial, ignore_errors=True)
         written.append(_write_domain(partial, domain, missing, pixels if with_images else None, seed))
         partial.rename(out / name)
-    return SynthReport(out, names[-1], written)
+    return WorldReport(out, names[-1], written)
 
 
 def _names(domains: int | Sequence[str]) -> list[str]:
@@ -186,13 +186,15 @@ def _check_range(key: str, value: float, least: float, most: float | None = None
         raise UserError(f"{value} is out of range", where=key, remedy=f"give {limits}")
 
 
-def _write_domain(folder: Path, domain: SyntheticDomain, missing: float, pixels: int | None, seed: int) -> SynthDomain:
+def _write_domain(
+    folder: Path, domain: SyntheticDomain, missing: float, pixels: int | None, seed: int
+) -> GeneratedDomain:
     folder.mkdir(parents=True)
     size = len(domain.weights)
     dice = generator(seed, domain.name, "missing").random(size)
     has_text, has_price = dice >= missing, (dice < 2 * missing) | (dice >= 3 * missing)
     has_picture = ((dice < missing) | (dice >= 2 * missing)) & (pixels is not None)
-    texts, prices = describe(domain, seed), price(domain, seed)
+    texts, prices = write_texts(domain, seed), draw_prices(domain, seed)
     if pixels is not None:
         _write_pictures(folder / "images", domain, has_picture, pixels, seed)
     records = [
@@ -206,7 +208,7 @@ def _write_domain(folder: Path, domain: SyntheticDomain, missing: float, pixels:
     ]
     _write_gzip(folder / "items.jsonl.gz", "".join(json.dumps(record) + "\n" for record in records))
     _write_gzip(folder / "interactions.csv.gz", _interactions(domain, seed))
-    return SynthDomain(
+    return GeneratedDomain(
         domain.name,
         users=len(domain.offsets) - 1,
         items=size,
@@ -217,7 +219,7 @@ def _write_domain(folder: Path, domain: SyntheticDomain, missing: float, pixels:
     )
 
 
-def describe(domain: SyntheticDomain, seed: int) -> list[str]:
+def write_texts(domain: SyntheticDomain, seed: int) -> list[str]:
     """An item's words: brand, stage and category always or mostly, style often, in one of two words each, and chaff."""
     rng = generator(seed, domain.name, "words")
     size, categories = len(domain.weights), _categories(domain.name)
@@ -241,7 +243,7 @@ def describe(domain: SyntheticDomain, seed: int) -> list[str]:
 _IN_WORDS = ("stage", "category", "style")
 
 
-def price(domain: SyntheticDomain, seed: int) -> list[float]:
+def draw_prices(domain: SyntheticDomain, seed: int) -> list[float]:
     """Prices in the domain's own currency: the tier's, give or take."""
     rng = generator(seed, domain.name, "prices")
     lowest = PRICES.get(domain.name, float(np.exp(rng.uniform(np.log(2), np.log(200)))))

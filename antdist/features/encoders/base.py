@@ -41,7 +41,7 @@ class Encoded:
         return len(self.faults)
 
 
-class Loaded(Protocol):
+class LoadedEncoder(Protocol):
     """An encoder in memory: called with items, it gives their features; absent ones are rows of zeros."""
 
     dim: int
@@ -55,7 +55,7 @@ class Encoder(Protocol):
     def description(self) -> dict[str, str | int | float | None]:
         """`name`, and everything that shapes the features (see `antdist.features.table.FeatureMeta`)."""
 
-    def load(self) -> Loaded: ...
+    def load(self) -> LoadedEncoder: ...
 
 
 def find_minilm() -> Path:
@@ -127,7 +127,7 @@ def _is_model(folder: Path) -> bool:
     return (folder / "config.json").is_file() and any(folder.glob(WEIGHTS))
 
 
-def folder_digest(folder: Path) -> str:
+def model_folder_digest(folder: Path) -> str:
     """sha256 over names and contents of a model's configuration, vocabulary and weight files, in order of name."""
     whole = hashlib.sha256()
     for path in sorted({path for pattern in DIGESTED for path in folder.glob(pattern)}):
@@ -142,7 +142,7 @@ def load_frozen(folder: Path, option: str, device: str) -> tuple[Any, torch.devi
     from transformers.utils import logging
 
     logging.disable_progress_bar()
-    place = torch.device(pick_device(device))
+    place = torch.device(choose_device(device))
     dtype = torch.float32
     if place.type == "cuda":
         dtype = torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
@@ -156,7 +156,7 @@ def load_frozen(folder: Path, option: str, device: str) -> tuple[Any, torch.devi
     return model.to(place).eval().requires_grad_(False), place, dtype
 
 
-def pick_device(device: str) -> str:
+def choose_device(device: str) -> str:
     """`auto` is the GPU where there is one. Raises UserError: no such device here."""
     import torch
 

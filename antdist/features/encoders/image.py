@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, cast
 import numpy as np
 from numpy.typing import NDArray
 
+from antdist.data.images import BrokenImageError
 from antdist.errors import UserError
-from antdist.features.encoders.base import Encoded, Loaded, find_pretrained, folder_digest, load_frozen
+from antdist.features.encoders.base import Encoded, LoadedEncoder, find_pretrained, load_frozen, model_folder_digest
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -22,10 +23,6 @@ if TYPE_CHECKING:
     from antdist.data.domain import ItemRecord
 
 MAX_PIXELS = 50_000_000
-
-
-class BrokenImageError(Exception):
-    """A picture that cannot be read, or is larger than allowed."""
 
 
 def read_picture(data: bytes, max_pixels: int = MAX_PIXELS) -> Image:
@@ -118,7 +115,7 @@ class TransformersImage:
     def description(self) -> dict[str, str | int | float | None]:
         return {"name": self.name, "kind": "transformers", "digest": self.digest, "max_images": self.max_images}
 
-    def load(self) -> Loaded:
+    def load(self) -> LoadedEncoder:
         return _LoadedImage(self)
 
 
@@ -144,7 +141,7 @@ def find_image_encoder(
             where=f"--image {name}",
             remedy="save its image processor into the same folder, or give a vision model",
         )
-    return TransformersImage(name, folder, folder_digest(folder), max_images, max_pixels, batch_size, device)
+    return TransformersImage(name, folder, model_folder_digest(folder), max_images, max_pixels, batch_size, device)
 
 
 class _LoadedImage:
@@ -207,7 +204,7 @@ class HistogramImage:
     def description(self) -> dict[str, str | int | float | None]:
         return {"name": "histogram", "kind": "colour and gradient histograms", "max_images": self.max_images}
 
-    def load(self) -> Loaded:
+    def load(self) -> LoadedEncoder:
         return _LoadedHistogram(self)
 
 

@@ -12,7 +12,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from antdist.errors import UserError
-from antdist.features.encoders.base import Encoded, Loaded, find_minilm, find_pretrained, folder_digest, load_frozen
+from antdist.features.encoders.base import (
+    Encoded,
+    LoadedEncoder,
+    find_minilm,
+    find_pretrained,
+    load_frozen,
+    model_folder_digest,
+)
 from antdist.features.source import has_text
 from antdist.io.files import file_sha256
 
@@ -46,7 +53,7 @@ class TransformersText:
             "max_length": self.max_length,
         }
 
-    def load(self) -> Loaded:
+    def load(self) -> LoadedEncoder:
         return _LoadedText(self)
 
 
@@ -75,7 +82,7 @@ def find_text_encoder(
             remedy="save its tokenizer into the same folder",
         )
     chosen: Pooling = pooling or ("mean" if name == "minilm" else "cls")
-    return TransformersText(name, folder, folder_digest(folder), chosen, max_length, batch_size, device)
+    return TransformersText(name, folder, model_folder_digest(folder), chosen, max_length, batch_size, device)
 
 
 class _LoadedText:
@@ -153,7 +160,7 @@ class HashedText:
     def description(self) -> dict[str, str | int | float | None]:
         return {"name": "hashed", "kind": "hashed n-grams", "digest": self.digest}
 
-    def load(self) -> Loaded:
+    def load(self) -> LoadedEncoder:
         return _LoadedHashes(self)
 
 

@@ -127,9 +127,9 @@ def _evaluator(config: PretrainConfig, inputs: Inputs, world: World) -> Any:
 
 def _own_queries(config: PretrainConfig, domain: Domain, world: World) -> Queries:
     """A rank's share of a domain's validation: a run of the users that are asked, so that it reads few shards."""
-    from antdist.data.stream.shard_batch import share
+    from antdist.data.stream.shard_batch import partition_rows
     from antdist.evaluation.ranking import drawn_users, validation_queries
 
     asked = drawn_users(domain.manifest.users, config.training.validation_users, config.seed)
-    users = asked[slice(*share(len(asked), world.rank, world.size))]
+    users = asked[slice(*partition_rows(len(asked), world.rank, world.size))]
     return replace(validation_queries(domain.histories(users), config.model.max_length), users=users)

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from antdist.data.domain import open_domain
-from antdist.data.ingest.prepare import prepare
+from antdist.data.ingest.prepare import prepare_domain
 from antdist.data.ingest.readers.amazon import read_amazon
 from antdist.errors import UserError
 
@@ -78,7 +78,7 @@ def test_local_images_by_asin(source: Path) -> None:
 
 
 def test_prepare_finds_the_two_files(source: Path) -> None:
-    report = prepare(source, format="amazon", domain="gifts", out=source / "out", k_core=2)
+    report = prepare_domain(source, format="amazon", domain="gifts", out=source / "out", k_core=2)
     assert (report.users, report.items, report.interactions) == (3, 2, 9)
     assert report.notes["items dropped: no review"] == 1
     assert open_domain(source / "out" / "gifts").item_ids() == ["A1", "A2"]
@@ -91,7 +91,7 @@ def test_line_without_an_item_is_told(source: Path) -> None:
 
 
 def test_real_gift_cards(shared_data: Path, tmp_path: Path) -> None:
-    report = prepare(shared_data / "formats" / "amazon-raw", format="amazon", domain="gifts", out=tmp_path)
+    report = prepare_domain(shared_data / "formats" / "amazon-raw", format="amazon", domain="gifts", out=tmp_path)
     with gzip.open(shared_data / "formats" / "amazon-raw" / "Gift_Cards_5.json.gz", "rt") as lines:
         reviews = [json.loads(line) for line in lines]
     counts: dict[str, int] = {}

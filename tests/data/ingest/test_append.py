@@ -20,11 +20,11 @@ from hypothesis import strategies as st
 from antdist import faults
 from antdist.config.schema import StreamConfig
 from antdist.data.domain import Domain, open_domain
-from antdist.data.ingest.append import AppendReport, append
-from antdist.data.ingest.prepare import prepare
+from antdist.data.ingest.append import AppendReport, append_to_domain
+from antdist.data.ingest.prepare import prepare_domain
 from antdist.data.manifest import read_manifest, write_manifest
 from antdist.data.stream.stream import Stream
-from antdist.data.verify import verify
+from antdist.data.verify import verify_domain
 from antdist.errors import UserError
 from antdist.serving.score import histories as users_to_score
 from tests.domains import numbered_domain
@@ -45,13 +45,13 @@ def source(folder: Path, rows: list[Row], items: list[str] | None = None, **fiel
 
 
 def base(tmp_path: Path, rows: list[Row], items: list[str] = ITEMS, **options: Any) -> Domain:
-    prepare(source(tmp_path / "base", rows, items), domain="d", out=tmp_path, **{"block_users": 2, **options})
+    prepare_domain(source(tmp_path / "base", rows, items), domain="d", out=tmp_path, **{"block_users": 2, **options})
     return open_domain(tmp_path / "d")
 
 
 def grow(tmp_path: Path, rows: list[Row], items: list[str] | None = None, **options: Any) -> AppendReport:
     folder = source(tmp_path / "more", rows, items)
-    return append(folder, domain="d", out=tmp_path, **{"block_users": 2, **options})
+    return append_to_domain(folder, domain="d", out=tmp_path, **{"block_users": 2, **options})
 
 
 def histories(domain: Domain) -> Histories:
@@ -125,7 +125,7 @@ def test_a_domain_that_grew_equals_one_prepared_at_once(
         known |= set(part)
     at_once = [row for part in parts for row in part]
     early = sorted({item for _, item, _ in parts[0]} | set(ITEMS[late_items:]))
-    prepare(source(tmp_path / "all", at_once, ITEMS), domain="d", out=tmp_path / "once", max_sequence=longest)
+    prepare_domain(source(tmp_path / "all", at_once, ITEMS), domain="d", out=tmp_path / "once", max_sequence=longest)
     whole = open_domain(tmp_path / "once" / "d")
     base(tmp_path, parts[0], early, max_sequence=longest)
     for part in parts[1:]:
@@ -138,7 +138,7 @@ def test_a_domain_that_grew_equals_one_prepared_at_once(
     counted = dict(zip(grown.item_ids(), grown.popularity().tolist(), strict=True))
     once = dict(zip(whole.item_ids(), whole.popularity().tolist(), strict=True))
     assert {item: count for item, count in counted.items() if count} == {i: n for i, n in once.items() if n}
-    report = verify(grown.folder)
+    report = verify_domain(grown.folder)
     assert report.ok, report.problems
     if grown.manifest.interactions > 3 * grown.manifest.users:
         assert ledger(grown) == expected_targets(grown)
@@ -194,7 +194,7 @@ def test_users_items_and_days_are_added_and_old_files_stay(tmp_path: Path) -> No
     assert grown.manifest.ancestors == [old.fingerprint] == [report.was]
     assert report.fingerprint == grown.fingerprint
     assert any("do not compare" in line for line in report.lines())
-    assert verify(grown.folder).ok
+    assert verify_domain(grown.folder).ok
 
 
 def test_appending_the_same_again_changes_nothing(tmp_path: Path) -> None:
@@ -229,9 +229,9 @@ def test_late_interactions_are_ordered_and_told(tmp_path: Path) -> None:
 
 
 def test_items_that_are_there_stay_as_they_are_and_are_told(tmp_path: Path) -> None:
-    prepare(source(tmp_path / "base", FIRST, ITEMS, text="old", price=2.5), domain="d", out=tmp_path)
-    append(source(tmp_path / "more", LATER, ["g"], text="old"), domain="d", out=tmp_path)
-    report = append(source(tmp_path / "more", LATER[:1], ["a", "h"], text="new"), domain="d", out=tmp_path)
+    prepare_domain(source(tmp_path / "base", FIRST, ITEMS, text="old", price=2.5), domain="d", out=tmp_path)
+    append_to_domain(source(tmp_path / "more", LATER, ["g"], text="old"), domain="d", out=tmp_path)
+    report = append_to_domain(source(tmp_path / "more", LATER[:1], ["a", "h"], text="new"), domain="d", out=tmp_path)
     assert report.notes["items given with another text or price: kept as they were"] == 1
     assert report.examples["items given with another text or price: kept as they were"] == ["item a"]
     items = {item.item_id: item.text for item in open_domain(tmp_path / "d").items()}
@@ -267,7 +267,7 @@ def test_orders_of_two_epochs_see_each_user_once(tmp_path: Path) -> None:
     scored = [pair for shard in range(len(grown.manifest.sequence_shards)) for pair in users_to_score(grown, shard)]
     assert [user for ids, _ in scored for user in ids] == grown.user_ids()
     np.testing.assert_array_equal(np.concatenate([block.items for _, block in scored]), grown.sequences().items)
-    assert verify(grown.folder).ok
+    assert verify_domain(grown.folder).ok
 
 
 # ------------------------------------------------------------------------------------------------------------- faults
@@ -283,9 +283,9 @@ def test_an_append_that_dies_leaves_the_domain_as_it_was(tmp_path: Path, file: s
     monkeypatch.delenv(faults.VARIABLE)
     found = open_domain(tmp_path / "d")
     assert found.fingerprint == old.fingerprint and histories(found) == before
-    assert verify(found.folder).ok
+    assert verify_domain(found.folder).ok
     grow(tmp_path, LATER, ["g"])
-    assert verify(found.folder).ok
+    assert verify_domain(found.folder).ok
     assert histories(open_domain(tmp_path / "d"))["z"] == [("a", 24), ("b", 25), ("c", 26)]
 
 
@@ -300,10 +300,10 @@ def test_killed_before_the_manifest_and_started_again(tmp_path: Path) -> None:
     fault = json.dumps([{"fault": "kill", "at": "append", "file": "manifest"}])
     killed = subprocess.run(command, env={**os.environ, faults.VARIABLE: fault}, capture_output=True, check=False)
     assert killed.returncode == -9
-    assert open_domain(tmp_path / "d").fingerprint == old.fingerprint and verify(tmp_path / "d").ok
+    assert open_domain(tmp_path / "d").fingerprint == old.fingerprint and verify_domain(tmp_path / "d").ok
     again = subprocess.run(command, capture_output=True, text=True, check=True)
     assert "2 new users, 2 users with more interactions, 1 new items" in again.stdout
-    assert verify(tmp_path / "d").ok
+    assert verify_domain(tmp_path / "d").ok
 
 
 def test_a_damaged_old_shard_is_refused(tmp_path: Path) -> None:
@@ -319,7 +319,7 @@ def test_damage_to_what_was_appended_is_found(tmp_path: Path, name: str) -> None
     base(tmp_path, FIRST)
     grow(tmp_path, LATER, ["g"])
     faults.corrupt(tmp_path / "d" / "append-00001" / name, "flip")
-    assert any(name in problem for problem in verify(tmp_path / "d").problems)
+    assert any(name in problem for problem in verify_domain(tmp_path / "d").problems)
 
 
 def test_superseded_users_that_do_not_fit_the_manifest_are_refused(tmp_path: Path) -> None:

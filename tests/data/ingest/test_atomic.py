@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from antdist.data.domain import open_domain
-from antdist.data.ingest.prepare import prepare
+from antdist.data.ingest.prepare import prepare_domain
 from antdist.errors import UserError
 
 HEADER = "user_id:token\titem_id_list:token_seq\titem_id:token\n"
@@ -34,7 +34,7 @@ def source(tmp_path: Path) -> Path:
 
 
 def prepared(source: Path) -> tuple[dict[str, list[int]], list[str], list[str | None]]:
-    prepare(source, format="atomic", domain="tiny", out=source / "out")
+    prepare_domain(source, format="atomic", domain="tiny", out=source / "out")
     domain = open_domain(source / "out" / "tiny")
     sequences = domain.sequences()
     pairs = zip(sequences.offsets[:-1], sequences.offsets[1:], strict=True)
@@ -83,7 +83,7 @@ def test_fault_is_told_with_file_and_line(
     assert old in text
     (source / name).write_text(text.replace(old, new, 1))
     with pytest.raises(UserError) as caught:
-        prepare(source, format="atomic", domain="tiny", out=source / "out")
+        prepare_domain(source, format="atomic", domain="tiny", out=source / "out")
     assert message in str(caught.value)
     if line is not None:
         assert caught.value.where == f"{source / name}:{line}"
@@ -92,19 +92,19 @@ def test_fault_is_told_with_file_and_line(
 
 def test_published_split_is_not_filtered(source: Path) -> None:
     with pytest.raises(UserError, match=r"keeps its published split.*Leave out --k-core"):
-        prepare(source, format="atomic", domain="tiny", out=source / "out", k_core=5)
+        prepare_domain(source, format="atomic", domain="tiny", out=source / "out", k_core=5)
 
 
 def test_missing_files(source: Path) -> None:
     (source / "Tiny.text").unlink()
     with pytest.raises(UserError, match=r"Tiny\.text: no such file"):
-        prepare(source, format="atomic", domain="tiny", out=source / "out")
+        prepare_domain(source, format="atomic", domain="tiny", out=source / "out")
     (source / "Tiny.train.inter").unlink()
     with pytest.raises(UserError, match=r"holds 0 files NAME\.train\.inter, one was due"):
-        prepare(source, format="atomic", domain="tiny", out=source / "out")
+        prepare_domain(source, format="atomic", domain="tiny", out=source / "out")
 
 
 def test_real_publication_has_the_papers_counts(shared_data: Path, tmp_path: Path) -> None:
-    report = prepare(shared_data / "formats" / "atomic", format="atomic", domain="scientific", out=tmp_path)
+    report = prepare_domain(shared_data / "formats" / "atomic", format="atomic", domain="scientific", out=tmp_path)
     assert (report.users, report.items, report.interactions) == (8442, 4385, 59427)
     assert report.with_text == 4385

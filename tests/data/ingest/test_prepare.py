@@ -16,9 +16,15 @@ from PIL import Image
 
 from antdist import ragged
 from antdist.data.domain import Sequences, open_domain
-from antdist.data.ingest.prepare import PrepareReport, cut, order, prepare, select
-from antdist.data.ingest.readers.form import Tally
-from antdist.data.verify import verify
+from antdist.data.ingest.prepare import (
+    PrepareReport,
+    order_interactions,
+    prepare_domain,
+    select_interactions,
+    truncate_sequences,
+)
+from antdist.data.ingest.readers.base import Tally
+from antdist.data.verify import verify_domain
 from antdist.errors import UserError
 from tests.pictures import png_of_stated_size
 
@@ -42,7 +48,7 @@ def naive_k_core(rows: Pairs, k: int) -> list[int]:
 def test_k_core_is_the_naive_iterative_one(rows: Pairs, k: int) -> None:
     users, items = np.array(rows, np.int32).T
     tally = Tally()
-    kept = select(users, items, k, tally)
+    kept = select_interactions(users, items, k, tally)
     assert kept.tolist() == naive_k_core(rows, k)
     lost = len({u for u, _ in rows}) - len({rows[n][0] for n in kept})
     assert tally.counts.get(f"users dropped: {k}-core", 0) == lost
@@ -54,7 +60,7 @@ def test_k_core_is_the_naive_iterative_one(rows: Pairs, k: int) -> None:
 def test_without_k_core_only_short_users_go(rows: Pairs) -> None:
     users, items = np.array(rows, np.int32).T
     counts = Counter(user for user, _ in rows)
-    kept = select(users, items, None, Tally())
+    kept = select_interactions(users, items, None, Tally())
     assert kept.tolist() == [n for n, (user, _) in enumerate(rows) if counts[user] >= 3]
 
 
@@ -65,7 +71,9 @@ def test_without_k_core_only_short_users_go(rows: Pairs) -> None:
 def test_order_is_by_time_and_ties_keep_the_inputs(rows: Pairs, kind: str) -> None:
     users = np.array([user for user, _ in rows], np.int32)
     times = np.array([time for _, time in rows], "int64" if kind == "i" else "float64")
-    sequences, codes = order(users, np.arange(len(rows), dtype=np.int32), times)  # an item names its place in the input
+    sequences, codes = order_interactions(
+        users, np.arange(len(rows), dtype=np.int32), times
+    )  # an item names its place in the input
     assert codes.tolist() == sorted(set(users.tolist()))
     for code, start, end in zip(codes, sequences.offsets[:-1], sequences.offsets[1:], strict=True):
         mine = [n for n, (user, _) in enumerate(rows) if user == code]
@@ -79,7 +87,7 @@ def test_cut_keeps_the_most_recent(lengths: list[int], longest: int) -> None:
     whole = [list(range(100 * user, 100 * user + length)) for user, length in enumerate(lengths)]
     flat = np.array([item for items in whole for item in items])
     tally = Tally()
-    found = cut(Sequences(ragged.offsets(lengths), flat, flat), longest, tally)
+    found = truncate_sequences(Sequences(ragged.offsets(lengths), flat, flat), longest, tally)
     parts = [found.items[a:b].tolist() for a, b in zip(found.offsets[:-1], found.offsets[1:], strict=True)]
     assert parts == [items[-longest:] for items in whole]
     assert sum(tally.counts.values()) == len(flat) - len(found.items)
@@ -100,7 +108,7 @@ def source(folder: Path, rows: list[tuple[str, str]] = ROWS, items: list[dict[st
 
 
 def prepared(tmp_path: Path, *, rows: Any = ROWS, items: Any = None, **options: Any) -> PrepareReport:
-    return prepare(source(tmp_path / "source", rows, items), domain="d", out=tmp_path / "out", **options)
+    return prepare_domain(source(tmp_path / "source", rows, items), domain="d", out=tmp_path / "out", **options)
 
 
 def test_short_users_go_and_untouched_items_stay(tmp_path: Path) -> None:
@@ -139,7 +147,7 @@ def test_cut_to_the_most_recent(tmp_path: Path) -> None:
 def test_preparing_twice_gives_the_same_bytes(tmp_path: Path) -> None:
     folder = source(tmp_path / "source")
     for out in ("one", "two"):
-        prepare(folder, domain="d", out=tmp_path / out, block_users=1)
+        prepare_domain(folder, domain="d", out=tmp_path / out, block_users=1)
     names = sorted(path.name for path in (tmp_path / "one" / "d").iterdir())
     waiting = ["pending.json", "pending.tar"]  # beside the domain: its manifest does not know them
     assert names == ["items-00000.tar", "manifest.json", *waiting, "popularity.npy", "sequences-00000.tar"]
@@ -206,7 +214,7 @@ def large(folder: Path, poison: list[bytes], places: list[int]) -> Path:
 def test_poison_lines_are_set_aside_counted_and_named(tmp_path: Path) -> None:
     poison = [*(line.encode() for line in POISON[:4]), b"caf\xe9,a,3"]
     folder = large(tmp_path / "bad", poison, [0, 17, 400, 401, 1004])
-    report = prepare(folder, domain="d", out=tmp_path / "out")
+    report = prepare_domain(folder, domain="d", out=tmp_path / "out")
     found = quarantined(tmp_path)
     assert [(r["line"], r["reason"]) for r in found] == [
         (2, "timestamp 'yesterday' is no number"),
@@ -216,31 +224,33 @@ def test_poison_lines_are_set_aside_counted_and_named(tmp_path: Path) -> None:
         (1006, "is not UTF-8 text"),
     ]
     assert all(r["file"] == str(folder / "interactions.csv") for r in found)
-    assert report.set_aside == 5 and "bad records set aside: 5, each" in report.lines()[-2]
+    assert report.quarantined == 5 and "bad records set aside: 5, each" in report.lines()[-2]
     # the rest is what it would have been without them
-    clean = prepare(large(tmp_path / "good", [], []), domain="d", out=tmp_path / "clean")
+    clean = prepare_domain(large(tmp_path / "good", [], []), domain="d", out=tmp_path / "clean")
     for name in ("sequences-00000.tar", "items-00000.tar", "popularity.npy"):
         assert (tmp_path / "out" / "d" / name).read_bytes() == (tmp_path / "clean" / "d" / name).read_bytes()
-    assert clean.set_aside == 0 and not (tmp_path / "clean" / "d" / "quarantine.jsonl").exists()
-    assert verify(tmp_path / "out" / "d").ok
+    assert clean.quarantined == 0 and not (tmp_path / "clean" / "d" / "quarantine.jsonl").exists()
+    assert verify_domain(tmp_path / "out" / "d").ok
 
 
 def test_more_poison_than_the_cap_stops_with_the_first_fault(tmp_path: Path) -> None:
     folder = large(tmp_path / "bad", [line.encode() for line in [*POISON, "x"]], [0, 1, 2, 3, 4, 900])
     with pytest.raises(UserError) as caught:
-        prepare(folder, domain="d", out=tmp_path / "out")
+        prepare_domain(folder, domain="d", out=tmp_path / "out")
     assert caught.value.where == f"{folder / 'interactions.csv'}:2"
     assert "timestamp 'yesterday' is no number (6 bad records among 1,006, 5 may be set aside)" in str(caught.value)
     assert not (tmp_path / "out" / "d").exists()
-    assert prepare(folder, domain="d", out=tmp_path / "out", max_bad=0.006).set_aside == 6
+    assert prepare_domain(folder, domain="d", out=tmp_path / "out", max_bad=0.006).quarantined == 6
     with pytest.raises(UserError, match="is no number"):
-        prepare(large(tmp_path / "one", [POISON[0].encode()], [5]), domain="e", out=tmp_path / "out", max_bad=0.0)
+        prepare_domain(
+            large(tmp_path / "one", [POISON[0].encode()], [5]), domain="e", out=tmp_path / "out", max_bad=0.0
+        )
 
 
 def test_an_open_quote_that_swallows_lines_counts_all_of_them(tmp_path: Path) -> None:
     folder = large(tmp_path / "bad", [b'"open,a,1'], [700])
     with pytest.raises(UserError, match="301 bad records among 1,001"):
-        prepare(folder, domain="d", out=tmp_path / "out")
+        prepare_domain(folder, domain="d", out=tmp_path / "out")
 
 
 def test_a_file_of_garbage_fails_at_once(tmp_path: Path) -> None:
@@ -248,12 +258,12 @@ def test_a_file_of_garbage_fails_at_once(tmp_path: Path) -> None:
     (folder / "interactions.csv.gz").unlink()
     (folder / "interactions.csv").write_text("user_id,item_id,timestamp\n" + "u,a,never\n" * 50_000)
     with pytest.raises(UserError, match="1,000 bad records among 1,000, 5 may be set aside"):
-        prepare(folder, domain="d", out=tmp_path / "out")
+        prepare_domain(folder, domain="d", out=tmp_path / "out")
 
 
 def test_interactions_with_few_unknown_items_are_set_aside_by_item(tmp_path: Path) -> None:
     folder = large(tmp_path / "bad", [b"user5,zebra,1", b"user6,zebra,1", b"user7,yak,1"], [5, 50, 500])
-    report = prepare(folder, domain="d", out=tmp_path / "out")
+    report = prepare_domain(folder, domain="d", out=tmp_path / "out")
     assert [(r["key"], r["reason"].partition(" ")[0]) for r in quarantined(tmp_path)] == [("zebra", "2"), ("yak", "1")]
     assert report.notes["interactions dropped: item unknown"] == 3 and report.interactions == 1000
 
@@ -288,7 +298,7 @@ def test_unknown_item_is_refused_with_its_line_or_dropped(tmp_path: Path) -> Non
 def test_unknown_item_is_told_with_its_line_though_lines_before_it_were_set_aside(tmp_path: Path) -> None:
     folder = large(tmp_path / "bad", [b"user5,a", *(b"user5,zebra,1" for _ in range(7))], [5, *range(50, 57)])
     with pytest.raises(UserError) as caught:
-        prepare(folder, domain="d", out=tmp_path / "out")
+        prepare_domain(folder, domain="d", out=tmp_path / "out")
     assert caught.value.where == f"{folder / 'interactions.csv'}:52"
     assert "item zebra is not in the items file (so it is with 7 interactions in all)" in str(caught.value)
 
@@ -303,7 +313,7 @@ def test_domain_emptied_by_k_core(tmp_path: Path) -> None:
 def test_existing_domain_is_refused_before_anything_is_read(tmp_path: Path) -> None:
     prepared(tmp_path)
     with pytest.raises(UserError, match=r"exists already.*--overwrite"):
-        prepare(tmp_path / "nowhere", domain="d", out=tmp_path / "out")
+        prepare_domain(tmp_path / "nowhere", domain="d", out=tmp_path / "out")
     assert prepared(tmp_path, overwrite=True).users == 2
 
 
@@ -321,7 +331,7 @@ def test_existing_domain_is_refused_before_anything_is_read(tmp_path: Path) -> N
 )
 def test_options_that_cannot_be(tmp_path: Path, options: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError) as caught:
-        prepare(source(tmp_path / "source"), **{"domain": "d", "out": tmp_path / "out", **options})
+        prepare_domain(source(tmp_path / "source"), **{"domain": "d", "out": tmp_path / "out", **options})
     assert message in str(caught.value)
 
 
@@ -329,11 +339,11 @@ def test_source_folder_must_hold_one_file_of_each(tmp_path: Path) -> None:
     folder = source(tmp_path / "source")
     (folder / "items.csv").write_text("item_id\na\n")
     with pytest.raises(UserError, match=r"one file items\.\* was due, there are 2 \(items\.csv, items\.jsonl\)"):
-        prepare(folder, domain="d", out=tmp_path / "out")
-    report = prepare(folder, domain="d", out=tmp_path / "out", items=folder / "items.jsonl")
+        prepare_domain(folder, domain="d", out=tmp_path / "out")
+    report = prepare_domain(folder, domain="d", out=tmp_path / "out", items=folder / "items.jsonl")
     assert report.items == 4
     with pytest.raises(UserError, match=r"nowhere: no such folder"):
-        prepare(tmp_path / "nowhere", domain="e", out=tmp_path / "out")
+        prepare_domain(tmp_path / "nowhere", domain="e", out=tmp_path / "out")
 
 
 # ----------------------------------------------------------------------------------------------------------- real data
@@ -350,6 +360,6 @@ TABLE = {
 
 @pytest.mark.parametrize("name", TABLE)
 def test_real_domains_have_the_published_counts(shared_data: Path, tmp_path: Path, name: str) -> None:
-    report = prepare(shared_data / name, domain=name, out=tmp_path)
+    report = prepare_domain(shared_data / name, domain=name, out=tmp_path)
     assert (report.users, report.items, report.interactions) == TABLE[name]
     assert report.notes == {}

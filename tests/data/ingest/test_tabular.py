@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from antdist.data.ingest.readers.form import Source
+from antdist.data.ingest.readers.base import Source
 from antdist.data.ingest.readers.tabular import read_tabular
 from antdist.errors import UserError
 

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from antdist.data.stream.order import canonical_streams, quotas, shuffled, taken
+from antdist.data.stream.order import canonical_streams, merge_counts, permutation, quotas
 
 sizes = st.lists(st.integers(0, 30), min_size=1, max_size=6).filter(sum)
 
@@ -18,16 +18,16 @@ sizes = st.lists(st.integers(0, 30), min_size=1, max_size=6).filter(sum)
 def test_taken_is_the_merge_by_virtual_time(sizes):
     units = sorted((Fraction(2 * j + 1, 2 * n), s) for s, n in enumerate(sizes) for j in range(n))
     counts = [0] * len(sizes)
-    assert taken(sizes, 0) == tuple(counts)
+    assert merge_counts(sizes, 0) == tuple(counts)
     for first, (_, stream) in enumerate(units, start=1):
         counts[stream] += 1
-        assert taken(sizes, first) == tuple(counts)
+        assert merge_counts(sizes, first) == tuple(counts)
 
 
 def test_taken_is_exact_for_numbers_beyond_floating_point():
     sizes = (10**18 + 1, 10**18 - 1, 3)
     for first in (10**17 + 7, sum(sizes) // 2, sum(sizes) - 1):
-        counts = taken(sizes, first)
+        counts = merge_counts(sizes, first)
         assert sum(counts) == first
         last = max(Fraction(2 * c - 1, 2 * n) for c, n in zip(counts, sizes, strict=True) if c)
         following = min(Fraction(2 * c + 1, 2 * n) for c, n in zip(counts, sizes, strict=True) if c < n)
@@ -35,15 +35,15 @@ def test_taken_is_exact_for_numbers_beyond_floating_point():
 
 
 def test_shuffled_is_a_permutation_fixed_by_its_key():
-    assert sorted(shuffled(1000, "a", 1).tolist()) == list(range(1000))
+    assert sorted(permutation(1000, "a", 1).tolist()) == list(range(1000))
     # Written down: another order in a later version would break the resume of runs that are under way.
-    assert shuffled(8, "domain", 7, 0).tolist() == [6, 3, 4, 0, 5, 7, 2, 1]
-    orders = {tuple(shuffled(50, *key).tolist()) for key in [("a", 1), ("a", 2), ("b", 1), ("a", "1"), ("a", 1, 0)]}
+    assert permutation(8, "domain", 7, 0).tolist() == [6, 3, 4, 0, 5, 7, 2, 1]
+    orders = {tuple(permutation(50, *key).tolist()) for key in [("a", 1), ("a", 2), ("b", 1), ("a", "1"), ("a", 1, 0)]}
     assert len(orders) == 5
 
 
 def test_shuffled_is_uniform():
-    places = np.array([np.argsort(shuffled(4, seed)) for seed in range(4000)])
+    places = np.array([np.argsort(permutation(4, seed)) for seed in range(4000)])
     for item in range(4):  # where each item lands: 1000 times in each place, standard deviation 27
         assert np.abs(np.bincount(places[:, item]) - 1000).max() < 130
 

@@ -57,7 +57,7 @@ def as_ids(batch):
 
 def deals(batch, world_size, candidates="in_batch", **settings):
     return [
-        deal(batch, rank=r, world_size=world_size, candidates=candidates, catalogue_size=CATALOGUE, **settings)
+        shard_batch(batch, rank=r, world_size=world_size, candidates=candidates, catalogue_size=CATALOGUE, **settings)
         for r in range(world_size)
     ]
 
@@ -96,18 +96,18 @@ def test_dtypes_and_empty_shares():
 @given(st.integers(0, 1000), st.integers(1, 40), st.integers(1, 6))
 def test_parts_differ_by_at_most_the_longest_window(seed, windows, parts):
     lengths = np.minimum(np.random.default_rng(seed).zipf(1.5, windows), 50)
-    tokens = np.bincount(assign(lengths, parts), weights=lengths, minlength=parts)
+    tokens = np.bincount(assign_windows(lengths, parts), weights=lengths, minlength=parts)
     assert tokens.max() - tokens.min() <= lengths.max()
 
 
 def test_no_part_is_favoured():
     lengths = np.arange(1, 101)
-    assert np.bincount(assign(lengths, 2), weights=lengths).tolist() == [2525, 2525]
+    assert np.bincount(assign_windows(lengths, 2), weights=lengths).tolist() == [2525, 2525]
 
 
 def test_tokens_are_balanced_on_skewed_lengths():
     lengths = np.minimum(np.random.default_rng(0).zipf(1.5, 400), 50)
-    tokens = np.bincount(assign(lengths, 4), weights=lengths)
+    tokens = np.bincount(assign_windows(lengths, 4), weights=lengths)
     assert tokens.max() / tokens.mean() < 1.02
     naive = np.bincount(np.arange(400) * 4 // 400, weights=lengths)
     assert naive.max() / naive.mean() > 1.05
@@ -118,7 +118,7 @@ def test_split_keeps_windows_whole_and_in_order(seed, windows, parts):
     batch = random_batch(seed, windows)
     whole = windows_of(batch.items, batch.offsets, batch.predict_at, batch.targets)
     users = []
-    for micro in split(batch, parts):
+    for micro in split_batch(batch, parts):
         assert (micro.epoch, micro.index) == (1, 2)
         assert windows_of(micro.items, micro.offsets, micro.predict_at, micro.targets) == [
             whole[u] for u in micro.users
@@ -129,8 +129,8 @@ def test_split_keeps_windows_whole_and_in_order(seed, windows, parts):
 
 
 def test_share_is_even_and_the_first_ranks_get_the_rest():
-    assert [share(11, rank, 4) for rank in range(4)] == [(0, 3), (3, 6), (6, 9), (9, 11)]
-    assert [share(2, rank, 3) for rank in range(3)] == [(0, 1), (1, 2), (2, 2)]
+    assert [partition_rows(11, rank, 4) for rank in range(4)] == [(0, 3), (3, 6), (6, 9), (9, 11)]
+    assert [partition_rows(2, rank, 3) for rank in range(3)] == [(0, 1), (1, 2), (2, 2)]
 
 
 def test_in_batch_candidates_are_the_distinct_next_items_with_their_multiplicity():
@@ -161,7 +161,7 @@ def test_in_batch_loss_is_that_over_all_other_next_items():
 
 def test_in_batch_with_log_q():
     batch, popularity = random_batch(5, 25), np.arange(CATALOGUE) ** 2
-    (dealt,) = deals(batch, 1, log_q=True, heaps=ragged.offsets(popularity + 1))
+    (dealt,) = deals(batch, 1, log_q=True, cumulative_counts=ragged.offsets(popularity + 1))
     for c, bias, target_bias in zip(
         dealt.item_ids[dealt.candidates].tolist(), dealt.bias, dealt.target_bias, strict=True
     ):
@@ -174,7 +174,7 @@ def test_in_batch_with_log_q():
     ("candidates", "log_q"), [("in_batch", False), ("in_batch", True), ("sampled", False), ("sampled", True)]
 )
 def test_marks_and_sorted_ids_deal_the_same(monkeypatch, candidates, log_q):
-    settings = {"samples": 30, "log_q": log_q, "heaps": ragged.offsets(np.arange(CATALOGUE) + 1), "seed": 3}
+    settings = {"samples": 30, "log_q": log_q, "cumulative_counts": ragged.offsets(np.arange(CATALOGUE) + 1), "seed": 3}
     for windows in (2, 25):
         dealt = []
         for sparse in (0, math.inf):
@@ -191,7 +191,7 @@ def test_marks_and_sorted_ids_deal_the_same(monkeypatch, candidates, log_q):
 def test_a_micro_batch_costs_what_it_holds_not_what_the_catalogue_does():
     """No array of a million million items can be made."""
     far = random_batch(9, 20, catalogue=10**12)
-    dealt = [deal(far, rank=r, world_size=2, candidates="in_batch", catalogue_size=10**12) for r in range(2)]
+    dealt = [shard_batch(far, rank=r, world_size=2, candidates="in_batch", catalogue_size=10**12) for r in range(2)]
     expected = windows_of(far.items, far.offsets, far.predict_at, far.targets)
     assert sorted(map(repr, expected)) == sorted(repr(w) for d in dealt for w in as_ids(d))
 
@@ -208,7 +208,7 @@ def test_catalogue_candidates_are_all_items():
 @pytest.mark.parametrize("log_q", [False, True])
 def test_sampled_candidates(log_q):
     batch, popularity = random_batch(7, 3), np.arange(CATALOGUE) * 10
-    settings = {"samples": 50, "log_q": log_q, "heaps": ragged.offsets(popularity + 1), "seed": 3}
+    settings = {"samples": 50, "log_q": log_q, "cumulative_counts": ragged.offsets(popularity + 1), "seed": 3}
     (dealt,) = deals(batch, 1, "sampled", step=1, **settings)
     candidates = dealt.item_ids[dealt.candidates].tolist()
     targets = Counter(batch.targets.tolist())
@@ -235,7 +235,7 @@ def test_draws_follow_their_distribution(log_q):
     q = (popularity + 1) / 103 if log_q else np.full(4, 0.25)
     drawn = np.zeros(4)
     for step in range(50):
-        dealt = deal(
+        dealt = shard_batch(
             random_batch(0, 1, catalogue=4),
             rank=0,
             world_size=1,
@@ -243,7 +243,7 @@ def test_draws_follow_their_distribution(log_q):
             catalogue_size=4,
             samples=1000,
             log_q=log_q,
-            heaps=ragged.offsets(popularity + 1),
+            cumulative_counts=ragged.offsets(popularity + 1),
             step=step,
         )
         ids = dealt.item_ids[dealt.candidates].numpy()

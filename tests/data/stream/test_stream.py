@@ -21,10 +21,10 @@ from antdist.config.schema import StreamConfig
 from antdist.data import domain as domain_module
 from antdist.data.domain import UserBlock, open_domain
 from antdist.data.manifest import Manifest, write_manifest
-from antdist.data.shards import ShardWriter, npy_bytes
+from antdist.data.shards import ShardWriter, encode_npy
 from antdist.data.stream import order as order_module
 from antdist.data.stream import stream as stream_module
-from antdist.data.stream.shard_batch import assign, select
+from antdist.data.stream.shard_batch import assign_windows, select_windows
 from antdist.data.stream.stream import Stream, StreamState
 from antdist.errors import UserError
 from tests.domains import numbered_domain, training_targets
@@ -147,7 +147,7 @@ def one_by_one(domain, **config):
     stream = make([domain], streams=1, window_shards=1, window_blocks=1, **config)
     names = [shard.name for shard in domain.manifest.sequence_shards]
     key = (domain.fingerprint, stream.seed, 0)
-    return stream, [names[i] for i in order_module.shuffled(len(names), *key, "shards")]
+    return stream, [names[i] for i in order_module.permutation(len(names), *key, "shards")]
 
 
 def test_one_window_is_read_ahead_by_a_thread(world, read, monkeypatch):
@@ -295,8 +295,8 @@ def test_users_are_well_shuffled(tmp_path):
 @pytest.mark.parametrize("world_size", [1, 2, 3, 5])
 def test_ranks_share_out_the_batch(world, world_size):
     for batch in make(world[0]).batches(0):
-        part = assign(np.diff(batch.offsets), world_size)
-        shares = [select(batch, np.flatnonzero(part == rank)) for rank in range(world_size)]
+        part = assign_windows(np.diff(batch.offsets), world_size)
+        shares = [select_windows(batch, np.flatnonzero(part == rank)) for rank in range(world_size)]
         assert sorted(np.concatenate([s.targets for s in shares])) == sorted(batch.targets)
         assert sum(len(s.items) for s in shares) == len(batch.items)
         assert sorted(np.concatenate([s.users for s in shares])) == sorted(batch.users)
@@ -319,7 +319,7 @@ def test_state_survives_json_and_is_accepted(world):
     document = json.loads(json.dumps(dataclasses.asdict(stream.state(2, 5))))
     state = StreamState(**document)
     assert (state.epoch, state.batch) == (2, 5)
-    make(world[0]).check(state)
+    make(world[0]).check_state(state)
 
 
 def test_state_of_another_order_is_refused_saying_what_differs(world, tmp_path):
@@ -329,7 +329,7 @@ def test_state_of_another_order_is_refused_saying_what_differs(world, tmp_path):
     def told(stream):
         assert stream.order != make(domains).order
         with pytest.raises(UserError) as error:
-            stream.check(state)
+            stream.check_state(state)
         return str(error.value)
 
     assert "seed was 0, is 1" in told(make(domains, seed=1))
@@ -347,7 +347,7 @@ def test_state_of_another_order_is_refused_saying_what_differs(world, tmp_path):
 def test_state_beyond_the_epoch_is_refused(world):
     stream = make(world[0])
     with pytest.raises(UserError, match=f"an epoch has {stream.steps_per_epoch} batches"):
-        stream.check(stream.state(0, stream.steps_per_epoch + 1))
+        stream.check_state(stream.state(0, stream.steps_per_epoch + 1))
 
 
 # -------------------------------------------------------------------------------------------------------- bad input
@@ -419,7 +419,7 @@ def test_a_block_that_no_domain_could_hold_is_named_with_its_shard(tmp_path, col
     block = UserBlock(*(np.array((right | columns)[name]) for name in right))
     with ShardWriter(path) as writer:
         for name, kind in (("offsets", "<i8"), ("items", "<i4"), ("times", "<i8")):
-            writer.add(f"block-000000.{name}.npy", npy_bytes(getattr(block, name).astype(kind)))
+            writer.add(f"block-000000.{name}.npy", encode_npy(getattr(block, name).astype(kind)))
         writer.add("block-000000.users.json", b'["u0", "u1"]')
     content = domain.manifest.model_dump()
     content["sequence_shards"][0].update(bytes=writer.bytes, sha256=writer.sha256)

@@ -86,7 +86,7 @@ def test_ranges(runs):
 def test_concatenate_joins_slices_of_pieces():
     first = user_windows(np.arange(30), np.array([0, 10]), np.array([9, 4]), np.array([1, 2]), 4)
     second = user_windows(np.arange(100, 130), np.array([0, 10]), np.array([3, 6]), np.array([3, 4]), 4)
-    joined = concatenate([(first, 1, 2), (second, 0, 1), (second, 1, 2)])
+    joined = concatenate_windows([(first, 1, 2), (second, 0, 1), (second, 1, 2)])
     assert joined["items"].tolist() == [10, 11, 12, 100, 101, 110, 111, 112, 113, 112, 113, 114]
     assert joined["offsets"].tolist() == [0, 3, 5, 9, 12]
     assert joined["predict_at"].tolist() == [0, 1, 2, 3, 4, 5, 6, 7, 8, 11]

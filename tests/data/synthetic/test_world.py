@@ -16,9 +16,9 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from antdist.data.domain import open_domain
-from antdist.data.ingest.prepare import prepare
+from antdist.data.ingest.prepare import prepare_domain
 from antdist.data.synthetic.grammar import RULES, SyntheticDomain, make_domain, shuffle_orders
-from antdist.data.synthetic.world import STAGES, describe, price, synth
+from antdist.data.synthetic.world import STAGES, draw_prices, generate_world, write_texts
 from antdist.errors import UserError
 
 SMALL: dict[str, Any] = {"users": 60, "items": 50, "target_users": 40, "target_items": 30, "pixels": 32}
@@ -50,8 +50,8 @@ def items(folder: Path) -> list[dict[str, Any]]:
 
 def test_the_same_seed_gives_the_same_bytes_and_another_seed_other_ones(tmp_path: Path) -> None:
     for name in ("a", "b"):
-        synth(tmp_path / name, **SMALL, seed=7)
-    synth(tmp_path / "c", **SMALL, seed=8)
+        generate_world(tmp_path / name, **SMALL, seed=7)
+    generate_world(tmp_path / "c", **SMALL, seed=8)
     first, again, other = (files(tmp_path / name) for name in "abc")
     assert first == again
     assert any(name.endswith(".jpg") for name in first)
@@ -60,14 +60,14 @@ def test_the_same_seed_gives_the_same_bytes_and_another_seed_other_ones(tmp_path
 
 
 def test_a_domain_does_not_depend_on_what_else_is_generated(tmp_path: Path) -> None:
-    synth(tmp_path / "all", **SMALL)
-    synth(tmp_path / "two", **SMALL, domains=["toys", "workshop"])
+    generate_world(tmp_path / "all", **SMALL)
+    generate_world(tmp_path / "two", **SMALL, domains=["toys", "workshop"])
     assert files(tmp_path / "two" / "toys") == files(tmp_path / "all" / "toys")
 
 
 def test_sizes_names_and_missing_modalities_are_as_asked(tmp_path: Path) -> None:
     sizes: dict[str, Any] = SMALL | {"items": 400}
-    report = synth(tmp_path, **sizes, domains=["lamps", "toys", "shoes"], missing=0.1, mean_length=9.0)
+    report = generate_world(tmp_path, **sizes, domains=["lamps", "toys", "shoes"], missing=0.1, mean_length=9.0)
     assert [d.name for d in report.domains] == ["lamps", "toys", "shoes"]
     assert {path.name for path in tmp_path.iterdir()} == {"lamps", "toys", "shoes"}
     assert report.target == "shoes"
@@ -88,8 +88,8 @@ def test_sizes_names_and_missing_modalities_are_as_asked(tmp_path: Path) -> None
 
 
 def test_without_images_no_item_has_one_and_all_else_stays(tmp_path: Path) -> None:
-    synth(tmp_path / "with", **SMALL, missing=0.0)
-    report = synth(tmp_path / "without", **SMALL, missing=0.0, with_images=False)
+    generate_world(tmp_path / "with", **SMALL, missing=0.0)
+    report = generate_world(tmp_path / "without", **SMALL, missing=0.0, with_images=False)
     assert [d.pictures for d in report.domains] == [0] * 4
     assert not list((tmp_path / "without").rglob("*.jpg"))
     with_images, without = (items(tmp_path / name / "toys") for name in ("with", "without"))
@@ -98,15 +98,17 @@ def test_without_images_no_item_has_one_and_all_else_stays(tmp_path: Path) -> No
 
 
 def test_ten_domains_have_names_and_the_target_is_the_last(tmp_path: Path) -> None:
-    report = synth(tmp_path, **SMALL, domains=10, with_images=False)
+    report = generate_world(tmp_path, **SMALL, domains=10, with_images=False)
     assert len({d.name for d in report.domains}) == 10
     assert report.domains[-1].name == report.target == "workshop"
 
 
 def test_what_is_written_is_what_prepare_reads(tmp_path: Path) -> None:
-    told = synth(tmp_path / "source", **SMALL).domains[-1]
+    told = generate_world(tmp_path / "source", **SMALL).domains[-1]
     made = make_domain("workshop", users=40, items=30, mean_length=14, seed=0)
-    report = prepare(tmp_path / "source" / "workshop", format="tabular", domain="workshop", out=tmp_path / "data")
+    report = prepare_domain(
+        tmp_path / "source" / "workshop", format="tabular", domain="workshop", out=tmp_path / "data"
+    )
     assert (report.users, report.items, report.interactions) == (40, 30, told.interactions)
     assert (report.with_text, report.with_price, report.with_image) == (told.texts, told.prices, told.pictures)
     prepared = open_domain(tmp_path / "data" / "workshop")
@@ -134,15 +136,15 @@ def test_what_is_written_is_what_prepare_reads(tmp_path: Path) -> None:
 )
 def test_wrong_arguments_are_told(tmp_path: Path, wrong: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
-        synth(tmp_path, **(SMALL | wrong))
+        generate_world(tmp_path, **(SMALL | wrong))
     assert not list(tmp_path.iterdir())
 
 
 def test_a_domain_that_exists_is_not_overwritten(tmp_path: Path) -> None:
-    synth(tmp_path, **SMALL, with_images=False)
+    generate_world(tmp_path, **SMALL, with_images=False)
     before = files(tmp_path)
     with pytest.raises(UserError, match=r"garden: exists already\. Choose another folder"):
-        synth(tmp_path, **SMALL, seed=1)
+        generate_world(tmp_path, **SMALL, seed=1)
     assert files(tmp_path) == before
 
 
@@ -150,7 +152,7 @@ def test_a_domain_that_exists_is_not_overwritten(tmp_path: Path) -> None:
 
 
 def test_words_tell_the_stage_always_and_the_category_mostly(domain: SyntheticDomain) -> None:
-    texts = describe(domain, seed=3)
+    texts = write_texts(domain, seed=3)
     told = [next(s for s, words in enumerate(STAGES) if set(words) & set(text.split())) for text in texts]
     np.testing.assert_array_equal(told, domain.attributes["stage"])
     for attribute, least, most in (
@@ -174,14 +176,14 @@ def _words_accuracy(texts: list[str], truth: NDArray[np.int64]) -> float:
 
 
 def test_prices_tell_the_tier_alone(domain: SyntheticDomain) -> None:
-    prices = np.log(price(domain, seed=3))[:, None]
+    prices = np.log(draw_prices(domain, seed=3))[:, None]
     assert _centroid_accuracy(prices, domain.attributes["tier"]) > 0.95
     for attribute, chance in (("stage", 1 / 5), ("colour", 1 / 5), ("category", 1 / 6), ("style", 1 / 4)):
         assert _centroid_accuracy(prices, domain.attributes[attribute]) < chance + 0.12, attribute
 
 
 def test_pictures_tell_colour_by_their_mean_and_shape_and_texture_by_their_form(tmp_path: Path) -> None:
-    synth(tmp_path, domains=["workshop"], target_users=5, target_items=300, missing=0.0, seed=3)
+    generate_world(tmp_path, domains=["workshop"], target_users=5, target_items=300, missing=0.0, seed=3)
     made = make_domain("workshop", users=5, items=300, mean_length=14, seed=3)
     pictures = [
         np.asarray(Image.open(io.BytesIO(data)).convert("RGB"), np.float64)

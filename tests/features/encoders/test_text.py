@@ -18,7 +18,7 @@ from antdist.data.domain import ItemRecord
 from antdist.errors import UserError
 from antdist.features.encoders import base as encoder
 from antdist.features.encoders import text
-from antdist.features.encoders.base import find_minilm, find_pretrained, folder_digest, pick_device
+from antdist.features.encoders.base import choose_device, find_minilm, find_pretrained, model_folder_digest
 from antdist.features.encoders.text import find_text_encoder, fit_projection, open_projection
 
 TEXTS = ["red lamp", "large steel garden table wood", "", None, "  ", "small desk desk", "unheard words"]
@@ -71,25 +71,25 @@ def test_a_max_length_beyond_the_models_positions_is_told_before_a_text_is_read(
 @pytest.mark.parametrize("device", ["gpu", "cuda0", "meta", ""])
 def test_unknown_devices_are_told(device: str) -> None:
     with pytest.raises(UserError, match=r"--device: there is no device .*Use auto, cpu, cuda or cuda:NUMBER"):
-        pick_device(device)
+        choose_device(device)
 
 
 def test_digest_is_of_configuration_and_weights(tiny_bert: Path, tmp_path: Path) -> None:
     copy = tmp_path / "copy"
     shutil.copytree(tiny_bert, copy)
     (copy / "README.md").write_text("changed")
-    assert folder_digest(copy) == folder_digest(tiny_bert)
+    assert model_folder_digest(copy) == model_folder_digest(tiny_bert)
     by_hand = hashlib.sha256()
     for path in sorted(p for p in copy.iterdir() if p.suffix in {".json", ".txt", ".safetensors"}):
         by_hand.update(f"{path.name}\0{hashlib.sha256(path.read_bytes()).hexdigest()}\n".encode())
-    assert folder_digest(copy) == by_hand.hexdigest()
+    assert model_folder_digest(copy) == by_hand.hexdigest()
     said = find_text_encoder(str(copy), pooling="mean", max_length=9).description()
     assert said["digest"] == by_hand.hexdigest() and said["pooling"] == "mean" and said["max_length"] == 9
     weights = copy / "model.safetensors"
     data = bytearray(weights.read_bytes())
     data[-1] ^= 1
     weights.write_bytes(data)
-    assert folder_digest(copy) != folder_digest(tiny_bert)
+    assert model_folder_digest(copy) != model_folder_digest(tiny_bert)
 
 
 def test_minilm_comes_from_its_package_with_mean_pooling() -> None:
@@ -129,7 +129,7 @@ def test_hub_names_are_found_in_the_cache(tiny_bert: Path, tmp_path: Path, monke
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     found = find_text_encoder("some/bert")
     assert found.folder == (repository / "snapshots" / "c0ffee").resolve()
-    assert found.digest == folder_digest(tiny_bert) and found.name == "some/bert"
+    assert found.digest == model_folder_digest(tiny_bert) and found.name == "some/bert"
 
 
 def test_a_cache_that_has_no_such_model_is_passed_over_and_one_that_cannot_be_read_is_told(

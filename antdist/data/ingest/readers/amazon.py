@@ -7,9 +7,9 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
+from antdist.data.ingest.readers.base import MOST_IMAGES, Item, Source, Tally, compose_text, read_price
 from antdist.data.ingest.readers.columns import read_interactions
-from antdist.data.ingest.readers.files import check_file, is_text, json_rows
-from antdist.data.ingest.readers.form import MOST_IMAGES, Item, Source, Tally, compose_text, read_price
+from antdist.data.ingest.readers.files import check_file, is_valid_text, read_json_rows
 from antdist.data.quarantine import Quarantine
 from antdist.errors import UserError
 
@@ -46,11 +46,11 @@ def read_amazon(
     tally = Tally()
     pictures = _local_images(images) if images else {}
     items: dict[str, Item] = {}
-    bad = (quarantine or Quarantine()).file(metadata)
-    for line, row in json_rows(metadata, bad):
+    bad = (quarantine or Quarantine()).inspect(metadata)
+    for line, row in read_json_rows(metadata, bad):
         asin = row.get("asin")
-        if not isinstance(asin, str) or not asin.strip() or not is_text(asin):
-            bad.set_aside(UserError("empty asin", where=f"{metadata}:{line}", remedy="delete the line"), line)
+        if not isinstance(asin, str) or not asin.strip() or not is_valid_text(asin):
+            bad.add(UserError("empty asin", where=f"{metadata}:{line}", remedy="delete the line"), line)
             continue
         bad.good += 1
         if touched is not None and asin not in touched:
@@ -66,7 +66,7 @@ def read_amazon(
         items[asin] = Item(
             asin, _text(row, asin, tally), read_price(row.get("price"), asin, tally), tuple(found[:MOST_IMAGES])
         )
-    bad.end()
+    bad.close()
     return Source(interactions, list(items.values()), tally)
 
 

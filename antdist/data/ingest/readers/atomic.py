@@ -14,8 +14,8 @@ from pathlib import Path
 
 import numpy as np
 
+from antdist.data.ingest.readers.base import Interactions, Item, Source, Tally, valid_text
 from antdist.data.ingest.readers.files import open_text
-from antdist.data.ingest.readers.form import Interactions, Item, Source, Tally, valid_text
 from antdist.errors import UserError
 
 LONGEST_HISTORY = 50

@@ -15,18 +15,18 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from antdist.data.ingest.readers.base import Interactions
 from antdist.data.ingest.readers.files import (
     Row,
     check_file,
-    csv_header,
-    first_object,
+    detect_kind,
     is_gzip,
-    is_text,
+    is_valid_text,
     open_parquet,
-    rows,
-    sniff,
+    read_csv_header,
+    read_first_object,
+    read_rows,
 )
-from antdist.data.ingest.readers.form import Interactions
 from antdist.data.quarantine import Quarantine
 from antdist.errors import UserError
 
@@ -51,7 +51,7 @@ def read_interactions(path: Path, names: dict[str, str], quarantine: Quarantine 
     import pyarrow as pa
 
     check_file(path)
-    kind = sniff(path)
+    kind = detect_kind(path)
     try:
         table = {"csv": _read_csv, "jsonl": _read_json, "parquet": _read_parquet}[kind](path, names)
         users, user_ids = _codes(table[names["user_id"]])
@@ -64,7 +64,7 @@ def read_interactions(path: Path, names: dict[str, str], quarantine: Quarantine 
     return Interactions(users, items, times, user_ids, item_ids, lambda item: _find(path, names["item_id"], item), path)
 
 
-def choose_columns(path: Path, present: list[str], wanted: dict[str, str]) -> dict[str, str]:
+def match_columns(path: Path, present: list[str], wanted: dict[str, str]) -> dict[str, str]:
     """The file's column for each role: the one the user named, else the one named as the role.
 
     Raises:
@@ -79,15 +79,15 @@ def choose_columns(path: Path, present: list[str], wanted: dict[str, str]) -> di
     return chosen
 
 
-def present_columns(path: Path) -> list[str]:
+def read_column_names(path: Path) -> list[str]:
     """Column names of a file; of JSON lines, the keys of the first object."""
     import pyarrow.parquet as pq
 
-    kind = sniff(path)
+    kind = detect_kind(path)
     if kind == "csv":
-        return csv_header(path)[0]
+        return read_csv_header(path)[0]
     if kind == "jsonl":
-        return list(first_object(path))
+        return list(read_first_object(path))
     with open_parquet(path) as file:
         return list(pq.read_schema(file).names)
 
@@ -100,7 +100,7 @@ def _read_csv(path: Path, names: dict[str, str]) -> Any:
     import pyarrow.csv as pa_csv
 
     identifier = pa.dictionary(pa.int32(), pa.string())
-    mark = csv_header(path)[1]
+    mark = read_csv_header(path)[1]
 
     def parse(time_type: Any) -> Any:
         convert = pa_csv.ConvertOptions(
@@ -122,7 +122,7 @@ def _read_json(path: Path, names: dict[str, str]) -> Any:
     import pyarrow as pa
     import pyarrow.json as pa_json
 
-    first = first_object(path)
+    first = read_first_object(path)
 
     def parse(time_type: Any) -> Any:
         identifiers = {name: pa.int64() if type(first.get(name)) is int else pa.string() for name in names.values()}
@@ -203,16 +203,16 @@ def _read_slowly(path: Path, names: dict[str, str], quarantine: Quarantine, erro
     """Line by line what Arrow refused as a whole, bad lines set aside: users, items, times, and the ids of both."""
     import pyarrow as pa
 
-    bad = quarantine.file(path)
+    bad = quarantine.inspect(path)
     user_at: dict[str, int] = {}
     item_at: dict[str, int] = {}
     users, items = array("i"), array("i")
     times: Any = array("q")  # and doubles, once there is a fraction
     first: Row = {}
-    for line, row in rows(path, bad):
+    for line, row in read_rows(path, bad):
         fault = _fault(row, names) or (_mixture(row, first, names) if first else None)
         if fault:
-            bad.set_aside(UserError(fault, where=f"{path}:{line}", remedy=REMEDY), line)
+            bad.add(UserError(fault, where=f"{path}:{line}", remedy=REMEDY), line)
             continue
         time = _number(row[names["timestamp"]])
         if time is None:  # a date: no line is to blame
@@ -225,7 +225,7 @@ def _read_slowly(path: Path, names: dict[str, str], quarantine: Quarantine, erro
         users.append(user_at.setdefault(user, len(user_at)))
         items.append(item_at.setdefault(item, len(item_at)))
         times.append(time)
-    bad.end()
+    bad.close()
     ids = (pa.array(list(at), pa.string()) for at in (user_at, item_at))
     return np.array(users, np.int32), np.array(items, np.int32), np.array(times), *ids
 
@@ -243,7 +243,7 @@ def _fault(row: Row, names: dict[str, str]) -> str | None:
             return f"empty {role}"
         if not isinstance(value, str | int) or isinstance(value, bool):
             return f"{role} is {_shown(value)}, text or a whole number was due"
-        if isinstance(value, str) and not is_text(value):
+        if isinstance(value, str) and not is_valid_text(value):
             return f"{role} {_shown(value)} is no text that UTF-8 can hold"
     value = row.get(names["timestamp"])
     if isinstance(value, bool | list | dict | bytes | type(None)):
@@ -273,6 +273,6 @@ def _mixture(row: Row, first: Row, names: dict[str, str]) -> str | None:
 
 
 def _find(path: Path, column: str, item_id: str) -> str:
-    lenient = Quarantine(1.0).file(path)  # bad lines before it were set aside, and are not what is asked for
-    line = next((line for line, row in rows(path, lenient) if str(row.get(column)) == item_id), None)
+    lenient = Quarantine(1.0).inspect(path)  # bad lines before it were set aside, and are not what is asked for
+    line = next((line for line, row in read_rows(path, lenient) if str(row.get(column)) == item_id), None)
     return str(path) if line is None else f"{path}:{line}"

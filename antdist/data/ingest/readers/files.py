@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any, Literal
 
-from antdist.data.quarantine import Inspection, Quarantine
+from antdist.data.quarantine import FileQuarantine, Quarantine
 from antdist.errors import UserError
 
 Kind = Literal["csv", "jsonl", "parquet"]
@@ -64,7 +64,7 @@ def open_text(path: Path, errors: Literal["strict", "surrogateescape"] = "strict
             raise UserError(f"is not UTF-8 text ({error.reason})", where=path, remedy="convert it to UTF-8") from None
 
 
-def sniff(path: Path) -> Kind:
+def detect_kind(path: Path) -> Kind:
     """CSV, JSON lines or Parquet, by content."""
     with open_binary(path) as stream:
         head = stream.read(4096)
@@ -80,18 +80,18 @@ def sniff(path: Path) -> Kind:
     return "jsonl" if start.startswith(b"{") else "csv"
 
 
-def delimiter(header: str) -> str:
+def detect_delimiter(header: str) -> str:
     """Tab where the header has one, else comma."""
     return "\t" if "\t" in header else ","
 
 
-def csv_header(path: Path) -> tuple[list[str], str]:
+def read_csv_header(path: Path) -> tuple[list[str], str]:
     """Column names and the delimiter."""
     with open_text(path, "surrogateescape") as text:
         line = text.readline()
-    if not is_text(line):
+    if not is_valid_text(line):
         raise _not_utf8(path, 1)
-    mark = delimiter(line)
+    mark = detect_delimiter(line)
     try:
         names = next(csv.reader([line], delimiter=mark))
     except csv.Error as error:
@@ -102,7 +102,7 @@ def csv_header(path: Path) -> tuple[list[str], str]:
     return names, mark
 
 
-def is_text(text: str) -> bool:
+def is_valid_text(text: str) -> bool:
     """Whether it can be written as UTF-8: no lone surrogates."""
     if text.isascii():
         return True
@@ -113,7 +113,7 @@ def is_text(text: str) -> bool:
     return True
 
 
-def rows(path: Path, bad: Inspection | None = None) -> Iterator[tuple[int, Row]]:
+def read_rows(path: Path, bad: FileQuarantine | None = None) -> Iterator[tuple[int, Row]]:
     """All rows one by one with the line (Parquet: row) they begin at, counted from 1; slow and exact.
 
     Args:
@@ -123,12 +123,12 @@ def rows(path: Path, bad: Inspection | None = None) -> Iterator[tuple[int, Row]]
     Raises:
         UserError: such a row, naming the line; or the file cannot be read.
     """
-    bad = bad or Quarantine().file(path)
-    return {"csv": _csv_rows, "jsonl": json_rows, "parquet": _parquet_rows}[sniff(path)](path, bad)
+    bad = bad or Quarantine().inspect(path)
+    return {"csv": _csv_rows, "jsonl": read_json_rows, "parquet": _parquet_rows}[detect_kind(path)](path, bad)
 
 
-def _csv_rows(path: Path, bad: Inspection) -> Iterator[tuple[int, Row]]:
-    header, mark = csv_header(path)
+def _csv_rows(path: Path, bad: FileQuarantine) -> Iterator[tuple[int, Row]]:
+    header, mark = read_csv_header(path)
     csv.field_size_limit(LONGEST_FIELD)
     with open_text(path, "surrogateescape") as text:
         reader = csv.reader(text, delimiter=mark)
@@ -144,10 +144,10 @@ def _csv_rows(path: Path, bad: Inspection) -> Iterator[tuple[int, Row]]:
                     what = f"too {many} columns: {len(fields)}, the header has {len(header)}"
                     remedy = "mend the row; quote fields that hold the delimiter"
                     fault = UserError(what, where=f"{path}:{start}", remedy=remedy)
-                elif not all(map(is_text, fields)):
+                elif not all(map(is_valid_text, fields)):
                     fault = _not_utf8(path, start)
                 if fault is not None:
-                    bad.set_aside(fault, start, records=line - start + 1)  # an open quote swallows lines
+                    bad.add(fault, start, records=line - start + 1)  # an open quote swallows lines
                     continue
                 yield start, dict(zip(header, fields, strict=True))
         except csv.Error as error:
@@ -158,19 +158,19 @@ def _not_utf8(path: Path, line: int) -> UserError:
     return UserError("is not UTF-8 text", where=f"{path}:{line}", remedy="convert it to UTF-8")
 
 
-def json_rows(path: Path, bad: Inspection | None = None) -> Iterator[tuple[int, Row]]:
+def read_json_rows(path: Path, bad: FileQuarantine | None = None) -> Iterator[tuple[int, Row]]:
     """The objects of a JSON lines file with their lines; see `rows`."""
-    bad = bad or Quarantine().file(path)
+    bad = bad or Quarantine().inspect(path)
     with open_text(path, "surrogateescape") as text:
         for number, line in enumerate(text, 1):
             if not line.strip():
                 continue
             try:
-                if not is_text(line):
+                if not is_valid_text(line):
                     raise _not_utf8(path, number)
                 yield number, _object(line, f"{path}:{number}")
             except UserError as fault:
-                bad.set_aside(fault, number)
+                bad.add(fault, number)
 
 
 def _object(line: str, where: str) -> Row:
@@ -183,17 +183,17 @@ def _object(line: str, where: str) -> Row:
     return row
 
 
-def first_object(path: Path) -> Row:
+def read_first_object(path: Path) -> Row:
     """The first object of a JSON lines file; bad lines before it are left to those who read them all."""
-    lenient = Quarantine(1.0).file(path)
-    found = next((row for _, row in json_rows(path, lenient)), None)
+    lenient = Quarantine(1.0).inspect(path)
+    found = next((row for _, row in read_json_rows(path, lenient)), None)
     if found is None:
-        lenient.end()
+        lenient.close()
         raise UserError("holds no JSON objects", where=path)
     return found
 
 
-def _parquet_rows(path: Path, bad: Inspection) -> Iterator[tuple[int, Row]]:
+def _parquet_rows(path: Path, bad: FileQuarantine) -> Iterator[tuple[int, Row]]:
     import pyarrow.parquet as pq
 
     number = 0

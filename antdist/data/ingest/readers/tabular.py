@@ -6,9 +6,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from antdist.data.ingest.readers.columns import ROLES, choose_columns, present_columns, read_interactions
-from antdist.data.ingest.readers.files import Row, check_file, rows
-from antdist.data.ingest.readers.form import MOST_IMAGES, Item, Source, Tally, compose_text, read_price, valid_text
+from antdist.data.ingest.readers.base import MOST_IMAGES, Item, Source, Tally, compose_text, read_price, valid_text
+from antdist.data.ingest.readers.columns import ROLES, match_columns, read_column_names, read_interactions
+from antdist.data.ingest.readers.files import Row, check_file, read_rows
 from antdist.data.quarantine import Quarantine
 from antdist.errors import UserError
 
@@ -41,8 +41,8 @@ def read_tabular(
     if items is not None:
         check_file(items)
     check_file(interactions)
-    names = choose_columns(
-        interactions, present_columns(interactions), {role: columns.get(role, role) for role in ROLES}
+    names = match_columns(
+        interactions, read_column_names(interactions), {role: columns.get(role, role) for role in ROLES}
     )
     tally, quarantine = Tally(), quarantine or Quarantine()
     found = read_interactions(interactions, names, quarantine)
@@ -62,11 +62,11 @@ def read_items(path: Path, columns: Mapping[str, str], tally: Tally, quarantine:
     seen: dict[str, int] = {}
     items: list[Item] = []
     folder = path.parent.resolve()
-    bad = quarantine.file(path)
-    for line, row in rows(path, bad):
+    bad = quarantine.inspect(path)
+    for line, row in read_rows(path, bad):
         where = f"{path}:{line}"
         if not items and id_column not in row:
-            id_column = choose_columns(path, list(row), {"item_id": id_column})["item_id"]
+            id_column = match_columns(path, list(row), {"item_id": id_column})["item_id"]
         unseen -= row.keys()
         item_id = None
         try:
@@ -76,12 +76,12 @@ def read_items(path: Path, columns: Mapping[str, str], tally: Tally, quarantine:
                 raise UserError(what, where=where, remedy="keep one of the two lines")
             text, images = _text(row, names, where), _images(row.get(names["image"]), item_id, folder, where, tally)
         except UserError as fault:
-            bad.set_aside(fault, line, item_id)
+            bad.add(fault, line, item_id)
             continue
         bad.good += 1
         seen[item_id] = line
         items.append(Item(item_id, text, read_price(row.get(names["price"]), item_id, tally), images))
-    bad.end()
+    bad.close()
     if unseen:
         raise UserError(f"no row has a column {' or '.join(sorted(unseen))}", where=path, remedy="check --column")
     if not items:
@@ -122,14 +122,14 @@ def _images(value: Any, item_id: str, folder: Path, where: str, tally: Tally) ->
         if name.startswith(("http://", "https://")):
             tally.add("images left out: an address, nothing is downloaded", example=f"{name} of item {item_id}")
             continue
-        paths.append(inside(folder, name, where))
+        paths.append(resolve_inside(folder, name, where))
     tally.add(
         f"images left out: more than {MOST_IMAGES} of an item", max(len(paths) - MOST_IMAGES, 0), f"item {item_id}"
     )
     return tuple(paths[:MOST_IMAGES])
 
 
-def inside(folder: Path, name: str, where: str) -> Path:
+def resolve_inside(folder: Path, name: str, where: str) -> Path:
     """The path of a file below a resolved folder; anything that leads out of it is refused."""
     try:
         path = (folder / name).resolve()

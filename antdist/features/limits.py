@@ -11,11 +11,11 @@ OTHERS = 512  # files and maps of all else: libraries, sockets, shards
 MOST_MAPS = Path("/proc/sys/vm/max_map_count")
 
 
-def make_room(maps: int) -> None:
-    """Raise this process' limit of open files where it would not do for so many maps.
+def raise_limits(maps: int) -> None:
+    """Raise this process' limit of open files where it would not do for so many limits.
 
     Raises:
-        UserError: the system allows fewer open files or maps.
+        UserError: the system allows fewer open files or limits.
     """
     needed = maps + OTHERS
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)

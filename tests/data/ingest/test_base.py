@@ -6,7 +6,7 @@ from decimal import Decimal
 
 import pytest
 
-from antdist.data.ingest.readers.form import Tally, clean_text, compose_text, parse_price, read_price
+from antdist.data.ingest.readers.base import Tally, clean_text, compose_text, parse_price, read_price
 
 
 @pytest.mark.parametrize(

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 from antdist.errors import UserError
-from antdist.features import maps
-from antdist.features.featurize import featurize
+from antdist.features import limits
+from antdist.features.featurize import featurize_domains
 from tests.items import some_items
 
 PARTS = 80
@@ -20,9 +20,9 @@ import resource, sys
 import numpy as np
 from antdist.data.domain import open_domain
 from antdist.errors import UserError
-from antdist.features import maps
+from antdist.features import limits
 from antdist.features.table import Catalogue
-maps.OTHERS = 40
+limits.OTHERS = 40
 resource.setrlimit(resource.RLIMIT_NOFILE, (60, int(sys.argv[2])))
 try:
     print(len(Catalogue([open_domain(sys.argv[1])], ["price"]).features(np.arange(80)).values["price"]))
@@ -37,7 +37,7 @@ except UserError as error:
 )
 def test_more_parts_than_open_files(make_domain: Any, hard: int, told: str) -> None:
     domain = make_domain("d", some_items(PARTS), items_per_shard=1)
-    featurize([domain], price="log", workers=0)
+    featurize_domains([domain], price="log", workers=0)
     done = subprocess.run(
         [sys.executable, "-c", READER, str(domain.folder), str(hard)], capture_output=True, text=True, check=True
     )
@@ -45,10 +45,10 @@ def test_more_parts_than_open_files(make_domain: Any, hard: int, told: str) -> N
 
 
 def test_more_parts_than_maps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(maps, "MOST_MAPS", tmp_path / "max_map_count")
-    maps.make_room(1000)
-    maps.MOST_MAPS.write_text("65530\n")
-    maps.make_room(1000)
-    maps.MOST_MAPS.write_text("1000\n")
+    monkeypatch.setattr(limits, "MOST_MAPS", tmp_path / "max_map_count")
+    limits.raise_limits(1000)
+    limits.MOST_MAPS.write_text("65530\n")
+    limits.raise_limits(1000)
+    limits.MOST_MAPS.write_text("1000\n")
     with pytest.raises(UserError, match=r"1,512 memory maps, this system allows a process 1,000.*max_map_count=3024"):
-        maps.make_room(1000)
+        limits.raise_limits(1000)

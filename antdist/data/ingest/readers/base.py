@@ -35,7 +35,7 @@ class Tally:
             cases.append(example)
 
 
-def tally_lines(counts: Mapping[str, int], examples: Mapping[str, Sequence[str]]) -> list[str]:
+def format_tally(counts: Mapping[str, int], examples: Mapping[str, Sequence[str]]) -> list[str]:
     """A tally for the terminal: each kind with its count, its examples below."""
     return [
         line for kind, count in counts.items() for line in (f"{kind}: {count:,}", *(f"  {e}" for e in examples[kind]))
