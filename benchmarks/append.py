@@ -52,7 +52,7 @@ def append_late(folder: Path, threads: int) -> tuple[float, float, int]:
 
     pyarrow.set_cpu_count(threads)
     report = append_to_domain(interactions=folder / "late.csv", domain="generated", out=folder / "grown")
-    return time.perf_counter() - start, peak_bytes() / 2**30, report.grown_users
+    return time.perf_counter() - start, peak_bytes() / 2**30, report.updated_users
 
 
 def run(options: Options) -> Report:

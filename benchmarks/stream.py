@@ -20,8 +20,10 @@ import numpy as np
 from antdist import ragged
 from antdist.config.schema import StreamConfig
 from antdist.data.cache import Cache
-from antdist.data.domain import Domain, ItemRecord, Sequences, open_domain, write_domain
+from antdist.data.domain import Domain, Sequences, open_domain
+from antdist.data.shards import ItemRecord
 from antdist.data.stream.stream import Stream
+from antdist.data.writing import write_domain
 from benchmarks.report import Line, Options, Report, ratio, taking_turns
 
 LENGTH, SHARDS, BATCH, BUFFER = 8, 16, 2048, 10_000

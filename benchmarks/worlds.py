@@ -12,7 +12,9 @@ from torch import Tensor
 
 from antdist import ragged
 from antdist.batch import IntArray, ItemInputs
-from antdist.data.domain import Domain, ItemRecord, Sequences, open_domain, write_domain
+from antdist.data.domain import Domain, Sequences, open_domain
+from antdist.data.shards import ItemRecord
+from antdist.data.writing import write_domain
 
 PAPER_DIMS = {"text": 768, "image": 1024, "price": 64}  # the authors' features
 

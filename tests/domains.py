@@ -8,7 +8,9 @@ from pathlib import Path
 import numpy as np
 
 from antdist import ragged
-from antdist.data.domain import Domain, ItemRecord, Sequences, open_domain, write_domain
+from antdist.data.domain import Domain, Sequences, open_domain
+from antdist.data.shards import ItemRecord
+from antdist.data.writing import write_domain
 
 
 def numbered_domain(folder: Path, lengths: Sequence[int], *, block_users: int = 4, blocks_per_shard: int = 2) -> Domain:

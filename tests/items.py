@@ -7,7 +7,7 @@ import io
 import numpy as np
 from PIL import Image
 
-from antdist.data.domain import ItemRecord
+from antdist.data.shards import ItemRecord
 
 WORDS = ["red", "blue", "green", "lamp", "chair", "table", "steel", "wood", "large", "small", "garden", "desk"]
 

@@ -8,7 +8,9 @@ from pathlib import Path
 import numpy as np
 
 from antdist import ragged
-from antdist.data.domain import Domain, ItemRecord, Sequences, open_domain, write_domain
+from antdist.data.domain import Domain, Sequences, open_domain
+from antdist.data.shards import ItemRecord
+from antdist.data.writing import write_domain
 from antdist.features.table import FeatureMeta, features_folder, write_meta, write_part
 
 

@@ -1,4 +1,4 @@
-"""Image files on their way into shards: checked, decoded once, made modest; nothing that cannot be shown gets in."""
+"""Check image files and shrink large ones before they enter shards; what cannot be decoded is refused."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ if TYPE_CHECKING:
     from PIL import Image
 
 LARGEST_FILE = 64 << 20  # bytes; larger files are not read at all
-MOST_PIXELS = 64_000_000  # told by the header, before anything is decoded
-KEPT_BYTES = 4 << 20  # a larger file is made smaller
-KEPT_SIDE = 512  # so is one with a longer side
+MOST_PIXELS = 64_000_000  # read from the header, before anything is decoded
+KEPT_BYTES = 4 << 20  # a larger file is shrunk
+KEPT_SIDE = 512  # pixels; so is an image with a longer side
 QUALITY = 90
 MISSING = "missing"
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
@@ -24,12 +24,12 @@ class BrokenImageError(Exception):
 
 
 def load_image(path: Path) -> bytes:
-    """The bytes of a JPEG or PNG for the shard: the file's own, or a smaller JPEG of it (longest side 512).
+    """Read an image file as the bytes of a JPEG or PNG: the file's own, or a smaller JPEG (longest side 512 pixels).
 
-    Grey and CMYK images stay as they are. The same file gives the same bytes.
+    Grey and CMYK images keep their mode. Equal files give equal bytes.
 
     Raises:
-        BrokenImageError: missing, empty, too large, or not to be decoded.
+        BrokenImageError: the file is missing, empty, too large, or cannot be decoded.
     """
     try:
         if path.stat().st_size > LARGEST_FILE:
@@ -41,14 +41,14 @@ def load_image(path: Path) -> bytes:
 
 
 def normalize_image(data: bytes) -> bytes:
-    """`load_image`, of bytes."""
+    """Do as `load_image` for the bytes of an image file."""
     from PIL import Image, ImageOps
 
     if not data:
         raise BrokenImageError("empty file")
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # Pillow warns of sizes that the next line refuses
+            warnings.simplefilter("ignore")  # Pillow warns of sizes that are refused below
             image = Image.open(io.BytesIO(data), formats=FORMATS)
         with image:
             if image.width * image.height > MOST_PIXELS:
@@ -60,12 +60,12 @@ def normalize_image(data: bytes) -> bytes:
         raise
     except Image.DecompressionBombError:
         raise BrokenImageError("too many pixels") from None
-    except Exception as error:  # decoders raise what they like on damaged files
+    except Exception as error:  # decoders raise arbitrary exceptions on damaged files
         raise BrokenImageError(f"broken ({type(error).__name__})") from None
 
 
 def _shrink(image: Image.Image) -> bytes:
-    """As a JPEG whose longest side is at most 512."""
+    """Encode the image as a JPEG whose longest side is at most `KEPT_SIDE`."""
     if image.mode not in ("L", "RGB", "CMYK"):
         image = image.convert("RGB")
     image.thumbnail((KEPT_SIDE, KEPT_SIDE))

@@ -1,7 +1,7 @@
-"""Bad records are set aside, not passed on and not fatal: each named with its file, place and reason; and only a few.
+"""Quarantine of bad records: a few are listed with file, line and reason and left out; more make the file an error.
 
 The cap is a share of a file's records, `--max-bad` (default 0.1 %), or five records where those are no more than 1 % of
-the file. More means that the file, not a record of it, is bad: then the first fault is told, and nothing is written.
+the file. Above it the file itself is taken to be bad: the first fault is raised and nothing is written.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from antdist.errors import UserError
 QUARANTINE_NAME = "quarantine.jsonl"
 MAX_BAD = 0.001  # share of a file's records
 FEW, FEW_SHARE = 5, 0.01
-EARLY_CHECK = 1000  # bad records from which on a file is judged by what was read of it, not at its end
+EARLY_CHECK = 1000  # from so many bad records on, the cap is checked while reading, not only at the end of the file
 
 
 @dataclass(frozen=True)
 class BadRecord:
-    """One record that was set aside: a line of a file, or what `key` names."""
+    """One quarantined record: a line of a file, or the record with this key."""
 
     file: str
     line: int | None
@@ -34,12 +34,12 @@ class BadRecord:
 
 
 def max_bad_records(records: int, max_bad: float) -> int:
-    """How many of so many records may be bad. A cap of 0 allows none."""
+    """Return how many of `records` may be bad. A cap of 0 allows none."""
     return 0 if max_bad == 0 else int(max(max_bad * records, min(FEW, FEW_SHARE * records)))
 
 
 class Quarantine:
-    """What was set aside of all files of one preparation.
+    """The quarantined records of all files of one preparation.
 
     Args:
         max_bad: the cap, a share of a file's records.
@@ -47,17 +47,17 @@ class Quarantine:
 
     def __init__(self, max_bad: float = 0.0) -> None:
         if not 0 <= max_bad <= 1:
-            raise UserError(f"is {max_bad}, a share from 0 to 1 was due", where="--max-bad")
+            raise UserError(f"is {max_bad}, not a share between 0 and 1", where="--max-bad", remedy="use 0.001, say")
         self.max_bad = max_bad
         self.records: list[BadRecord] = []
 
     def inspect(self, path: Path) -> FileQuarantine:
-        """Begin with a file."""
+        """Start counting the records of a file."""
         return FileQuarantine(self, path)
 
 
 class FileQuarantine:
-    """The records of one file, counted; bad ones wait here until `close` knows how many there were in all."""
+    """Counts the records of one file, and holds its bad ones until `close` checks them against the cap."""
 
     def __init__(self, quarantine: Quarantine, path: Path) -> None:
         self.path, self.good, self.bad = path, 0, 0
@@ -66,10 +66,10 @@ class FileQuarantine:
         self._first: UserError | None = None
 
     def add(self, fault: UserError, line: int | None = None, key: str | None = None, records: int = 1) -> None:
-        """Take note of a bad record (of several, where a fault spans lines).
+        """Add a bad record (or several, where a fault spans lines).
 
         Raises:
-            UserError: none is allowed; or there are a thousand, and they are too many of those read so far.
+            UserError: the cap is 0, or at least `EARLY_CHECK` records are bad and exceed the cap of those read so far.
         """
         self._first = self._first or fault
         self.bad += records
@@ -78,10 +78,10 @@ class FileQuarantine:
             self._check()
 
     def close(self) -> None:
-        """The file is read: hand what was set aside to the quarantine.
+        """Finish the file: hand its bad records to the quarantine.
 
         Raises:
-            UserError: the first fault, if there were too many, or nothing else.
+            UserError: the first fault, if the bad records exceed the cap or there is no good record.
         """
         self._check()
         self._quarantine.records += self._records
@@ -92,12 +92,12 @@ class FileQuarantine:
             return
         first, more = self._first, ""
         if self.bad > 1:
-            more = f" ({self.bad:,} bad records among {read:,}, {most:,} may be set aside)"
+            more = f" ({self.bad:,} of {read:,} records are bad, at most {most:,} may be)"
         raise UserError(first.what + more, where=first.where, remedy=first.remedy) from None
 
 
 def write_quarantine(folder: Path, records: Iterable[BadRecord]) -> Path:
-    """Write `quarantine.jsonl` into the folder: `file`, `line`, `key`, `reason` of each record."""
+    """Write `quarantine.jsonl` into the folder: one object a line with `file`, `line`, `key` and `reason`."""
     path = folder / QUARANTINE_NAME
     lines = (json.dumps(asdict(record)) + "\n" for record in records)
     path.write_text("".join(lines), encoding="utf-8")

@@ -1,7 +1,7 @@
-"""Shards: tar files with the same bytes for the same content, and their safe reading through webdataset.
+"""Shards: write tar files deterministically, and read them safely through webdataset.
 
 An item sample has a 9-digit key, a JSON member and image members; a sequence sample is a *block* of many users in
-columns (architecture, *Formats*). Nothing here knows of manifests; digests are taken while writing.
+columns (docs/formats.md). This module does not depend on manifests; digests are computed while writing.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ from antdist import ragged
 from antdist.batch import IntArray
 from antdist.errors import UserError
 
-HELD_OUT = 2  # interactions at a user's end that are not for training: one validates, one tests
-MIN_INTERACTIONS = HELD_OUT + 1  # interactions a user needs
-VERIFY_REMEDY = "find out what is wrong with `antdist verify`, or prepare the domain again"
+HELD_OUT = 2  # a user's last interactions, which are not trained on: one for validation, one for test
+MIN_INTERACTIONS = HELD_OUT + 1  # of a user
+VERIFY_REMEDY = "find the damage with `antdist verify`, or prepare the domain again"
 Sample = dict[str, Any]
 
 
@@ -56,7 +56,7 @@ class UserBlock:
 
 
 class ShardWriter:
-    """Writes one tar file; equal members give equal bytes on any machine. A context manager."""
+    """Writes one tar file, with equal bytes for equal members on any machine. A context manager."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -75,7 +75,7 @@ class ShardWriter:
 
     @property
     def sha256(self) -> str:
-        """Digest of the whole file, once closed."""
+        """Return the digest of the file; complete once the writer is closed."""
         return self._digest.hexdigest()
 
     def __enter__(self) -> ShardWriter:
@@ -89,13 +89,13 @@ class ShardWriter:
         self._file.close()
 
 
-# of an empty plain file: mode 0644; time, owner and group 0, their names empty
+# The header of an empty plain file: mode 0644; time, owner and group 0, their names empty.
 _PLAIN = tarfile.TarInfo().tobuf(tarfile.USTAR_FORMAT)
 _PLAIN_SUM = int(_PLAIN[148:154], 8)
 
 
 def _header(name: bytes, size: int) -> bytes:
-    """A member's header as `tarfile` writes it, which takes ten times as long."""
+    """Build a member's header with the bytes that `tarfile` writes, in a tenth of its time."""
     assert 0 < len(name) <= 100
     octal = b"%011o" % size
     total = _PLAIN_SUM + sum(name) + sum(octal) - 11 * ord("0")
@@ -103,7 +103,7 @@ def _header(name: bytes, size: int) -> bytes:
 
 
 def encode_npy(array: NDArray[Any]) -> bytes:
-    """An array as the bytes of an `.npy` file."""
+    """Encode an array as the bytes of an `.npy` file."""
     buffer = io.BytesIO()
     np.lib.format.write_array(buffer, np.ascontiguousarray(array), version=(1, 0), allow_pickle=False)
     return buffer.getvalue()
@@ -113,7 +113,7 @@ _to_json = json.JSONEncoder(ensure_ascii=False, allow_nan=False).encode
 
 
 def encode_item(item: ItemRecord) -> list[tuple[str, bytes]]:
-    """The tar members of an item, JSON first."""
+    """Encode an item as tar members (name, content), the JSON first."""
     key = f"{item.index:09d}"
     fields = {"item_id": item.item_id, "text": item.text, "price": item.price, "images": len(item.images)}
     members = [(f"{key}.json", _to_json(fields).encode())]
@@ -121,7 +121,7 @@ def encode_item(item: ItemRecord) -> list[tuple[str, bytes]]:
 
 
 def image_extension(data: bytes) -> str:
-    """`jpg` or `png`, by content."""
+    """Return `jpg` or `png`, by content."""
     if data.startswith(b"\xff\xd8"):
         return "jpg"
     assert data.startswith(b"\x89PNG"), "images in shards are JPEG or PNG"
@@ -129,7 +129,7 @@ def image_extension(data: bytes) -> str:
 
 
 def encode_block(key: str, block: UserBlock, user_ids: list[str]) -> list[tuple[str, bytes]]:
-    """The tar members of a block of users."""
+    """Encode a block of users as tar members (name, content)."""
     assert len(user_ids) == len(block.offsets) - 1 and block.offsets[0] == 0
     return [
         (f"{key}.offsets.npy", encode_npy(block.offsets.astype("<i8"))),
@@ -143,11 +143,11 @@ def encode_block(key: str, block: UserBlock, user_ids: list[str]) -> list[tuple[
 
 
 def member_names(stream: BinaryIO, where: object) -> list[str]:
-    """Names of a tar's members in order, from the headers alone; `stream` is left anywhere.
+    """Return the names of a tar's members in order, reading the headers alone; the stream's position is undefined after.
 
     Raises:
-        UserError: the file is cut short or no tar, or holds a member that is not a plain file with a plain
-            relative name (absolute, `..`, link, device): such a shard was not written by antdist.
+        UserError: the file is truncated or not a tar, or has a member that is not a plain file with a plain relative
+            name (absolute path, `..`, link, device): such a shard was not written by antdist.
     """
     names = []
     try:
@@ -159,12 +159,13 @@ def member_names(stream: BinaryIO, where: object) -> list[str]:
                 check_member_name(member.name, where)
                 names.append(member.name)
     except (tarfile.TarError, OSError) as error:
-        raise UserError(f"the shard is cut short or no tar file ({error})", where=where, remedy=VERIFY_REMEDY) from None
+        what = f"the shard is truncated or not a tar file ({error})"
+        raise UserError(what, where=where, remedy=VERIFY_REMEDY) from None
     return names
 
 
 def check_member_name(name: str, where: object) -> None:
-    """Refuse a member name that could lead out of a folder."""
+    """Refuse a member name that would be extracted outside the folder."""
     if name.startswith("/") or "\\" in name or ".." in PurePosixPath(name).parts:
         what = f"holds a member named {name!r}, which leaves the folder"
         raise UserError(what, where=where, remedy="do not use this shard; prepare the domain again")
@@ -173,19 +174,19 @@ def check_member_name(name: str, where: object) -> None:
 def read_samples(
     stream: BinaryIO, where: object, keys: list[str], select: Callable[[str], bool] | None = None
 ) -> Iterator[Sample]:
-    """The samples of one open shard through webdataset, in file order: `{"__key__": ..., extension: bytes, ...}`.
+    """Read the samples of an open shard through webdataset, in file order: `{"__key__": ..., extension: bytes, ...}`.
 
-    Members are checked first (`member_names`), so a shard that is torn, or does not hold exactly the samples `keys`,
-    is told before its first sample is used.
+    Members are checked first (`member_names`), so that a truncated shard, or one with other samples than `keys`, is
+    refused before its first sample is used.
 
     Args:
-        stream: the tar file, which may be read twice.
-        where: it lies, for people.
+        stream: the tar file; must be seekable.
+        where: the shard's place, for messages.
         keys: the samples that it must hold, in order.
         select: which members to read, by name; None: all.
 
     Raises:
-        UserError: see above; the message names the shard.
+        UserError: the shard is damaged or holds other samples than `keys`.
     """
     from webdataset.tariterators import group_by_keys, tar_file_expander
 
@@ -202,7 +203,7 @@ def read_samples(
         for key in keys:
             sample = next(samples, None)
             if sample is None or sample["__key__"] != key:
-                raise UserError(f"the shard gives no sample {key}", where=where, remedy=VERIFY_REMEDY)
+                raise UserError(f"the shard holds no sample {key}", where=where, remedy=VERIFY_REMEDY)
             yield sample
     except (tarfile.TarError, OSError, ValueError) as error:
         raise UserError(f"the shard cannot be read ({error})", where=where, remedy=VERIFY_REMEDY) from None
@@ -216,10 +217,10 @@ def _difference(found: list[str], keys: list[str]) -> str:
 
 
 def decode_npy(data: bytes, dtype: str, where: str) -> NDArray[Any]:
-    """A one-dimensional array on the bytes of an `.npy` file, without a copy (read-only).
+    """View the bytes of an `.npy` file as a one-dimensional, read-only array, without copying.
 
     Raises:
-        UserError: the bytes are no `.npy` of this dtype, or too few.
+        UserError: the bytes are not a complete `.npy` file of this dtype.
     """
     stream = io.BytesIO(data)
     try:
@@ -228,20 +229,25 @@ def decode_npy(data: bytes, dtype: str, where: str) -> NDArray[Any]:
             raise ValueError(f"npy version {version}")
         try:
             shape, _, found = np.lib.format.read_array_header_1_0(stream)
-        except Exception as error:  # numpy's parser of headers raises what it likes
+        except Exception as error:  # numpy's header parser raises arbitrary exceptions
             raise ValueError(type(error).__name__) from None
         if found != np.dtype(dtype) or len(shape) != 1 or stream.tell() + shape[0] * found.itemsize != len(data):
-            raise ValueError(f"{found} of shape {shape} in {len(data)} bytes, one dimension of {dtype} was due")
+            raise ValueError(f"{found} of shape {shape} in {len(data)} bytes, expected one dimension of {dtype}")
         return np.frombuffer(data, found, shape[0], stream.tell())
     except ValueError as error:
         raise UserError(f"a column cannot be read ({error})", where=where, remedy=VERIFY_REMEDY) from None
 
 
 def decode_block(sample: Sample, where: object, users: int, interactions: int) -> UserBlock:
-    """The columns of a block; sizes are checked against the manifest's.
+    """Decode the columns of a block.
+
+    Args:
+        sample: the block's members.
+        where: the shard's place, for messages.
+        users, interactions: of the block, by the manifest.
 
     Raises:
-        UserError: a column is missing or has another size than the manifest says.
+        UserError: a column is missing or its length differs from the manifest's.
     """
     place = f"{where} ({sample['__key__']})"
     columns = {}
@@ -260,21 +266,24 @@ def decode_block(sample: Sample, where: object, users: int, interactions: int) -
     return UserBlock(**columns)
 
 
-def without(block: UserBlock, gone: IntArray) -> UserBlock:
-    """The block without the users at these places in it."""
-    if not len(gone):
+def drop_users(block: UserBlock, dropped: IntArray) -> UserBlock:
+    """Return the block without the users at these positions."""
+    if not len(dropped):
         return block
     lengths = np.diff(block.offsets)
-    stays = np.ones(len(lengths), bool)
-    stays[gone] = False
-    kept = np.repeat(stays, lengths)
-    offsets = ragged.offsets(lengths[stays])
-    return UserBlock(offsets, block.items[kept], block.times[kept])
+    is_kept = np.ones(len(lengths), bool)
+    is_kept[dropped] = False
+    kept = np.repeat(is_kept, lengths)
+    return UserBlock(ragged.offsets(lengths[is_kept]), block.items[kept], block.times[kept])
 
 
 def find_block_faults(block: UserBlock, items: int, shortest: int = MIN_INTERACTIONS) -> Iterator[str]:
-    """What is wrong with a block's columns, in words: a domain of `items` items can hold no such users, who have `shortest`
-    interactions at least."""
+    """Describe what is wrong with a block's columns.
+
+    Args:
+        items: how many items the domain has.
+        shortest: fewest interactions of a user.
+    """
     lengths = np.diff(block.offsets)
     if not len(block.offsets) or block.offsets[0] != 0 or (lengths < 0).any() or block.offsets[-1] != len(block.items):
         yield "column offsets does not rise from 0 to the number of interactions"
@@ -286,10 +295,10 @@ def find_block_faults(block: UserBlock, items: int, shortest: int = MIN_INTERACT
 
 
 def decode_users(sample: Sample, where: object, users: int) -> list[str]:
-    """The ids of a block's users.
+    """Decode the ids of a block's users.
 
     Raises:
-        UserError: they are missing, malformed or not as many as the manifest says.
+        UserError: the ids are missing, malformed, or their number differs from the manifest's.
     """
     try:
         ids = json.loads(sample.get("users.json", b""))
@@ -297,27 +306,30 @@ def decode_users(sample: Sample, where: object, users: int) -> list[str]:
             return ids
     except (ValueError, RecursionError):
         pass
-    what = f"the ids of the block's users are missing, malformed or not {users}"
+    what = f"the user ids of the block are missing, malformed or not {users}"
     raise UserError(what, where=f"{where} ({sample['__key__']})", remedy=VERIFY_REMEDY)
 
 
 def decode_item(sample: Sample, where: object, *, images: bool = True) -> ItemRecord:
-    """An item from its members; `images` False: without its images, which then need not be in the sample.
+    """Decode an item from its members.
+
+    Args:
+        images: False: leave out the images, which then need not be in the sample.
 
     Raises:
-        UserError: its JSON is malformed or an image is missing.
+        UserError: the JSON is malformed or an image is missing.
     """
-    facts = decode_item_metadata(sample, where)
+    metadata = decode_item_metadata(sample, where)
     try:
-        found = _images(sample, facts.images) if images else []
+        found = _decode_images(sample, metadata.images) if images else []
     except (KeyError, ValueError) as error:
-        raise _unfit(sample, where, error) from None
-    return ItemRecord(int(sample["__key__"]), facts.item_id, facts.text, facts.price, found)
+        raise _inconsistent_item(sample, where, error) from None
+    return ItemRecord(int(sample["__key__"]), metadata.item_id, metadata.text, metadata.price, found)
 
 
 @dataclass(frozen=True)
 class ItemMetadata:
-    """What an item's JSON says; `images` is how many there are."""
+    """The content of an item's JSON; `images` is the number of its images."""
 
     item_id: str
     text: str | None
@@ -326,23 +338,22 @@ class ItemMetadata:
 
 
 def decode_item_metadata(sample: Sample, where: object) -> ItemMetadata:
-    """An item's JSON. Raises UserError: it is malformed."""
+    """Decode an item's JSON. Raises UserError if it is malformed."""
     try:
         fields = json.loads(sample["json"])
-        facts = ItemMetadata(**{name: fields[name] for name in ("item_id", "text", "price", "images")})
-        right = isinstance(facts.item_id, str) and isinstance(facts.text, str | None) and type(facts.images) is int
-        if not right or not (facts.price is None or type(facts.price) in (int, float)):
+        found = ItemMetadata(**{name: fields[name] for name in ("item_id", "text", "price", "images")})
+        valid = isinstance(found.item_id, str) and isinstance(found.text, str | None) and type(found.images) is int
+        if not valid or not (found.price is None or type(found.price) in (int, float)):
             raise TypeError("a field has a wrong type")
-        if facts.price is not None:
-            float(facts.price)  # a whole number may be larger than any float
-        return facts
+        if found.price is not None:
+            float(found.price)  # an integer may exceed the range of a float
+        return found
     except (KeyError, TypeError, ValueError, OverflowError, RecursionError) as error:
-        raise _unfit(sample, where, error) from None
+        raise _inconsistent_item(sample, where, error) from None
 
 
 def read_item_metadata(stream: BinaryIO, where: object, keys: list[str]) -> Iterator[ItemMetadata]:
-    """What the JSON of an open shard's items says, in order, their pictures passed over: by the headers alone, many times as
-    fast as through `read_samples`.
+    """Read the JSON of an open shard's items in order, skipping images: many times as fast as `read_samples`.
 
     Raises:
         UserError: as `read_samples` and `decode_item_metadata`.
@@ -363,27 +374,27 @@ def read_item_metadata(stream: BinaryIO, where: object, keys: list[str]) -> Iter
 
 
 def _json_members(tar: bytes | mmap.mmap) -> Iterator[tuple[str, bytes]]:
-    """Name and content of the JSON members of a tar as `ShardWriter` writes it. Raises ValueError of any other."""
+    """Find the JSON members (name, content) of a tar written by `ShardWriter`. Raises ValueError for other tars."""
     at = 0
     while any(header := tar[at : at + tarfile.BLOCKSIZE]):
         name, size, at = header[:100].rstrip(b"\0"), int(header[124:135], 8), at + tarfile.BLOCKSIZE
         if len(header) < tarfile.BLOCKSIZE or header[156:157] != b"0" or header[345:346] != b"\0" or size < 0:
-            raise ValueError("a member is cut short, no plain file, or of a long name")
+            raise ValueError("a member is truncated, not a plain file, or has a long name")
         if sum(header[:148]) + 8 * ord(" ") + sum(header[156:]) != int(header[148:154], 8):
             raise ValueError("a member's header is damaged")
         if name.endswith(b".json"):
             yield name.decode("ascii"), tar[at : at + size]
         at += size + -size % tarfile.BLOCKSIZE
     if at > len(tar):
-        raise ValueError("a member is cut short")
+        raise ValueError("a member is truncated")
 
 
-def _unfit(sample: Sample, where: object, error: Exception) -> UserError:
-    what = f"the item's members do not fit together ({error!r})"
+def _inconsistent_item(sample: Sample, where: object, error: Exception) -> UserError:
+    what = f"the item's members are inconsistent ({error!r})"
     return UserError(what, where=f"{where} ({sample['__key__']})", remedy=VERIFY_REMEDY)
 
 
-def _images(sample: Sample, count: int) -> list[bytes]:
+def _decode_images(sample: Sample, count: int) -> list[bytes]:
     found = [name for name in sample if re.fullmatch(r"\d+\.(jpg|png)", name)]
     if len(found) != count:
         raise ValueError(f"{len(found)} images, {count} stated")

@@ -13,14 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from antdist.data.cache import Cache
-from antdist.data.domain import (
-    PENDING_DESCRIPTION_NAME,
-    PENDING_NAME,
-    Domain,
-    Sequences,
-    open_domain,
-    training_popularity,
-)
+from antdist.data.domain import PENDING_DESCRIPTION_NAME, PENDING_NAME, Domain, Sequences, open_domain
 from antdist.data.entries import File
 from antdist.data.images import BrokenImageError, normalize_image
 from antdist.data.manifest import MANIFEST_NAME, ItemShard, SequenceShard, archived_manifest_name, read_manifest
@@ -33,10 +26,11 @@ from antdist.data.shards import (
     decode_block,
     decode_item,
     decode_users,
+    drop_users,
     find_block_faults,
     read_samples,
-    without,
 )
+from antdist.data.writing import training_popularity
 from antdist.errors import UserError
 from antdist.io.files import file_sha256
 from antdist.io.progress import track
@@ -255,7 +249,7 @@ def _check_sequences(domain: Domain, number: int, found: _Findings) -> NDArray[n
                 continue
             found.problems += [f"{path} ({block.key}): {fault}" for fault in faults]
             if not faults:
-                live = without(columns, gone)
+                live = drop_users(columns, gone)
                 if len(live.items) != block.interactions:
                     what = (
                         f"{len(live.items)} interactions of users that are not superseded, {block.interactions} stated"

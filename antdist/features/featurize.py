@@ -47,7 +47,8 @@ from antdist.io.logs import get_logger
 from antdist.io.progress import track
 
 if TYPE_CHECKING:
-    from antdist.data.domain import Domain, ItemRecord
+    from antdist.data.domain import Domain
+    from antdist.data.shards import ItemRecord
 
 logger = get_logger(__name__)
 

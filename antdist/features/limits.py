@@ -12,7 +12,7 @@ MOST_MAPS = Path("/proc/sys/vm/max_map_count")
 
 
 def raise_limits(maps: int) -> None:
-    """Raise this process' limit of open files where it would not do for so many limits.
+    """Raise this process' limit of open files where it would not do for so many maps.
 
     Raises:
         UserError: the system allows fewer open files or limits.

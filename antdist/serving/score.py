@@ -38,7 +38,8 @@ from antdist.serving.use import FoundModel, catalogue_for
 if TYPE_CHECKING:
     import pyarrow as pa
 
-    from antdist.data.domain import Domain, UserBlock
+    from antdist.data.domain import Domain
+    from antdist.data.shards import UserBlock
     from antdist.model.io import ModelCard
     from antdist.model.recommender import Recommender
 
@@ -379,7 +380,7 @@ def histories(domain: Domain, shard: int) -> Iterator[tuple[list[str], UserBlock
     third interaction."""
     if shard == len(domain.manifest.sequence_shards):
         return domain.pending_histories()
-    return ((ids, block) for _, ids, block in domain.stored(shard))
+    return ((ids, block) for _, ids, block in domain.blocks_with_ids(shard))
 
 
 def _shared_tensor(vectors: NDArray[np.float32]) -> Any:

@@ -13,7 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from antdist import ragged
-from antdist.data.domain import Domain, ItemRecord, Sequences, open_domain, read_blocks, write_domain
+from antdist.data.domain import Domain, Sequences, open_domain, read_blocks
+from antdist.data.shards import ItemRecord
+from antdist.data.writing import write_domain
 from antdist.errors import UserError
 from tests.domains import numbered_domain
 
@@ -129,7 +131,7 @@ def test_failure_while_writing_leaves_nothing(tmp_path: Path) -> None:
 
 
 def test_name_that_is_a_path_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"'\.\./d' is no name for a domain"):
+    with pytest.raises(UserError, match=r"'\.\./d' is not a valid domain name"):
         write_domain(
             tmp_path / "d", "../d", [], Sequences(np.zeros(1, int), np.zeros(0, int), np.zeros(0, int)), [], {}
         )

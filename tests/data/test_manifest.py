@@ -71,13 +71,13 @@ def test_not_json_is_told(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda m: m.update(schema_version=2), "schema_version is 2, this antdist reads 1"),
+        (lambda m: m.update(schema_version=2), "schema_version is 2, this version of antdist reads 1"),
         (lambda m: m.pop("users"), "key users: Field required"),
         (lambda m: m.update(users="2"), "key users: Input should be a valid integer"),
         (lambda m: m.update(users=3), "total of sequence_shards: 3 stated, the parts add up to 2"),
         (lambda m: m.update(interactions=8), "interactions: 8 stated, the parts add up to 7"),
         (lambda m: m.update(items=4), "total of item_shards: 4 stated, the parts add up to 3"),
-        (lambda m: m["item_shards"][0].update(first=1), "item_shards: a shard starts at 1, 0 was due"),
+        (lambda m: m["item_shards"][0].update(first=1), "item_shards: a shard starts at 1, expected 0"),
         (lambda m: m["sequence_shards"][0]["blocks"][0].update(users=1), "users of sequences-00000.tar: 2 stated"),
         (lambda m: m.update(extra=1), "key extra: Extra inputs are not permitted"),
         (lambda m: m["popularity"].update(name="../popularity.npy"), "key popularity.name: String should match"),
@@ -86,9 +86,9 @@ def test_not_json_is_told(tmp_path: Path) -> None:
         (lambda m: m["popularity"].update(name="items-00000.tar"), "a file name occurs twice"),
         (
             lambda m: m["item_shards"][0].update(bytes=3071),
-            "items-00000.tar would have 3072 bytes at least, it has 3071",
+            "items-00000.tar would need at least 3072 bytes, it has 3071",
         ),
-        (lambda m: m["sequence_shards"][0].update(bytes=99), "sequences-00000.tar would have 100 bytes at least"),
+        (lambda m: m["sequence_shards"][0].update(bytes=99), "sequences-00000.tar would need at least 100 bytes"),
         (lambda m: m["item_shards"][0].update(bytes=1 << 50), "key item_shards.0.bytes: Input should be less than"),
         (lambda m: m["item_shards"][0].update(sha256="x"), "key item_shards.0.sha256: String should match"),
     ],

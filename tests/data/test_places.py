@@ -201,7 +201,7 @@ def test_storage_that_is_away_for_a_while_is_waited_for(
 @pytest.mark.parametrize(
     ("uri", "told"),
     [
-        ("noted:///nowhere/d", r"noted:///nowhere/d: no prepared domain here: manifest\.json is missing"),
+        ("noted:///nowhere/d", r"noted:///nowhere/d: not a prepared domain: manifest\.json is missing"),
         ("nosuch://key:secret@x/d", r"nosuch://\*\*\*@x/d/manifest.json: it cannot be used \(Protocol not known"),
         ("simplecache::file:///x", "it names several storages"),
     ],

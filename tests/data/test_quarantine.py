@@ -62,7 +62,7 @@ def test_a_cap_of_nothing_and_a_hopeless_file_are_told_at_once() -> None:
     file = Quarantine(0.001).inspect(Path("f"))
     for line in range(1, EARLY_CHECK):
         file.add(fault(line), line)
-    with pytest.raises(UserError, match=r"f:1: is bad \(1,000 bad records among 1,000, 5 may be set aside\)"):
+    with pytest.raises(UserError, match=r"f:1: is bad \(1,000 of 1,000 records are bad, at most 5 may be\)"):
         file.add(fault(EARLY_CHECK), EARLY_CHECK)
 
 

@@ -12,10 +12,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from antdist.data.domain import Domain, ItemRecord, Sequences, UserBlock, open_domain, write_domain
+from antdist.data.domain import Domain, Sequences, open_domain
 from antdist.data.manifest import Manifest, write_manifest
-from antdist.data.shards import ShardWriter, encode_block, encode_item, encode_npy
+from antdist.data.shards import ItemRecord, ShardWriter, UserBlock, encode_block, encode_item, encode_npy
 from antdist.data.verify import verify_domain
+from antdist.data.writing import write_domain
 from antdist.errors import UserError
 
 
@@ -111,8 +112,8 @@ def test_all_problems_are_listed(domain: Domain) -> None:
         ({"offsets": [0, 8, 7]}, "column offsets does not rise"),
         ({"offsets": [0, 3, 6]}, "column offsets does not rise"),
         ({"times": [0, 2, 1, 3, 4, 5, 6]}, "column times: a user's interactions are not in time order"),
-        ({"users": ["a"]}, "the ids of the block's users are missing, malformed or not 2"),
-        ({"users": "ab"}, "the ids of the block's users are missing, malformed or not 2"),
+        ({"users": ["a"]}, "the user ids of the block are missing, malformed or not 2"),
+        ({"users": "ab"}, "the user ids of the block are missing, malformed or not 2"),
         ({"items": [0, 1, 2, 3]}, "column items has 4 entries, 7 by the manifest"),
     ],
 )

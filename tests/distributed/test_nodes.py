@@ -14,7 +14,8 @@ import numpy as np
 import pytest
 
 from antdist.config.schema import PretrainConfig
-from antdist.data.domain import Domain, Sequences, open_domain, write_domain
+from antdist.data.domain import Domain, Sequences, open_domain
+from antdist.data.writing import write_domain
 from antdist.distributed import ray_session as session
 from antdist.errors import UserError
 from antdist.features.featurize import featurize_domains

@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from antdist import ragged
-from antdist.data.domain import Sequences, training_popularity
+from antdist.data.domain import Sequences
+from antdist.data.writing import training_popularity
 from antdist.evaluation import ranking
 from antdist.evaluation.baseline import rank_by_popularity
 from antdist.evaluation.metrics import summary

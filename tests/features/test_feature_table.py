@@ -13,7 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from antdist import ragged
-from antdist.data.domain import Domain, ItemRecord
+from antdist.data.domain import Domain
+from antdist.data.shards import ItemRecord
 from antdist.errors import UserError
 from antdist.features import table
 from antdist.features.table import Catalogue, FeatureMeta, open_table, write_meta, write_part

@@ -13,7 +13,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from antdist.data.domain import Domain, ItemRecord, open_domain
+from antdist.data.domain import Domain, open_domain
+from antdist.data.shards import ItemRecord
 from antdist.data.verify import verify_domain
 from antdist.distributed.local_ray import share_of_cores
 from antdist.errors import UserError

@@ -37,13 +37,15 @@ import yaml
 from antdist import ragged
 from antdist.config.load import dump_config, load_config
 from antdist.config.schema import PretrainConfig, RelearnConfig, StreamConfig
-from antdist.data.domain import Sequences, open_domain, write_domain
+from antdist.data.domain import Sequences, open_domain
 from antdist.data.images import BrokenImageError, normalize_image
 from antdist.data.ingest.append import append_to_domain
-from antdist.data.ingest.prepare import prepare_domain, read_source
+from antdist.data.ingest.prepare import prepare_domain
+from antdist.data.ingest.sources import SourceFiles, read_source
 from antdist.data.quarantine import Quarantine
 from antdist.data.stream.stream import Stream
 from antdist.data.verify import verify_domain
+from antdist.data.writing import write_domain
 from antdist.errors import UserError
 from antdist.features.encoders.image import read_picture
 from antdist.features.source import item_metadata
@@ -54,7 +56,7 @@ from tests.worlds import make_domain
 
 PROJECT = Path(__file__).resolve().parents[2]
 PARSERS = (
-    "antdist/data/ingest/readers/files.py", "antdist/data/ingest/readers/columns.py", "antdist/data/ingest/readers/tabular.py",
+    "antdist/data/ingest/sources.py", "antdist/data/ingest/readers/files.py", "antdist/data/ingest/readers/columns.py", "antdist/data/ingest/readers/tabular.py",
     "antdist/data/ingest/readers/amazon.py", "antdist/data/ingest/readers/atomic.py", "antdist/data/ingest/readers/base.py",
     "antdist/data/quarantine.py", "antdist/data/manifest.py", "antdist/data/shards.py", "antdist/data/images.py",
     "antdist/data/verify.py", "antdist/features/source.py", "antdist/config/load.py",
@@ -181,7 +183,7 @@ def _preparing(form: Any) -> Callable[[Path, Random], Any]:
         options: dict[str, Any] = {} if form == "atomic" else {"k_core": random.choice([None, None, 2])}
         options["drop_unknown"] = form != "atomic" and random.random() < 0.3
         if random.random() < 0.7:  # the reader alone
-            return read_source(folder, format=form, quarantine=Quarantine(shares.get("max_bad", 0.0)))
+            return read_source(SourceFiles(folder, form), quarantine=Quarantine(shares.get("max_bad", 0.0)))
         return prepare_domain(folder, format=form, domain="d", out=folder / "out", overwrite=True, **shares, **options)
 
     return use

@@ -10,7 +10,9 @@ import torch
 
 from antdist.batch import ItemInputs
 from antdist.config.schema import ModelConfig
-from antdist.data.domain import Domain, ItemRecord, Sequences, open_domain, write_domain
+from antdist.data.domain import Domain, Sequences, open_domain
+from antdist.data.shards import ItemRecord
+from antdist.data.writing import write_domain
 from antdist.errors import UserError
 from antdist.evaluation.ranking import embed_catalogue
 from antdist.model.recommender import Recommender, build_recommender

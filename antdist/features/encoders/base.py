@@ -19,7 +19,7 @@ from antdist.io.files import file_sha256
 if TYPE_CHECKING:
     import torch
 
-    from antdist.data.domain import ItemRecord
+    from antdist.data.shards import ItemRecord
 
 WEIGHTS = "*.safetensors"
 DIGESTED = ("*.json", "*.txt", "*.model", WEIGHTS)  # configuration, vocabulary, weights; not READMEs

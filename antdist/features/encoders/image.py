@@ -20,7 +20,7 @@ from antdist.features.encoders.base import Encoded, LoadedEncoder, find_pretrain
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-    from antdist.data.domain import ItemRecord
+    from antdist.data.shards import ItemRecord
 
 MAX_PIXELS = 50_000_000
 

@@ -24,7 +24,7 @@ from antdist.features.source import has_text
 from antdist.io.files import file_sha256
 
 if TYPE_CHECKING:
-    from antdist.data.domain import ItemRecord
+    from antdist.data.shards import ItemRecord
 
 Pooling = Literal["cls", "mean"]
 VOCABULARIES = ("tokenizer.json", "vocab.txt", "vocab.json", "*.model")

@@ -177,7 +177,7 @@ def test_users_items_and_days_are_added_and_old_files_stay(tmp_path: Path) -> No
     before = content(old.folder)
     report = grow(tmp_path, LATER, ["g"])
     grown = open_domain(tmp_path / "d")
-    assert (report.new_users, report.grown_users, report.new_items, report.waiting) == (2, 2, 1, 2)
+    assert (report.new_users, report.updated_users, report.new_items, report.pending_users) == (2, 2, 1, 2)
     assert grown.item_ids() == [*ITEMS, "g"]  # old indices stay
     found = histories(grown)
     assert [item for item, _ in found["v"]] == list("abcde") and [item for item, _ in found["y"]] == list("abcdg")
@@ -191,7 +191,7 @@ def test_users_items_and_days_are_added_and_old_files_stay(tmp_path: Path) -> No
     assert all(after[name] == told for name, told in before.items())  # bytes and times of writing
     assert read_manifest(old.folder, kept) == old.manifest
     assert histories(Domain(old.folder, old.manifest)) == histories(old)  # whoever opened it before goes on
-    assert grown.manifest.ancestors == [old.fingerprint] == [report.was]
+    assert grown.manifest.ancestors == [old.fingerprint] == [report.previous_fingerprint]
     assert report.fingerprint == grown.fingerprint
     assert any("do not compare" in line for line in report.lines())
     assert verify_domain(grown.folder).ok
@@ -344,10 +344,10 @@ def test_refusals(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"no prepared domain to append to.*Prepare it first, without --append"):
         grow(tmp_path, LATER)
     base(tmp_path, FIRST)
-    with pytest.raises(UserError, match=r"prepared from the form tabular, not amazon.*--format tabular"):
+    with pytest.raises(UserError, match=r"prepared from format tabular, not amazon.*--format tabular"):
         grow(tmp_path, LATER, format="amazon")
     with pytest.raises(
-        UserError, match=r"item g is not in the domain or the items file .*1 interactions.*--drop-unknown"
+        UserError, match=r"item 'g' is not in the domain or the items file .*1 interactions.*--drop-unknown"
     ):
         grow(tmp_path, LATER[1:2])
     assert grow(tmp_path, LATER, drop_unknown=True).notes["interactions dropped: item unknown"] == 2
@@ -360,7 +360,7 @@ def test_no_two_at_once(tmp_path: Path) -> None:
     descriptor = os.open(tmp_path / "d", os.O_RDONLY)
     fcntl.flock(descriptor, fcntl.LOCK_EX)
     try:
-        with pytest.raises(UserError, match="another append is at work here"):
+        with pytest.raises(UserError, match="another append is running"):
             grow(tmp_path, LATER, ["g"])
     finally:
         os.close(descriptor)

@@ -16,13 +16,8 @@ from PIL import Image
 
 from antdist import ragged
 from antdist.data.domain import Sequences, open_domain
-from antdist.data.ingest.prepare import (
-    PrepareReport,
-    order_interactions,
-    prepare_domain,
-    select_interactions,
-    truncate_sequences,
-)
+from antdist.data.ingest.histories import order_interactions, select_interactions, truncate_sequences
+from antdist.data.ingest.prepare import PrepareReport, prepare_domain
 from antdist.data.ingest.readers.base import Tally
 from antdist.data.verify import verify_domain
 from antdist.errors import UserError
@@ -169,7 +164,7 @@ def test_images_that_cannot_be_used_are_counted_and_named(tmp_path: Path) -> Non
         {"item_id": "b", "image": ["zero.jpg", "nowhere.jpg", "bomb.png"]},
         {"item_id": "c", "image": None},
     ]
-    with pytest.raises(UserError, match=r"broken\.jpg: 3 of 7 images cannot be used, 0 may be.*--max-bad"):
+    with pytest.raises(UserError, match=r"broken\.jpg: 3 of 7 images cannot be used, at most 0 may be.*--max-bad"):
         prepared(tmp_path, items=items)
     assert not (tmp_path / "out" / "d").exists()
     report = prepared(tmp_path, items=items, max_bad=0.5)
@@ -224,7 +219,7 @@ def test_poison_lines_are_set_aside_counted_and_named(tmp_path: Path) -> None:
         (1006, "is not UTF-8 text"),
     ]
     assert all(r["file"] == str(folder / "interactions.csv") for r in found)
-    assert report.quarantined == 5 and "bad records set aside: 5, each" in report.lines()[-2]
+    assert report.quarantined == 5 and "bad records quarantined: 5, listed" in report.lines()[-2]
     # the rest is what it would have been without them
     clean = prepare_domain(large(tmp_path / "good", [], []), domain="d", out=tmp_path / "clean")
     for name in ("sequences-00000.tar", "items-00000.tar", "popularity.npy"):
@@ -238,7 +233,7 @@ def test_more_poison_than_the_cap_stops_with_the_first_fault(tmp_path: Path) -> 
     with pytest.raises(UserError) as caught:
         prepare_domain(folder, domain="d", out=tmp_path / "out")
     assert caught.value.where == f"{folder / 'interactions.csv'}:2"
-    assert "timestamp 'yesterday' is no number (6 bad records among 1,006, 5 may be set aside)" in str(caught.value)
+    assert "timestamp 'yesterday' is no number (6 of 1,006 records are bad, at most 5 may be)" in str(caught.value)
     assert not (tmp_path / "out" / "d").exists()
     assert prepare_domain(folder, domain="d", out=tmp_path / "out", max_bad=0.006).quarantined == 6
     with pytest.raises(UserError, match="is no number"):
@@ -249,7 +244,7 @@ def test_more_poison_than_the_cap_stops_with_the_first_fault(tmp_path: Path) -> 
 
 def test_an_open_quote_that_swallows_lines_counts_all_of_them(tmp_path: Path) -> None:
     folder = large(tmp_path / "bad", [b'"open,a,1'], [700])
-    with pytest.raises(UserError, match="301 bad records among 1,001"):
+    with pytest.raises(UserError, match="301 of 1,001 records are bad"):
         prepare_domain(folder, domain="d", out=tmp_path / "out")
 
 
@@ -257,7 +252,7 @@ def test_a_file_of_garbage_fails_at_once(tmp_path: Path) -> None:
     folder = source(tmp_path / "bad")
     (folder / "interactions.csv.gz").unlink()
     (folder / "interactions.csv").write_text("user_id,item_id,timestamp\n" + "u,a,never\n" * 50_000)
-    with pytest.raises(UserError, match="1,000 bad records among 1,000, 5 may be set aside"):
+    with pytest.raises(UserError, match="1,000 of 1,000 records are bad, at most 5 may be"):
         prepare_domain(folder, domain="d", out=tmp_path / "out")
 
 
@@ -289,7 +284,7 @@ def test_unknown_item_is_refused_with_its_line_or_dropped(tmp_path: Path) -> Non
     with pytest.raises(UserError) as caught:
         prepared(tmp_path, rows=rows)
     assert caught.value.where == f"{tmp_path / 'source' / 'interactions.csv.gz'}:6"
-    assert "item zebra is not in the items file (so it is with 2 interactions in all)" in str(caught.value)
+    assert "item 'zebra' is not in the items file (2 interactions name an unknown item)" in str(caught.value)
     assert "--drop-unknown" in str(caught.value) and not (tmp_path / "out" / "d").exists()
     report = prepared(tmp_path, rows=rows, drop_unknown=True)
     assert report.notes["interactions dropped: item unknown"] == 2 and report.interactions == 6
@@ -300,7 +295,7 @@ def test_unknown_item_is_told_with_its_line_though_lines_before_it_were_set_asid
     with pytest.raises(UserError) as caught:
         prepare_domain(folder, domain="d", out=tmp_path / "out")
     assert caught.value.where == f"{folder / 'interactions.csv'}:52"
-    assert "item zebra is not in the items file (so it is with 7 interactions in all)" in str(caught.value)
+    assert "item 'zebra' is not in the items file (7 interactions name an unknown item)" in str(caught.value)
 
 
 def test_domain_emptied_by_k_core(tmp_path: Path) -> None:
@@ -320,13 +315,13 @@ def test_existing_domain_is_refused_before_anything_is_read(tmp_path: Path) -> N
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"domain": "../d"}, "'../d' is no name for a domain"),
-        ({"format": "spss"}, "no form is called 'spss'"),
+        ({"domain": "../d"}, "'../d' is not a valid domain name"),
+        ({"format": "spss"}, "unknown format 'spss'"),
         ({"k_core": 0}, "--k-core: is 0"),
-        ({"max_sequence": 2}, "--max-sequence: is 2, at least 3 was due"),
-        ({"block_users": 0}, "must be positive, not 0"),
-        ({"images": "x"}, "--images: is for the amazon form alone"),
-        ({"columns": {"user_id": "x"}, "format": "amazon"}, "--column: is for the tabular form alone"),
+        ({"max_sequence": 2}, "--max-sequence: is 2, must be at least 3"),
+        ({"block_users": 0}, "block_users: must be positive, not 0"),
+        ({"images": "x"}, "--images: works with --format amazon only"),
+        ({"columns": {"user_id": "x"}, "format": "amazon"}, "--column: works with --format tabular only"),
     ],
 )
 def test_options_that_cannot_be(tmp_path: Path, options: dict[str, Any], message: str) -> None:
@@ -338,7 +333,7 @@ def test_options_that_cannot_be(tmp_path: Path, options: dict[str, Any], message
 def test_source_folder_must_hold_one_file_of_each(tmp_path: Path) -> None:
     folder = source(tmp_path / "source")
     (folder / "items.csv").write_text("item_id\na\n")
-    with pytest.raises(UserError, match=r"one file items\.\* was due, there are 2 \(items\.csv, items\.jsonl\)"):
+    with pytest.raises(UserError, match=r"expected one file items\.\*, found 2 \(items\.csv, items\.jsonl\)"):
         prepare_domain(folder, domain="d", out=tmp_path / "out")
     report = prepare_domain(folder, domain="d", out=tmp_path / "out", items=folder / "items.jsonl")
     assert report.items == 4

@@ -14,7 +14,6 @@ from hypothesis import strategies as st
 
 from antdist import ragged
 from antdist.batch import GlobalBatch
-from antdist.data.stream.shard_batch import assign, deal, share, split
 
 CATALOGUE = 60
 

@@ -19,9 +19,9 @@ from hypothesis import strategies as st
 from antdist import ragged
 from antdist.config.schema import StreamConfig
 from antdist.data import domain as domain_module
-from antdist.data.domain import UserBlock, open_domain
+from antdist.data.domain import open_domain
 from antdist.data.manifest import Manifest, write_manifest
-from antdist.data.shards import ShardWriter, encode_npy
+from antdist.data.shards import ShardWriter, UserBlock, encode_npy
 from antdist.data.stream import order as order_module
 from antdist.data.stream import stream as stream_module
 from antdist.data.stream.shard_batch import assign_windows, select_windows

@@ -11,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
-from antdist.data.domain import ItemRecord
+from antdist.data.shards import ItemRecord
 from antdist.errors import UserError
 from antdist.features.encoders.image import (
     HISTOGRAM_DIM,

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 
-from antdist.data.domain import ItemRecord
+from antdist.data.shards import ItemRecord
 from antdist.errors import UserError
 from antdist.features.encoders import base as encoder
 from antdist.features.encoders import text
