@@ -164,10 +164,10 @@ def synth(out: Path, domains: str, images: bool, json_file: Path | None, **sizes
     Example:
       antdist synth world --users 2000 --seed 7
     """
-    from antdist.data.synthetic.world import generate_world as generate
+    from antdist.data.synthetic.world import generate_world
 
     names: int | list[str] = int(domains) if domains.isdigit() else [name.strip() for name in domains.split(",")]
-    tell(generate(out, domains=names, with_images=images, **sizes), json_file)
+    tell(generate_world(out, domains=names, with_images=images, **sizes), json_file)
 
 
 @cli.command()
@@ -192,7 +192,7 @@ def synth(out: Path, domains: str, images: bool, json_file: Path | None, **sizes
     type=click.FloatRange(0, 1),
     default=0.001,
     show_default=True,
-    help="Share of a file's records that may be bad: they are set aside, and listed in quarantine.jsonl.",
+    help="Share of a file's records that may be bad: they are left out, and listed in quarantine.jsonl.",
 )
 @click.option("--drop-unknown", is_flag=True, help="Drop interactions with items that the items file lacks.")
 @click.option(
@@ -216,7 +216,7 @@ def prepare(
       antdist prepare exports/monday --domain shop --out data --append
     """
     from antdist.data.ingest.append import append_to_domain
-    from antdist.data.ingest.prepare import prepare_domain as run
+    from antdist.data.ingest.prepare import prepare_domain
 
     if appending:
         for option in ("k_core", "max_sequence", "overwrite"):
@@ -227,7 +227,7 @@ def prepare(
                 )
         tell(append_to_domain(source, format=form, columns=_mapping(columns, "--column"), **options), json_file)
         return
-    tell(run(source, format=form, columns=_mapping(columns, "--column"), **options), json_file)
+    tell(prepare_domain(source, format=form, columns=_mapping(columns, "--column"), **options), json_file)
 
 
 def _mapping(pairs: Sequence[str], option: str) -> dict[str, str]:
@@ -253,9 +253,9 @@ def verify(domain: str | Path, json_file: Path | None) -> None:
       antdist verify data/shop
       antdist verify s3://bucket/data/shop
     """
-    from antdist.data.verify import verify_domain as run
+    from antdist.data.verify import verify_domain
 
-    report = run(domain)
+    report = verify_domain(domain)
     tell(report, json_file)
     if report.problems:
         sys.exit(1)
@@ -300,9 +300,9 @@ def featurize(domains: Sequence[str | Path], json_file: Path | None, **options: 
       antdist featurize data/shop --text google-bert/bert-base-uncased --image microsoft/swin-base-patch4-window7-224
     """
     from antdist.data.domain import open_domain
-    from antdist.features.featurize import featurize_domains as run
+    from antdist.features.featurize import featurize_domains
 
-    tell(run([open_domain(domain) for domain in domains], **options), json_file)
+    tell(featurize_domains([open_domain(domain) for domain in domains], **options), json_file)
 
 
 # -- runs ------------------------------------------------------------------------------------------------------------

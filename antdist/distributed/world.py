@@ -42,7 +42,7 @@ def current_world() -> World:
 
 
 def row_ranges(rows: int, parts: int) -> list[tuple[int, int]]:
-    """`rows` cut into `parts` contiguous ranges, as `deal` shares items among ranks."""
+    """`rows` cut into `parts` contiguous ranges, as `shard_batch` shares items among ranks."""
     return [partition_rows(rows, part, parts) for part in range(parts)]
 
 

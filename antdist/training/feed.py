@@ -87,7 +87,7 @@ class Feed:
     world: World
 
     def inputs(self, batch: GlobalBatch) -> StepInput:
-        """Split into micro-batches, deal this rank its share, look its items' features up."""
+        """Split into micro-batches, take this rank's share, look up its items' features."""
         step = batch.epoch * self.stream.steps_per_epoch + batch.index
         micros = [m for m in split_batch(batch, self.accumulation) if m.predictions]
         return StepInput(step, batch, [self._micro(m, batch.predictions, step, i) for i, m in enumerate(micros)])

@@ -100,7 +100,7 @@ def test_of_an_epoch_all_items_that_occur_are_distinct_and_a_part_as_shuffling_h
 @pytest.mark.parametrize("mode", ["sequence", "prefix"])
 def test_windows_are_those_that_users_are_cut_into(mode: str) -> None:
     from antdist import ragged
-    from antdist.data.stream.windows import prefix_windows, user_windows
+    from antdist.data.stream.windows import PackedWindows, prefix_windows, user_windows
 
     lengths = np.random.default_rng(0).integers(3, 60, 300)
     train, begin = lengths - 2, ragged.offsets(lengths - 2)

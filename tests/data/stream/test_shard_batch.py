@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from antdist import ragged
 from antdist.batch import GlobalBatch
+from antdist.data.stream.shard_batch import assign_windows, partition_rows, shard_batch, split_batch
 
 CATALOGUE = 60
 

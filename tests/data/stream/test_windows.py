@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from antdist import ragged
-from antdist.data.stream.windows import prefix_windows, user_windows
+from antdist.data.stream.windows import concatenate_windows, prefix_windows, user_windows
 
 lengths = st.lists(st.integers(1, 40), min_size=1, max_size=8)
 
