@@ -1,6 +1,6 @@
 """The chunked softmax over many candidates: how much memory it needs beyond its inputs and their gradients, how long it takes.
 
-`antdist.model.losses.next_item_loss`, forward and backward, gradients for users and candidates, float32. Against it, at a
+`antdist.model.ops.softmax_loss.softmax_loss`, forward and backward, gradients for users and candidates, float32. Against it, at a
 number of candidates at which all fit: the naive loss, which holds the matrix of logits, and torch's own chunked loss,
 `linear_cross_entropy`, where the installed torch has it; all in the matrix products that training uses. Each measurement
 is a process of its own, warmed up on a small problem: extra memory is its peak resident memory during forward and
@@ -18,8 +18,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from antdist.config.schema import LossConfig
-from antdist.model.losses import next_item_loss
 from antdist.model.ops.products import exact_products
+from antdist.model.ops.softmax_loss import softmax_loss
 from benchmarks.processes import in_fresh_process, seconds_and_extra_bytes
 from benchmarks.report import Line, Options, Report, ratio
 
@@ -32,7 +32,7 @@ Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 def chunked(users: Tensor, candidates: Tensor, targets: Tensor, chunk: int) -> Tensor:
-    return next_item_loss(users, candidates, targets, temperature=TEMPERATURE, chunk=chunk)
+    return softmax_loss(users, candidates, targets, temperature=TEMPERATURE, chunk=chunk)
 
 
 def naive(users: Tensor, candidates: Tensor, targets: Tensor) -> Tensor:

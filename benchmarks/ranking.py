@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from antdist.config.schema import ModelConfig
-from antdist.evaluation.ranking import Queries, rank_targets, test_queries, unit
+from antdist.evaluation.ranking import Queries, rank_targets, test_queries
+from antdist.model.ops.scores import scores, unit_or_fail
 from antdist.model.recommender import Recommender, build_recommender
 from benchmarks.report import Line, Options, Report, ratio, taking_turns
 from benchmarks.worlds import TARGET, Shape, sequences_of
@@ -36,10 +37,10 @@ class Ready(nn.Module):
 
 def rank_by_sorting(users: Tensor, items: Tensor, queries: Queries) -> np.ndarray:
     """The plain way: all scores, a mask, a sort."""
-    scores = unit(users, "users") @ unit(items, "items").T
+    found = scores(unit_or_fail(users, "users"), unit_or_fail(items, "items"))
     rows = np.repeat(np.arange(len(queries)), np.diff(queries.exclude_offsets))
-    scores[torch.from_numpy(rows), torch.from_numpy(queries.exclude_items)] = -torch.inf
-    order = scores.argsort(dim=1, descending=True)
+    found[torch.from_numpy(rows), torch.from_numpy(queries.exclude_items)] = -torch.inf
+    order = found.argsort(dim=1, descending=True)
     return 1 + (order == torch.from_numpy(queries.targets)[:, None]).int().argmax(1).numpy()
 
 

@@ -11,12 +11,12 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from torch.nn import functional
 
 from antdist import ragged
 from antdist.batch import IntArray
 from antdist.errors import UserError
 from antdist.model.ops.products import exact_products
+from antdist.model.ops.scores import exact_scores, unit_or_fail
 
 if TYPE_CHECKING:
     from antdist.data.domain import Sequences
@@ -155,16 +155,6 @@ def encode_histories(model: Recommender, item_embeddings: Tensor, items: IntArra
         return states[bounds[1:] - 1]
 
 
-def unit(vectors: Tensor, what: str) -> Tensor:
-    """float32 rows of length 1 (a row of zeros stays), so that products are cosines. UserError if not all finite."""
-    if not bool(torch.isfinite(vectors).all()):
-        raise UserError(
-            f"the model gives {what} that are not finite numbers",
-            remedy="the training diverged: take an earlier checkpoint, or train with a lower learning rate or clipping",
-        )
-    return functional.normalize(vectors.float(), dim=-1)
-
-
 def rank_targets(
     model: Recommender, item_embeddings: Tensor, queries: Queries, *, chunk_users: int = 512, chunk_items: int = 4096
 ) -> Ranks:
@@ -183,11 +173,11 @@ def rank_targets(
     assert not len(queries) or max(int(queries.targets.max()), int(queries.exclude_items.max())) < size
     ranks = np.empty(len(queries), np.int64)
     by_length = np.argsort(np.diff(queries.offsets), kind="stable")
-    catalogue = unit(item_embeddings, "item embeddings")
+    catalogue = unit_or_fail(item_embeddings, "item embeddings")
     for first in range(0, len(queries), chunk_users):
         rows = by_length[first : first + chunk_users]
         asked = queries.select(rows)
-        vectors = unit(encode_histories(model, item_embeddings, asked.items, asked.offsets), "user vectors")
+        vectors = unit_or_fail(encode_histories(model, item_embeddings, asked.items, asked.offsets), "user vectors")
         targets = catalogue[torch.from_numpy(asked.targets).to(catalogue.device)]
         ranks[rows] = 1 + _rivals(vectors, targets, catalogue, asked, chunk_items).cpu().numpy()
     seen = queries.seen
@@ -223,12 +213,12 @@ def rank_in_ranges(
         rows = by_length[begin : begin + chunk_users]
         asked = queries.select(rows)
         read = replace(queries, items=items).select(rows)
-        vectors = unit(encode_histories(model, known, read.items, read.offsets), "user vectors")
-        groups.append((rows, asked, vectors, unit(known[targets[torch.from_numpy(rows)]], "item embeddings")))
+        vectors = unit_or_fail(encode_histories(model, known, read.items, read.offsets), "user vectors")
+        groups.append((rows, asked, vectors, unit_or_fail(known[targets[torch.from_numpy(rows)]], "item embeddings")))
     ranks = np.ones(len(queries), np.int64)
     for start in range(0, size, range_items):
         ids = np.arange(first + start, first + min(start + range_items, size))
-        some = unit(embed_catalogue(model, catalogue, ids), "item embeddings")
+        some = unit_or_fail(embed_catalogue(model, catalogue, ids), "item embeddings")
         for rows, asked, vectors, wanted in groups:
             ranks[rows] += _rivals(vectors, wanted, some, asked, chunk_items, start).cpu().numpy()
     return Ranks(queries.users, np.where(queries.seen, size + 1, ranks), queries.seen)
@@ -244,13 +234,12 @@ def _rivals(
     bounds = np.searchsorted(items, begin + np.minimum(np.arange(0, len(catalogue) + chunk, chunk), len(catalogue)))
     row, item = torch.from_numpy(rows).to(device), torch.from_numpy(items).to(device)
     count = torch.zeros(len(vectors), dtype=torch.int64, device=device)
-    with torch.autocast(device.type, enabled=False), exact_products(device):
-        threshold = (vectors * targets).sum(1, keepdim=True) - TIE
-        for number, first in enumerate(range(0, len(catalogue), chunk)):
-            scores = vectors @ catalogue[first : first + chunk].T
-            here = slice(*bounds[number : number + 2].tolist())
-            scores[row[here], item[here] - begin - first] = -torch.inf
-            count += (scores >= threshold).count_nonzero(1)
+    threshold = (vectors * targets).sum(1, keepdim=True) - TIE
+    for number, first in enumerate(range(0, len(catalogue), chunk)):
+        scores = exact_scores(vectors, catalogue[first : first + chunk])
+        here = slice(*bounds[number : number + 2].tolist())
+        scores[row[here], item[here] - begin - first] = -torch.inf
+        count += (scores >= threshold).count_nonzero(1)
     return count
 
 

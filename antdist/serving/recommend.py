@@ -43,17 +43,16 @@ def recommend(
     Raises:
         UserError: the history is empty, or the model's vectors are not finite.
     """
-    from antdist.evaluation.ranking import encode_histories, unit
-    from antdist.model.ops.products import exact_products
+    from antdist.evaluation.ranking import encode_histories
+    from antdist.model.ops.scores import exact_scores, unit_or_fail
 
     if not history:
         raise UserError("the history is empty", remedy="name at least one item")
     items = np.asarray(history, np.int64)
     assert 0 <= items.min() <= items.max() < len(item_embeddings) and n > 0
     recent = items[-model.config.max_length :]
-    vector = unit(encode_histories(model, item_embeddings, recent, np.array([0, len(recent)])), "user vectors")
-    with exact_products(item_embeddings.device):
-        scores = (unit(item_embeddings, "item embeddings") @ vector[0]).cpu().numpy()
+    vector = unit_or_fail(encode_histories(model, item_embeddings, recent, np.array([0, len(recent)])), "user vectors")
+    scores = exact_scores(vector[0], unit_or_fail(item_embeddings, "item embeddings")).cpu().numpy()
     best = np.argsort(-scores, kind="stable")
     if exclude_history:
         best = best[~np.isin(best, items)]
@@ -68,7 +67,8 @@ def recommend_many(
     Raises:
         UserError: the model's vectors are not finite.
     """
-    from antdist.evaluation.ranking import encode_histories, unit
+    from antdist.evaluation.ranking import encode_histories
+    from antdist.model.ops.scores import unit_or_fail
     from antdist.serving.top import top_items
 
     found: list[list[tuple[int, float]]] = []
@@ -76,7 +76,9 @@ def recommend_many(
         whole, numbers = histories[first : first + TOGETHER], wanted[first : first + TOGETHER]
         recent = [history[-model.config.max_length :] for history in whole]
         offsets = ragged.offsets([len(history) for history in recent])
-        vectors = unit(encode_histories(model, item_embeddings, np.concatenate(recent), offsets), "user vectors")
+        vectors = unit_or_fail(
+            encode_histories(model, item_embeddings, np.concatenate(recent), offsets), "user vectors"
+        )
         seen = np.repeat(np.arange(len(whole)), [len(history) for history in whole]), np.concatenate(whole)
         indices, scores = top_items(vectors, [item_embeddings], max(numbers), seen)
         for row, n in enumerate(numbers):

@@ -334,7 +334,8 @@ class Scorer:
 
     def best(self, block: UserBlock) -> tuple[IntArray, NDArray[np.float32]]:
         """Items and scores of a block's users, (U, n or all), -1 where there are no more."""
-        from antdist.evaluation.ranking import encode_histories, unit
+        from antdist.evaluation.ranking import encode_histories
+        from antdist.model.ops.scores import unit_or_fail
         from antdist.serving.top import top_items
 
         starts, ends, known = block.offsets[:-1], block.offsets[1:], block.items.astype(np.int64)
@@ -347,7 +348,7 @@ class Scorer:
             recent = np.maximum(starts[users], ends[users] - self.model.config.max_length)
             items, offsets = ragged.slices(known, recent, ends[users])
             distinct, tokens = np.unique(items, return_inverse=True)
-            vectors = unit(encode_histories(self.model, self._rows(distinct), tokens, offsets), "user vectors")
+            vectors = unit_or_fail(encode_histories(self.model, self._rows(distinct), tokens, offsets), "user vectors")
             seen = None
             if not self.task.include_seen:
                 whole, bounds = ragged.slices(known, starts[users], ends[users])

@@ -10,8 +10,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from antdist.batch import IntArray
-from antdist.evaluation.ranking import unit
-from antdist.model.ops.products import exact_products
+from antdist.model.ops.scores import exact_scores, unit_or_fail
 
 # Items that are scored together: as many as keep the scores of 512 users in a processor's cache; on a GPU, 128 MiB.
 PIECE, GPU_PIECE = 8192, 65536
@@ -43,18 +42,17 @@ def top_items(
     device, first = vectors.device, 0
     scores = torch.empty(len(vectors), 0, device=device)
     indices = torch.empty(len(vectors), 0, dtype=torch.int64, device=device)
-    with torch.autocast(device.type, enabled=False), exact_products(device):
-        for piece in _pieces(catalogue, PIECE if device.type == "cpu" else GPU_PIECE):
-            of_piece = vectors @ unit(piece, "item embeddings").T
-            here = slice(*np.searchsorted(items, [first, first + len(piece)]).tolist())
-            rows, columns = torch.from_numpy(users[here]), torch.from_numpy(items[here] - first)
-            of_piece[rows.to(device), columns.to(device)] = -torch.inf
-            best, column = _top(of_piece, n)
-            # what was found before comes first, and the sort is stable: equal scores stay in the catalogue's order
-            scores, kept = torch.cat([scores, best], 1).sort(dim=1, descending=True, stable=True)
-            scores, kept = scores[:, :n], kept[:, :n]
-            indices = torch.cat([indices, column + first], 1).gather(1, kept)
-            first += len(piece)
+    for piece in _pieces(catalogue, PIECE if device.type == "cpu" else GPU_PIECE):
+        of_piece = exact_scores(vectors, unit_or_fail(piece, "item embeddings"))
+        here = slice(*np.searchsorted(items, [first, first + len(piece)]).tolist())
+        rows, columns = torch.from_numpy(users[here]), torch.from_numpy(items[here] - first)
+        of_piece[rows.to(device), columns.to(device)] = -torch.inf
+        best, column = _top(of_piece, n)
+        # what was found before comes first, and the sort is stable: equal scores stay in the catalogue's order
+        scores, kept = torch.cat([scores, best], 1).sort(dim=1, descending=True, stable=True)
+        scores, kept = scores[:, :n], kept[:, :n]
+        indices = torch.cat([indices, column + first], 1).gather(1, kept)
+        first += len(piece)
     indices[scores == -torch.inf] = -1
     return indices.cpu().numpy(), scores.cpu().numpy()
 

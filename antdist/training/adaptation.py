@@ -11,7 +11,8 @@ from torch import Tensor
 from antdist.config.schema import ModelConfig, Strategy, Variant
 from antdist.config.semantics import defining
 from antdist.errors import UserError
-from antdist.model.recommender import Recommender, build_recommender, centre, parameter_groups, redraw_experts
+from antdist.model.initialisation import centre_tower, redraw_experts
+from antdist.model.recommender import Recommender, build_recommender, parameter_groups
 
 
 @dataclass(frozen=True)
@@ -100,7 +101,7 @@ def adapt(
     if strategy == "relearn" and config.initialisation == "reference":
         redraw_experts(model, seed)
     if means is not None:
-        centre(model, means)
+        centre_tower(model.tower, means)
     groups = parameter_groups(model)
     inherited = dict(parent.named_parameters()) if parent is not None else {}
     for group, treatment in table.items():

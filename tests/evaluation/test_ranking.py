@@ -204,11 +204,11 @@ def test_transductive_model_refuses_another_catalogue() -> None:
 
 
 @pytest.mark.parametrize("broken", ["items", "users"])
-def test_numbers_that_are_not_finite_are_an_error(broken: str) -> None:
+def test_nan_embeddings_are_an_error(broken: str) -> None:
     items, users = torch.randn(6, 4), torch.randn(6, 4)
     (items if broken == "items" else users)[2, 1] = torch.nan
     queries = ranking.test_queries(make_sequences([[0, 2, 3], [1, 2, 4]]), 5)
-    with pytest.raises(UserError, match="not finite"):
+    with pytest.raises(UserError, match="NaN or Inf"):
         rank_targets(LastItem(users), items, queries)
 
 

@@ -6,11 +6,11 @@ import pytest
 import torch
 
 from antdist.config.schema import LossConfig, ModelConfig
+from antdist.model.initialisation import redraw_experts
 from antdist.model.recommender import (
     Recommender,
     build_recommender,
     parameter_groups,
-    redraw_experts,
 )
 from tests.reference.small_world import DIMS, SmallWorld, local_rows, make_batch, windows
 

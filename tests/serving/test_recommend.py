@@ -76,7 +76,7 @@ def test_an_item_that_nobody_touched_can_come_first(model: Recommender) -> None:
 def test_empty_history_and_broken_model(model: Recommender) -> None:
     with pytest.raises(UserError, match="history is empty"):
         recommend(model, torch.randn(5, 16), [], 3)
-    with pytest.raises(UserError, match="not finite"):
+    with pytest.raises(UserError, match="NaN or Inf"):
         recommend(model, torch.full((5, 16), torch.nan), [1], 3)
 
 

@@ -82,5 +82,5 @@ def test_no_more_scores_exist_than_of_a_piece(monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_embeddings_that_are_not_finite_are_told() -> None:
-    with pytest.raises(UserError, match="item embeddings that are not finite numbers"):
+    with pytest.raises(UserError, match="item embeddings contain NaN or Inf"):
         top_items(torch.ones(1, 2), [torch.tensor([[1.0, torch.nan]])], 1)

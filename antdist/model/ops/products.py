@@ -1,4 +1,4 @@
-"""Matrix products in true float32, as fast as the device has them. Neutral ground: training and evaluation use it."""
+"""Float32 matrix products that are exact to float32, and as fast as the device does them."""
 
 from __future__ import annotations
 
@@ -13,10 +13,15 @@ if TYPE_CHECKING:
 
 @contextmanager
 def exact_products(device: torch.device) -> Iterator[None]:
-    """Matrix products of float32 in float32, whatever the code around has set (autocast apart); then as it was.
+    """Multiply float32 matrices in float32 inside the block (autocast apart), with any setting outside of it.
 
-    On a GPU that rules TF32 out. On a CPU oneDNN multiplies, where it does so exactly, instead of MKL: equal or, on
-    processors that MKL does not know, twice as fast.
+    On a GPU this rules TF32 out. On a CPU it has oneDNN multiply instead of MKL where oneDNN is exact: as fast, or twice
+    as fast on processors that MKL does not know.
+
+    torch hands a float32 product on a CPU to oneDNN only if `mkldnn.matmul.fp32_precision` allows less than float32, as
+    "bf16" does; with "ieee" it calls MKL. "bf16" allows oneDNN to round the inputs to bfloat16, but it does so only on
+    processors with matrix tiles for bfloat16 (AMX); on all others its float32 kernel runs. `_onednn_is_exact` finds out
+    once, by multiplying; where oneDNN rounds, "ieee" and MKL stay.
     """
     import torch
 
@@ -32,10 +37,10 @@ def exact_products(device: torch.device) -> Iterator[None]:
 
 @functools.cache
 def _onednn_is_exact() -> bool:
-    """Whether oneDNN multiplies float32 exactly under the one setting that lets torch call it for float32, "bf16".
+    """Return whether oneDNN multiplies float32 exactly under "bf16" on this processor.
 
-    That allows oneDNN to round to bfloat16, which it does where the processor has tiles for it (AMX). So look: rounding
-    would show as an error a thousand times as large.
+    A sum of 512 products of N(0, 1) numbers is about 23. Over these 65,536 sums the largest error is 4e-5 in float32, and
+    0.26 with inputs rounded to bfloat16 (8 bits): 1e-3 is far from both.
     """
     import torch
 

@@ -61,14 +61,15 @@ def _train(
     state: str | None = None,
     parent: str | None = None,
 ) -> dict[str, Any]:
-    from antdist.model.recommender import build_recommender, centre
+    from antdist.model.initialisation import centre_tower
+    from antdist.model.recommender import build_recommender
     from antdist.training.trainer import beginning_with
 
     inputs = pretrain_inputs(config, data)
     check_features(inputs.catalogue)
     model = build_recommender(config.model, inputs.catalogue.dims, seed=config.seed)
     if config.model.initial_shift == "mean":
-        centre(model, inputs.catalogue.means())
+        centre_tower(model.tower, inputs.catalogue.means())
     evaluate = _evaluator(config, inputs, world)
     start = last_checkpoint(Path(state)) if state is not None and world.leader else None
     if start is not None and config.parent is not None:
