@@ -20,7 +20,7 @@ from torch import Tensor
 from antdist.config.schema import LossConfig, ModelConfig, StreamConfig, TrainingConfig
 from antdist.data.domain import Domain
 from antdist.model.ops.products import exact_products
-from antdist.runs.folder import show_live
+from antdist.runs.folder import RunFolder
 from antdist.tracking.run import start_run
 from antdist.training.engines.plain import PlainEngine
 from antdist.training.trainer import Job, train, train_step
@@ -92,7 +92,7 @@ def full_run(job: Job, folder: Path) -> Full:
         folder=folder,
         validate=lambda: dict.fromkeys(("Recall@10", "NDCG@10"), next(better) / 1e6),
         report=report,
-        live=lambda live: show_live(folder, live),
+        live=RunFolder(folder).write_status,
     )
     start = time.perf_counter()
     train(recorded)

@@ -17,7 +17,9 @@ from antdist.config.schema import PretrainConfig
 from antdist.errors import UserError
 from antdist.io.logs import get_logger, log_to_file
 from antdist.io.storage import Unreachable
-from antdist.runs.folder import claimed
+from antdist.runs.comparison import record_config
+from antdist.runs.folder import run_folder
+from antdist.runs.locks import lock_run
 from antdist.training.checkpoints.remote import Remote
 
 PROJECT = Path(__file__).resolve().parents[1]
@@ -153,11 +155,11 @@ def test_no_secret_is_told_of_a_mistake_in_a_configuration(tmp_path: Path) -> No
 
 def test_no_secret_is_written_to_the_runs_folder(tmp_path: Path) -> None:
     remote = f"memory://{SECRET.partition('://')[2]}"
-    asked = [f"tracking.uri={SECRET}", f"ray.storage={tmp_path}", f"ray.remote_storage={remote}"]
+    asked = ["name=run", f"tracking.uri={SECRET}", f"ray.storage={tmp_path}", f"ray.remote_storage={remote}"]
     config = load_config(PretrainConfig, None, asked)
     for _ in range(2):  # the second start compares with what the first wrote
-        with claimed(tmp_path / "run", config):
-            pass
+        with lock_run(run_folder(config)):
+            record_config(run_folder(config), config)
     files = [path for path in (tmp_path / "run").rglob("*") if path.is_file()]
     assert (tmp_path / "run" / "config.yaml").read_text().count("***@host") == 2
     assert not any(b"hush" in path.read_bytes() for path in files)

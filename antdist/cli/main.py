@@ -325,9 +325,9 @@ def validate(config_file: Path | None, overrides: Sequence[str], json_file: Path
     from antdist.runs.checks import check_pretrain, check_relearn
 
     if names_target(config_file, overrides):
-        tell(check_relearn(load_config(RelearnConfig, config_file, overrides)), json_file)
+        tell(check_relearn(load_config(RelearnConfig, config_file, overrides)).report, json_file)
     else:
-        tell(check_pretrain(load_config(PretrainConfig, config_file, overrides)), json_file)
+        tell(check_pretrain(load_config(PretrainConfig, config_file, overrides)).report, json_file)
 
 
 @cli.command()
@@ -424,14 +424,14 @@ def relearn(config_file: Path | None, overrides: Sequence[str], only: str | None
     """
     from antdist.config.load import load_config
     from antdist.config.schema import RelearnConfig
-    from antdist.runs.adapt import conclude, train_trial
+    from antdist.runs.adapt import judge_trials, train_trial
     from antdist.runs.adapt import relearn as run
 
     config = load_config(RelearnConfig, config_file, overrides)
     if only == "trial":
         tell(train_trial(config), json_file)
     elif only == "verdict":
-        tell(conclude(config), json_file)
+        tell(judge_trials(config), json_file)
     else:
         tell(run(config), json_file)
 

@@ -16,7 +16,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, wait
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from antdist import faults
 from antdist.config.schema import HangConfig, RayConfig
@@ -43,6 +43,7 @@ SETTLE_SECONDS = 3  # until a new Ray knows what it has
 LOOK_SECONDS = 5.0  # between two looks for nodes that are gone
 START_TIMEOUT = "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"
 SETTLED_SECONDS = 20.0  # between two counts of the cluster's nodes by Ray
+Settings = TypeVar("Settings")
 GROW_SECONDS = 60.0  # between two looks for nodes that came; to grow, all workers are started again
 
 
@@ -195,7 +196,7 @@ def inside_job() -> bool:
 
 
 def run_workers(
-    work: Callable[[dict[str, Any]], None], settings: dict[str, Any], config: RayConfig, name: str, hang: HangConfig
+    work: Callable[[Settings], None], settings: Settings, config: RayConfig, name: str, hang: HangConfig
 ) -> None:
     """Run `work(settings)` on `ray.workers` Ray Train workers that share a process group: NCCL with GPUs, gloo without.
     A collective that lasts longer than `hang` allows fails, where no watchdog ended the worker before.

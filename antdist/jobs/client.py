@@ -17,9 +17,9 @@ from typing import Any
 
 from antdist.distributed.ray_session import knock, local_head
 from antdist.errors import Preempted, UserError
-from antdist.io.files import read_json
 from antdist.io.logs import get_logger
 from antdist.jobs.submission import Submission, again, stage
+from antdist.runs.folder import RunFolder
 from antdist.training.status import Live
 
 logger = get_logger(__name__)
@@ -280,21 +280,21 @@ def _row(info: Any) -> tuple[str, ...]:
 
 def _live(folder: Path, info: Any) -> Live | None:
     """How the run goes, if this job has said so: its folder may hold what an earlier one said."""
-    file = folder / "live.json"
+    file = RunFolder(folder).status_file
     with contextlib.suppress(OSError, UserError, TypeError):  # nothing, or nothing whole
         if file.stat().st_mtime * 1000 >= (info.start_time or 0):
-            return Live(**(read_json(file) or {}))
+            return RunFolder(folder).read_status()
     return None
 
 
 def _link(folder: Path | None, uri: str) -> str:
     """The run's page in MLflow; of a store without a server, the run's id."""
-    known = None
+    record = None
     with contextlib.suppress(OSError, UserError):
-        known = folder and read_json(folder / "run.json")
-    if not known or not known.get("run_id"):
+        record = RunFolder(folder).read_record() if folder else None
+    if record is None or not record.run_id:
         return uri if uri.startswith("http") else ""
-    return f"{uri}/#/runs/{known['run_id']}" if uri.startswith("http") else str(known["run_id"])
+    return f"{uri}/#/runs/{record.run_id}" if uri.startswith("http") else record.run_id
 
 
 @contextlib.contextmanager

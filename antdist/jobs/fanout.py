@@ -26,8 +26,8 @@ from antdist.io.logs import get_logger
 from antdist.jobs.client import POLL_SECONDS, Cluster, Ended, joining, run_of
 from antdist.jobs.submission import Submission, settled, submission_of
 from antdist.jobs.survey import Survey, survey
-from antdist.runs.inputs import available, open_domains
-from antdist.runs.parent import find_parent
+from antdist.runs.inputs import available_modalities, open_domains
+from antdist.runs.parent import check_parent_named
 from antdist.runs.trials import Trial, strategies_of
 
 if TYPE_CHECKING:
@@ -59,7 +59,7 @@ class Task:
     submission: Submission
 
     def __str__(self) -> str:
-        return f"{self.target} " + ("verdict" if self.trial is None else f"{self.trial[0]}-seed{self.trial[1]}")
+        return f"{self.target} " + ("verdict" if self.trial is None else str(self.trial))
 
 
 @dataclass(frozen=True)
@@ -229,8 +229,7 @@ def check_wanted(wanted: Wanted, here: bool) -> Wanted:
     targets = wanted.targets
     # what is checked of a configuration with a target holds for each
     config = settled(wanted.config.model_copy(update={"target": targets[0] if targets else ALL}), here)
-    if config.parent is None:
-        find_parent(config, "", logger.warning)
+    check_parent_named(config)
     if config.tracking.registered_model is not None and targets != [config.target]:
         raise UserError(
             "several targets cannot share a name in the registry",
@@ -239,7 +238,7 @@ def check_wanted(wanted: Wanted, here: bool) -> Wanted:
         )
     if targets and Path(config.data.root).is_dir():
         for domain in open_domains(config.data, targets, "--targets"):
-            available(config, domain)
+            available_modalities(config, domain)
     return Wanted(config, targets)
 
 
@@ -284,7 +283,7 @@ def survey_there(cluster: Jobs, wanted: Wanted, code: str) -> Survey:
         raise UserError(
             cluster.why(job).removeprefix("error: ").rstrip("."), where=None, remedy=f"`antdist logs {job}`"
         )
-    found = Survey.from_json(told)
+    found = Survey.from_json(told, wanted.config)
     for note in found.notes:
         logger.warning(f"note: {note}")
     return found
@@ -305,7 +304,7 @@ def run_jobs(
     def task(target: str, trial: Trial | None) -> Task:
         changes: dict[str, Any] = {"target": target, "parent": found.parent}
         if trial is not None:
-            changes |= {"strategy": trial[0], "seeds": [trial[1]]}
+            changes |= {"strategy": trial.strategy, "seeds": [trial.seed]}
         arguments = ["--only=trial"] if trial else ["--only=verdict", "--json=-"]
         submission = submission_of("relearn", config.model_copy(update=changes), arguments, here=here, code=code)
         return Task(target, trial, joining(submission, drivers) if drivers else submission)
@@ -326,7 +325,7 @@ def run_jobs(
         if how.code == 0:
             open_trials[ended.target].remove(ended.trial)
         running[ended.target] -= 1
-        broken = {strategy for strategy, _ in open_trials[ended.target]}
+        broken = {trial.strategy for trial in open_trials[ended.target]}
         if not running[ended.target] and broken != set(strategies_of(config)):
             waiting.appendleft(task(ended.target, None))  # before other targets' trials: what is done is shown
 

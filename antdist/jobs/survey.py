@@ -3,30 +3,21 @@ check, before a job takes the cluster's time."""
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
-from pathlib import Path
+from dataclasses import dataclass, field
 from typing import Any
 
 from antdist.config.schema import RelearnConfig
 from antdist.errors import UserError
-from antdist.io.files import read_json
-from antdist.runs.checks import CheckReport, check_strategies
-from antdist.runs.folder import refuse_another
-from antdist.runs.inputs import open_domains, prepared
-from antdist.runs.parent import find_parent, open_parent, parent_notes
-from antdist.runs.trials import (
-    Trial,
-    adaptation_folder,
-    is_trained,
-    shared,
-    store_of,
-    strategies_of,
-    trial_folder,
-    trials_of,
-)
-from antdist.runs.verdict import VERDICT
-from antdist.runs.workers.trial import lineage_of, refuse_other_origin
-from antdist.tracking.store import check_reachable
+from antdist.runs.checks import check_strategies
+from antdist.runs.comparison import refuse_other_config
+from antdist.runs.context import CheckReport
+from antdist.runs.folder import RunFolder, run_folder, storage
+from antdist.runs.inputs import Target, list_domains, open_domains
+from antdist.runs.lineage import lineage_of, refuse_other_origin
+from antdist.runs.parent import load_parent, parent_notes, resolve_parent
+from antdist.runs.trials import Trial, common_config, strategies_of, trials_of
+from antdist.runs.verdict import read_judgement
+from antdist.tracking.store import check_reachable, tracking_uri
 
 
 @dataclass(frozen=True)
@@ -53,21 +44,30 @@ class Survey:
     def lines(self) -> list[str]:
         told = [f"note: {note}" for note in self.notes]
         for target, found in self.targets.items():
-            todo = [f"{strategy}-seed{seed}" for strategy, seed in found.todo]
+            todo = list(map(str, found.todo))
             todo += [] if found.verdict else ["verdict"]
             told.append(f"{target}: " + (f"to do: {', '.join(todo)}" if todo else "done"))
         return [*told, f"{self.left} jobs"]
 
     def to_json(self) -> dict[str, Any]:
-        return asdict(self)
+        targets = {
+            target: {"todo": [[trial.strategy, trial.seed] for trial in found.todo], "verdict": found.verdict}
+            for target, found in self.targets.items()
+        }
+        return {"parent": self.parent, "targets": targets, "notes": self.notes}
 
     @staticmethod
-    def from_json(told: dict[str, Any]) -> Survey:
-        targets = {
-            target: Found([(strategy, seed) for strategy, seed in found["todo"]], found["verdict"])
-            for target, found in told["targets"].items()
-        }
-        return Survey(told["parent"], targets, told["notes"])
+    def from_json(told: dict[str, Any], config: RelearnConfig) -> Survey:
+        """Read what `to_json` wrote, for a fan-out of `config`."""
+
+        def read(target: str, found: dict[str, Any]) -> Found:
+            folder = run_folder(config.model_copy(update={"target": target}))
+            todo = [Trial(target, strategy, seed, folder.trial(strategy, seed)) for strategy, seed in found["todo"]]
+            return Found(todo, found["verdict"])
+
+        return Survey(
+            told["parent"], {target: read(target, of) for target, of in told["targets"].items()}, told["notes"]
+        )
 
 
 def survey(config: RelearnConfig, targets: list[str] | None) -> Survey:
@@ -78,13 +78,14 @@ def survey(config: RelearnConfig, targets: list[str] | None) -> Survey:
             another configuration, or trials that started from another parent or ended on other data.
     """
     notes: list[str] = []
+    store = tracking_uri(config.tracking, storage(config.ray))
     if not config.tracking.offline_ok:
-        check_reachable(store_of(config))
-    start = find_parent(config, store_of(config), notes.append)
-    parent = open_parent(start)
+        check_reachable(store)
+    start = resolve_parent(config, store, run_folder(config), notes.append)
+    parent = load_parent(start)
     if targets is None:
         known = parent.card.domains if parent else []
-        there = prepared(config.data)
+        there = list_domains(config.data)
         targets = [name for name in there if name not in known]
         if left_out := [name for name in there if name in known]:
             notes.append(f"left out, as {parent.uri if parent else ''} learned from them: {', '.join(left_out)}")
@@ -94,28 +95,24 @@ def survey(config: RelearnConfig, targets: list[str] | None) -> Survey:
     found = {}
     for name, domain in zip(targets, open_domains(config.data, targets, "--targets"), strict=True):
         mine = config.model_copy(update={"target": name})
-        check_strategies(mine, parent, CheckReport())
+        check_strategies(Target(mine, domain, parent), CheckReport())
         if parent is not None:
             notes += [note for note in parent_notes(mine, parent) if note not in notes]
-        folder = adaptation_folder(mine)
-        refuse_another(folder, shared(mine), quiet=True)
-        for strategy, seed in trials_of(mine):
-            trial = trial_folder(folder, strategy, seed)
-            refuse_other_origin(
-                trial, read_json(trial / "run.json"), lineage_of(mine, domain.fingerprint, strategy, uri)
-            )
-        todo = [trial for trial in trials_of(mine) if not is_trained(folder, trial)]
+        folder, trials = run_folder(mine), trials_of(mine)
+        refuse_other_config(folder, common_config(mine), quiet=True)
+        for trial in trials:
+            refuse_other_origin(trial, trial.folder.read_record(), lineage_of(trial, domain.fingerprint, uri))
+        todo = [trial for trial in trials if not trial.is_trained]
         found[name] = Found(todo, None if todo else _verdict(mine, folder))
     return Survey(uri, found, notes)
 
 
-def _verdict(config: RelearnConfig, folder: Path) -> dict[str, Any] | None:
-    """What the run ended with, if with just these trials."""
-    told, file = read_json(folder / VERDICT), folder / VERDICT
-    if told is None or (sorted(told["seeds"]), [row["strategy"] for row in told["test"]]) != (
-        sorted(config.seeds),
-        strategies_of(config),
-    ):
+def _verdict(config: RelearnConfig, folder: RunFolder) -> dict[str, Any] | None:
+    """The run's judgement, if it is of just these trials."""
+    file = folder.judgement_file
+    judgement, wanted = read_judgement(file), (sorted(config.seeds), strategies_of(config))
+    if judgement is None or (sorted(judgement.seeds), [row.strategy for row in judgement.rows]) != wanted:
         return None
-    outcomes = [trial_folder(folder, *trial) / "outcome.json" for trial in trials_of(config)]
-    return told if all(outcome.stat().st_mtime <= file.stat().st_mtime for outcome in outcomes) else None
+    judged = file.stat().st_mtime
+    is_newest = all(trial.folder.result_file.stat().st_mtime <= judged for trial in trials_of(config))
+    return judgement.to_json() if is_newest else None

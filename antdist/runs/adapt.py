@@ -1,191 +1,217 @@
-"""`antdist relearn`: one target, one strategy or all, several seeds; the verdict and the choice on validation, the test once.
+"""`antdist relearn`: train one target's trials, judge the transfer and choose on validation, test once.
 
-A *trial* is one (strategy, seed): a folder and an MLflow run of its own. All trials of a call share one group of workers.
-Or each is trained by a command of its own, beside the others, and a last one concludes (`antdist fanout`).
+All trials of a call share one group of workers. Or each is trained by a command of its own, beside the others, and a last
+command judges them (`antdist fanout`).
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
-from antdist.config.schema import RelearnConfig, Strategy
+from antdist.config.schema import RelearnConfig
 from antdist.distributed.ray_session import ray_session, run_workers, stoppable
 from antdist.errors import Preempted, UserError
-from antdist.io.files import read_json, write_json
+from antdist.evaluation.significance import metric_of
 from antdist.io.logs import get_logger
-from antdist.runs.checks import check_relearn, check_settings
-from antdist.runs.folder import STOP, claimed, deliver_left, ending_runs, following, for_workers, settling
-from antdist.runs.inputs import open_domains
-from antdist.runs.parent import bring
-from antdist.runs.trials import adaptation_folder, is_trained, shared, store_of, strategies_of, trial_folder, trials_of
-from antdist.runs.verdict import VERDICT, Judged, _judge, _pooled, choose
-from antdist.runs.workers.trial import _open_trial, lineage_of, relearn_worker
+from antdist.runs.checks import check_relearn, resolve_trained
+from antdist.runs.comparison import record_config
+from antdist.runs.context import AdaptContext, with_absolute_paths
+from antdist.runs.folder import RunFolder
+from antdist.runs.follow import follow
+from antdist.runs.lineage import lineage_of, refuse_other_origin
+from antdist.runs.locks import lock_files, lock_run
+from antdist.runs.mlflow_runs import deliver_pending, end_failed_runs, restore_record
+from antdist.runs.parent import fetch_source
+from antdist.runs.records import Preemption, RunRecord, TrialResult
+from antdist.runs.trials import Trial, common_config, strategies_of, trials_of
+from antdist.runs.verdict import AdaptedModel, Judgement, choose_strategy, judge_strategies, pool_trials
+from antdist.runs.workers.trial import AdaptSettings, adapt_worker
 from antdist.serving.pyfunc import make_servable
-from antdist.tracking.registry import ResolvedModel, register
-from antdist.tracking.run import stored_run
-from antdist.tracking.store import redact
-
-if TYPE_CHECKING:
-    from antdist.data.domain import Domain
+from antdist.tracking.registry import Lineage, ResolvedModel, register
+from antdist.tracking.run import check_known, start_run, stored_run
 
 logger = get_logger(__name__)
 
 
 @dataclass(frozen=True)
-class Relearned(Judged):
-    """What a call ended with."""
-
-    chosen: Strategy
-    model: str  # models:/NAME/VERSION of the chosen strategy's best seed
-    champion: str  # what became of that alias, in words
-    holder: str | None  # models:/NAME/VERSION that has it
-    tracking_uri: str
-
-    def lines(self) -> list[str]:
-        return [
-            *super().lines(),
-            f"chosen on validation: {self.chosen}; registered {self.model} ({self.champion})",
-            f"files in {self.folder}; MLflow: {redact(self.tracking_uri)}",
-        ]
-
-    def to_json(self) -> dict[str, Any]:
-        told = {"chosen": self.chosen, "model": self.model, "champion": self.champion, "holder": self.holder}
-        return {**super().to_json(), **told}
-
-
-@dataclass(frozen=True)
-class Trained:
-    """A trial that is trained, and not judged yet. `figures`: the metrics on validation and test users."""
+class TrainedTrial:
+    """A trial that is trained, and not judged yet."""
 
     trial: str
-    figures: dict[str, Any]
+    result: TrialResult
 
     def lines(self) -> list[str]:
-        return [f"{self.trial} is trained: validation Recall@10 {self.figures['validation']['Recall@10']:.4f}"]
+        return [f"{self.trial} is trained: validation Recall@10 {self.result.validation['Recall@10']:.4f}"]
 
     def to_json(self) -> dict[str, Any]:
-        return {"trial": self.trial, **self.figures}
+        return {"trial": self.trial, **self.result.to_json()}
 
 
-def relearn(config: RelearnConfig) -> Relearned:
+def relearn(config: RelearnConfig) -> AdaptedModel:
     """Adapt to `target` (spec, section 6), judge the transfer (section 7), register the model chosen on validation.
 
     Trials that are finished under the same name are not run again.
 
     Raises:
         Preempted: SIGTERM came; the state is saved.
-        UserError: whatever `check_relearn` finds; a run of this name with another configuration, or at work; a loss that
-            diverged; trials that `training.stop_after` ended early.
+        UserError: what `check_relearn` finds; another command works on this run, or it has another configuration; the loss
+            diverged; `training.stop_after` ended trials early.
     """
-    checked = check_relearn(config)
-    checked.log_notes()
-    folder = adaptation_folder(config)
-    with claimed(folder, shared(config), parts=[trial_folder(folder, *trial) for trial in trials_of(config)]):
-        _train(config, folder, checked.start)
-        parent = None if checked.start is None else checked.start.uri
-        return _conclude(config, folder, store_of(config), _domain(config), parent)
+    context = check_relearn(config)
+    context.report.log_notes()
+    with lock_run(context.folder, _folders(context)):
+        record_config(context.folder, common_config(config))
+        _train(context, context.folder)
+        return _register_chosen(context, context.parent)
 
 
-def train_trial(config: RelearnConfig) -> Trained:
+def train_trial(config: RelearnConfig) -> TrainedTrial:
     """Train the one trial of `config` and judge nothing, beside commands that train others of the target.
 
     Raises:
         Preempted: SIGTERM came; the state is saved.
-        UserError: more than one trial; whatever `relearn` raises.
+        UserError: more than one trial; what `relearn` raises.
     """
-    if len(trials_of(config)) != 1:
+    trials = trials_of(config)
+    if len(trials) != 1:
         raise UserError(
-            f"one trial is one strategy and one seed, not {len(trials_of(config))}",
+            f"one trial is one strategy and one seed, not {len(trials)}",
             where="strategy, seeds",
             remedy="name one of each, or leave --only out",
         )
-    checked = check_relearn(config)
-    checked.log_notes()
-    folder = adaptation_folder(config)
-    mine = trial_folder(folder, *trials_of(config)[0])
-    with claimed(folder, shared(config), parts=[mine], whole=False):
-        _train(config, mine, checked.start)
-        return Trained(mine.name, read_json(mine / "outcome.json") or {})
+    context = check_relearn(config)
+    context.report.log_notes()
+    (trial,) = trials
+    with lock_run(context.folder, [trial.folder], shared=True):
+        record_config(context.folder, common_config(config))
+        _train(context, trial.folder)
+        return TrainedTrial(str(trial), trial.folder.read_result(TrialResult) or TrialResult())
 
 
-def conclude(config: RelearnConfig) -> Judged:
-    """Judge the trials that are trained, and train none. Only where all of them are is a model registered (`Relearned`):
-    a champion chosen among some would stand in the way of a better one.
+def judge_trials(config: RelearnConfig) -> Judgement:
+    """Judge the trials that are trained, and train none. A model is registered (`AdaptedModel`) once all of them are: a
+    champion chosen among some would stand in the way of a better one.
 
     Raises:
-        UserError: no strategy has its trials of all seeds; another command is at work on this run.
+        UserError: no strategy has its trials of all seeds; another command works on this run.
     """
-    check_settings(config)
-    domain, folder = _domain(config), adaptation_folder(config)
-    trials = trials_of(config)
-    with claimed(folder, shared(config), parts=[trial_folder(folder, *trial) for trial in trials]):
-        missing = [trial for trial in trials if not is_trained(folder, trial)]
+    context = resolve_trained(config)
+    with lock_run(context.folder, _folders(context)):
+        record_config(context.folder, common_config(config))
+        missing = [trial for trial in context.trials if not trial.is_trained]
         if not missing:
-            parents = [(read_json(trial_folder(folder, *trial) / "run.json") or {})["parent"] for trial in trials]
-            parent = next(filter(None, parents), None)
-            return _conclude(config, folder, store_of(config), domain, parent)
-        whole = [s for s in strategies_of(config) if s not in {strategy for strategy, _ in missing}]
-        if not whole:
-            raise UserError("no strategy is trained with all seeds", where=folder, remedy="train the trials first")
-        runs = _pooled(config, folder, whole)
-        note = f"not registered, as these are not trained: {', '.join(f'{s}-seed{seed}' for s, seed in missing)}"
-        return _judge(config, folder, runs, [note])
+            return _register_chosen(context, _recorded_parent(context))
+        complete = [s for s in strategies_of(config) if s not in {trial.strategy for trial in missing}]
+        if not complete:
+            raise UserError(
+                "no strategy is trained with all seeds", where=context.folder, remedy="train the trials first"
+            )
+        note = f"not registered, as these are not trained: {', '.join(map(str, missing))}"
+        return judge_strategies(context, pool_trials(context, complete), [note])
 
 
-def _domain(config: RelearnConfig) -> Domain:
-    return open_domains(config.data, [config.target or ""], "target")[0]
+def _folders(context: AdaptContext) -> list[RunFolder]:
+    return [trial.folder for trial in context.trials]
 
 
-def _train(config: RelearnConfig, desk: Path, parent: ResolvedModel | None) -> None:
-    """Train the trials of `config` that are not trained. At `desk`, the run's folder or a trial's, command and workers tell
-    each other how it goes."""
-    folder, uri, trials = adaptation_folder(config), store_of(config), trials_of(config)
-    parent_uri = None if parent is None else parent.uri
-    fingerprint = _domain(config).fingerprint
-    for strategy, seed in trials:
-        _open_trial(config, strategy, seed, folder, uri, lineage_of(config, fingerprint, strategy, parent_uri))
-    outcomes = [trial_folder(folder, *trial) / "outcome.json" for trial in trials]
-    preempted = desk / "preempted.json"
-    if all(outcome.is_file() for outcome in outcomes):
+def _recorded_parent(context: AdaptContext) -> str | None:
+    """The URI of the parent that the trials started from."""
+    records = [folder.read_record() for folder in _folders(context)]
+    return next((record.parent for record in records if record is not None and record.parent), None)
+
+
+# -- training --------------------------------------------------------------------------------------------------------
+
+
+def _train(context: AdaptContext, control: RunFolder) -> None:
+    """Train the trials that are not trained.
+
+    Args:
+        control: the folder, of the run or of its one trial, through which driver and workers communicate.
+
+    Raises:
+        Preempted: SIGTERM came; the state is saved.
+        UserError: trials diverged or were ended early.
+    """
+    trials, folders = context.trials, _folders(context)
+    for trial in trials:
+        _begin_trial(context, trial, lineage_of(trial, context.domain.fingerprint, context.parent))
+    if all(folder.result_file.is_file() for folder in folders):
         logger.info("all trials are finished: nothing is trained")
     else:
-        with settling(folder):
-            place = bring(config.parent, parent, folder) if config.parent and parent else None
-        settings = {
-            "config": for_workers(config),
-            "uri": uri,
-            "folder": str(folder),
-            "desk": str(desk),
-            "parent": {"folder": str(place), "uri": parent_uri} if place else None,
-        }
-        preempted.unlink(missing_ok=True)
-        trial_folders = [outcome.parent for outcome in outcomes]
-        name = "-".join(desk.relative_to(folder.parents[1]).parts)
-        with ending_runs(uri, trial_folders), ray_session(config.ray), following(desk), stoppable(desk / STOP):
-            run_workers(relearn_worker, settings, config.ray, name, config.training.hang)
-        if told := read_json(preempted):
-            raise Preempted(told["preempted"])
-    deliver_left(uri, [outcome.parent for outcome in outcomes if outcome.is_file()])
-    _refuse_unfinished(outcomes)
+        _run_workers(context, control, folders)
+    deliver_pending(context.store, [folder for folder in folders if folder.result_file.is_file()])
+    refuse_unfinished(trials)
 
 
-def _refuse_unfinished(outcomes: list[Path]) -> None:
-    """Raises UserError if trials diverged (they are tried again by the next start) or were ended early."""
-    errors = {outcome: error for outcome in outcomes if (error := (read_json(outcome) or {}).get("error"))}
-    for outcome in errors:
-        outcome.unlink()
-    for error in errors.values():
+def _begin_trial(context: AdaptContext, trial: Trial, lineage: Lineage) -> None:
+    """Make a trial's folder and MLflow run, or take them up. Raises UserError if it began otherwise."""
+    config, folder = context.config, trial.folder
+    folder.path.mkdir(parents=True, exist_ok=True)
+    record = restore_record(folder, context.store)
+    refuse_other_origin(trial, record, lineage)
+    if record is not None and record.run_id is not None:
+        folder.write_record(record)  # the copy may be new
+        if not folder.result_file.is_file():
+            check_known(context.store, record.run_id)
+        return
+    shown = {
+        **config.model_dump(mode="json", by_alias=True),
+        "strategy": trial.strategy,
+        "seeds": [trial.seed],
+    }
+    tracked = start_run(
+        context.store,
+        config.tracking.experiment,
+        f"{config.name}-{trial.target}-{trial}",
+        folder.path,
+        config=shown,
+        tags={**lineage.tags(), "seed": str(trial.seed)},
+        offline_ok=config.tracking.offline_ok,
+    )
+    tracked.finish(status=None)
+    folder.write_record(RunRecord(run_id=tracked.run_id, parent=lineage.parent))
+
+
+def _run_workers(context: AdaptContext, control: RunFolder, folders: Sequence[RunFolder]) -> None:
+    config, start = context.config, context.start
+    parent = None
+    if config.parent is not None and start is not None:
+        with lock_files(context.folder):
+            parent = ResolvedModel(fetch_source(config.parent, start, context.folder), start.uri)
+    settings = AdaptSettings(with_absolute_paths(config), context.store, control, parent)
+    name = "-".join(control.path.relative_to(context.folder.path.parents[1]).parts)
+    control.preemption_file.unlink(missing_ok=True)
+    with (
+        end_failed_runs(context.store, folders),
+        ray_session(config.ray),
+        follow(control),
+        stoppable(control.stop_file),
+    ):
+        run_workers(adapt_worker, settings, config.ray, name, config.training.hang)
+    if (preemption := Preemption.read(control.preemption_file)) is not None:
+        raise Preempted(preemption.preempted)
+
+
+def refuse_unfinished(trials: Sequence[Trial]) -> None:
+    """Raise UserError if trials diverged (the next start trains them again) or were ended early."""
+    errors = []
+    for trial in trials:
+        result = trial.folder.read_result(TrialResult)
+        if result is not None and result.error is not None:
+            errors.append(result.error)
+            trial.folder.result_file.unlink()
+    if errors:
         raise UserError(
-            error["what"],
-            where=error["where"],
+            errors[0].what,
+            where=errors[0].where,
             remedy="lower training.learning_rate, set training.clip, or run in fp32; and choose another name",
         )
-    stopped = [outcome.parent.name for outcome in outcomes if not outcome.is_file()]
-    if stopped:
+    if stopped := [str(trial) for trial in trials if not trial.folder.result_file.is_file()]:
         raise UserError(
             f"ended early: {', '.join(stopped)}",
             where="training.stop_after",
@@ -193,41 +219,40 @@ def _refuse_unfinished(outcomes: list[Path]) -> None:
         )
 
 
-# -- the worker ------------------------------------------------------------------------------------------------------
+# -- the verdict -----------------------------------------------------------------------------------------------------
 
 
-# -- the conclusion --------------------------------------------------------------------------------------------------
-
-
-def _conclude(config: RelearnConfig, folder: Path, uri: str, domain: Domain, parent_uri: str | None) -> Relearned:
-    from antdist.evaluation.significance import metric_of
-
-    strategies = strategies_of(config)
-    runs = _pooled(config, folder, strategies)
-    judged = _judge(config, folder, runs, [])
-    verdicts = judged.verdicts
+def _register_chosen(context: AdaptContext, parent: str | None) -> AdaptedModel:
+    """Judge all trials, register the model of the chosen strategy's best seed, and write `verdict.json`."""
+    config, store, strategies = context.config, context.store, strategies_of(context.config)
+    runs = pool_trials(context, strategies)
+    judgement = judge_strategies(context, runs)
+    verdicts, notes = judgement.verdicts, []
     validation = {s: float(metric_of(runs[s, "validation"], "Recall@10").mean()) for s in strategies}
-    chosen, promote = choose(validation, {strategy: verdict.transfer for strategy, verdict in verdicts.items()})
+    chosen, promote = choose_strategy(validation, {s: verdict.transfer for s, verdict in verdicts.items()})
     per_seed = metric_of(runs[chosen, "validation"], "Recall@10").mean(1)
     seed = runs[chosen, "validation"].key.seeds[int(np.argmax(per_seed))]  # pooled runs are in the order of their seeds
-    mine = trial_folder(folder, chosen, seed)
+    trial = next(trial for trial in context.trials if (trial.strategy, trial.seed) == (chosen, seed))
     transfer = verdicts[chosen].transfer if chosen in verdicts else "ground truth"
-    notes = [
-        f"{s} reached {validation[s]:.4f} on validation, {chosen} {validation[chosen]:.4f}; its transfer is {verdicts[s].transfer}"
+    notes += [
+        f"{s} reached {validation[s]:.4f} on validation, {chosen} {validation[chosen]:.4f}; "
+        f"its transfer is {verdicts[s].transfer}"
         for s in strategies
         if validation[s] > validation[chosen]
     ]
     if not promote:
         notes.append(f"not promoted: on validation the transfer of {chosen} is {transfer}")
-    seen = int(runs[chosen, "test"].ranks[0].seen.sum())
-    notes.append(f"{seen} of {len(runs[chosen, 'test'].ranks[0].users)} test targets stood in the history: misses")
-    make_servable(mine / "model", domain)
+    test = runs[chosen, "test"].ranks[0]
+    notes.append(f"{int(test.seen.sum())} of {len(test.users)} test targets stood in the history: misses")
+    record = trial.folder.read_record()
+    assert record is not None and record.run_id is not None
+    make_servable(trial.folder.model, context.domain)
     version = register(
-        uri,
-        stored_run(uri, (read_json(mine / "run.json") or {})["run_id"], mine),
-        mine / "model",
+        store,
+        stored_run(store, record.run_id, trial.folder.path),
+        trial.folder.model,
         config.tracking.registered_model or f"{config.name}-{config.target}",
-        lineage_of(config, domain.fingerprint, chosen, parent_uri),
+        lineage_of(trial, context.domain.fingerprint, parent),
         validation=float(per_seed.max()),
         promote=promote,
         tags={"transfer": transfer, "seed": str(seed), "seeds": " ".join(map(str, config.seeds))},
@@ -238,9 +263,13 @@ def _conclude(config: RelearnConfig, folder: Path, uri: str, domain: Domain, par
             f"{version.holder}, a {doubted} model, stays champion by its validation, but with these seeds the transfer of "
             f"{doubted} is {verdicts[doubted].transfer}: `antdist promote {version.uri} champion --force` moves it"
         )
-    done = Relearned(
-        judged.target, judged.seeds, judged.rows, verdicts, folder, notes,
-        chosen=chosen, model=version.uri, champion=version.champion, holder=version.holder, tracking_uri=uri,
-    )  # fmt: skip
-    write_json(folder / VERDICT, done.to_json())
-    return done
+    adapted = AdaptedModel(
+        **{**dict(judgement), "notes": notes},
+        chosen=chosen,
+        model=version.uri,
+        champion=version.champion,
+        holder=version.holder,
+        tracking_uri=store,
+    )
+    adapted.write(context.folder.judgement_file)
+    return adapted

@@ -1,15 +1,14 @@
-"""The card of a model that a run made: how it is built, of which features, from what."""
+"""The card of a trained model: how to build it, which features it reads, and what it was trained on."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 from antdist.config.schema import ModelConfig, Strategy
+from antdist.features.table import has_table, open_table
+from antdist.model.io import FeatureSource, ModelCard
 from antdist.runs.inputs import Inputs
-
-if TYPE_CHECKING:
-    from antdist.model.io import FeatureSource, ModelCard
 
 
 def model_card(
@@ -23,9 +22,7 @@ def model_card(
     target: str | None = None,
     strategy: Strategy | None = None,
 ) -> ModelCard:
-    """The card of a model trained on `inputs`; `domains` are those of its pre-training."""
-    from antdist.model.io import ModelCard
-
+    """Make the card of a model trained on `inputs`; `domains` are those of its pre-training."""
     return ModelCard(
         kind=kind,
         config=config,
@@ -41,10 +38,7 @@ def model_card(
 
 
 def _feature_sources(inputs: Inputs) -> dict[str, FeatureSource]:
-    """Which encoder made each modality that the run reads."""
-    from antdist.features.table import has_table, open_table
-    from antdist.model.io import FeatureSource
-
+    """Find the encoder of each modality that the run reads."""
     sources = {}
     for modality, identity in inputs.catalogue.identities.items():
         tables = [open_table(d, modality).meta for d in inputs.domains if has_table(d, modality)]

@@ -1,117 +1,99 @@
-"""`antdist validate`: all that can be checked before a run takes a cluster's time, in the order in which it is cheap."""
+"""What is checked before a run takes a cluster's time, cheap checks first; the result is the run's context.
+
+`antdist validate` prints the report of these checks.
+"""
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 from antdist.config.schema import PretrainConfig, RelearnConfig
-from antdist.errors import UserError
-from antdist.io.logs import get_logger
+from antdist.data.cache import CACHE_KEY, GB, open_cache
+from antdist.data.places import PARALLEL_FETCHES
+from antdist.distributed.ray_session import inside_job
+from antdist.errors import UserError, redact
+from antdist.features.table import FeatureTable, TablePart
 from antdist.io.storage import is_uri
-
-if TYPE_CHECKING:
-    from antdist.features.table import FeatureTable, TablePart
-    from antdist.runs.inputs import Inputs
-    from antdist.runs.parent import Parent
-    from antdist.tracking.registry import ResolvedModel
-
-logger = get_logger(__name__)
+from antdist.model.recommender import Recommender
+from antdist.runs.context import AdaptContext, CheckReport, PretrainContext
+from antdist.runs.continuing import appended_notes, check_continues
+from antdist.runs.folder import absolute, run_folder, storage
+from antdist.runs.inputs import Inputs, Target, open_pretrain_inputs, open_target
+from antdist.runs.parent import load_parent, parent_notes, resolve_parent, resolve_state
+from antdist.runs.trials import strategies_of
+from antdist.tracking.registry import check_model_name
+from antdist.tracking.store import check_reachable, tracking_uri
+from antdist.training.adaptation import adapt, needs_parent
+from antdist.training.checkpoints.remote import Remote
+from antdist.training.engines.deepspeed import check_with_deepspeed, deepspeed_config
 
 MIB = 1024 * 1024
 
 
-@dataclass
-class CheckReport:
-    """What was looked at and found right, a line each; what is allowed but worth knowing; figures for people to judge."""
-
-    checked: list[str] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)
-    figures: dict[str, Any] = field(default_factory=dict)
-    start: ResolvedModel | None = None  # what `from`, `resume` or `continue` names, looked up
-
-    def lines(self) -> list[str]:
-        told = [f"ok    {line}" for line in self.checked] + [f"note  {line}" for line in self.notes]
-        return told + [f"      {k}: {v}" for k, v in self.figures.items()]
-
-    def to_json(self) -> dict[str, Any]:
-        return {"checked": self.checked, "notes": self.notes, **self.figures}
-
-    def log_notes(self) -> None:
-        for note in self.notes:
-            logger.warning(f"note: {note}")
-
-
-def check_pretrain(config: PretrainConfig) -> CheckReport:
-    """Raises UserError at the first thing that would stop the run."""
-    from antdist.runs.continuing import check_continues, grown_since
-    from antdist.runs.folder import data_begun_with, pretrain_folder
-    from antdist.runs.inputs import pretrain_inputs
-    from antdist.runs.parent import find_state
-
+def check_pretrain(config: PretrainConfig) -> PretrainContext:
+    """Check and resolve a pre-training. Raises UserError at the first thing that would stop it."""
     report = CheckReport()
-    _check_common(config, report)
-    begun_with = data_begun_with(pretrain_folder(config), config)
-    inputs = pretrain_inputs(config, begun_with)
-    _tell_inputs(inputs, config, report)
-    report.notes += grown_since(inputs.domains)
-    report.start = find_state(config, _tracking(config), report.notes.append)
-    if report.start is not None:
+    store = _check_common(config, report)
+    folder = run_folder(config)
+    record = folder.read_record() or folder.read_copied_record()
+    recorded = record.data if record else None
+    inputs, appended = open_pretrain_inputs(config, recorded or {})
+    _check_inputs(inputs, config, report)
+    report.notes += appended_notes(inputs.domains, appended)
+    start = resolve_state(config, store, folder, report.notes.append)
+    if start is not None:
         report.checked.append(f"training state of {config.resume or config.parent}")
         if config.parent is not None:
-            report.notes += check_continues(config, report.start, inputs)
-    return report
+            report.notes += check_continues(config, start, inputs)
+    return PretrainContext(config, store, folder, start, report, inputs, recorded)
 
 
-def check_relearn(config: RelearnConfig) -> CheckReport:
-    """Raises UserError at the first thing that would stop the run."""
-    from antdist.runs.inputs import available
-    from antdist.runs.parent import find_parent, open_parent, parent_notes
-
+def check_relearn(config: RelearnConfig) -> AdaptContext:
+    """Check and resolve an adaptation. Raises UserError at the first thing that would stop it."""
     report = CheckReport()
-    _check_common(config, report)
-    report.start = find_parent(config, _tracking(config), report.notes.append)
-    parent = open_parent(report.start)
-    inputs = check_strategies(config, parent, report)
-    _tell_inputs(inputs, config, report)
+    store = _check_common(config, report)
+    folder = run_folder(config)
+    start = resolve_parent(config, store, folder, report.notes.append)
+    parent = load_parent(start)
+    target = Target(config, open_target(config), parent)
+    inputs = check_strategies(target, report)
+    _check_inputs(inputs, config, report)
     if parent is not None:
         report.notes += parent_notes(config, parent)
-    absent = [m for m in config.model.modalities if m not in available(config, inputs.domains[0])]
+    absent = [modality for modality in config.model.modalities if modality not in target.modalities]
     if absent:
         report.notes.append(f"no item of {config.target} has {' or '.join(absent)}: models do without")
-    return report
+    return AdaptContext(config, store, folder, start, report, target.domain)
 
 
-def check_strategies(config: RelearnConfig, parent: Parent | None, report: CheckReport) -> Inputs:
-    """That each strategy can start with these data and this parent. Raises UserError."""
-    from antdist.runs.inputs import relearn_inputs
-    from antdist.runs.trials import strategies_of
-    from antdist.training.adaptation import adapt, needs_parent
+def resolve_trained(config: RelearnConfig) -> AdaptContext:
+    """Resolve an adaptation whose trials are judged and not trained: without its parent, features and shards."""
+    check_settings(config)
+    store = tracking_uri(config.tracking, storage(config.ray))
+    return AdaptContext(config, store, run_folder(config), None, CheckReport(), open_target(config))
 
+
+def check_strategies(target: Target, report: CheckReport) -> Inputs:
+    """Check that each strategy can start with these data and this parent; return the last one's inputs. Raises UserError."""
+    config, parent = target.config, target.parent
     for strategy in strategies_of(config):
-        inputs = relearn_inputs(config, strategy, parent)
-        catalogue_size = inputs.catalogue.size if config.model.item_embeddings else None
+        inputs = target.inputs(strategy, config.seeds[0])
+        inherited = parent if needs_parent(strategy) else None
         adapt(
             strategy,
             config.model,
             inputs.catalogue.dims,
-            parent=parent.model if parent and needs_parent(strategy) else None,
+            parent=inherited.model if inherited else None,
             variants=config.variants,
-            catalogue_size=catalogue_size,
+            catalogue_size=inputs.catalogue.size if config.model.item_embeddings else None,
         )
-        report.checked.append(
-            f"strategy {strategy}" + (f" from {parent.uri}" if parent and needs_parent(strategy) else "")
-        )
+        report.checked.append(f"strategy {strategy}" + (f" from {inherited.uri}" if inherited else ""))
     return inputs
 
 
 def check_settings(config: PretrainConfig | RelearnConfig) -> None:
-    """What the configuration alone tells, without its data, its cluster or its stores. Raises UserError."""
-    from antdist.tracking.registry import check_model_name
-    from antdist.training.engines.deepspeed import check_with_deepspeed, deepspeed_config
-
+    """Check the configuration alone, without its data, cluster or stores. Raises UserError."""
     if isinstance(config, RelearnConfig) and config.target is None:
         raise UserError(
             "no target is named", where="target", remedy="give target=NAME, a prepared domain below data.root"
@@ -138,12 +120,8 @@ def check_settings(config: PretrainConfig | RelearnConfig) -> None:
         )
 
 
-def _check_common(config: PretrainConfig | RelearnConfig, report: CheckReport) -> None:
-    from antdist.distributed.ray_session import inside_job
-    from antdist.runs.folder import absolute
-    from antdist.tracking.store import check_reachable, redact
-    from antdist.training.checkpoints.remote import Remote
-
+def _check_common(config: PretrainConfig | RelearnConfig, report: CheckReport) -> str:
+    """Check settings and stores; return the tracking store's URI. Raises UserError."""
     if inside_job() and not Path(config.ray.storage).is_absolute():
         raise UserError(
             f"{config.ray.storage!r} would lie in the job's copy of the working folder, which Ray removes",
@@ -164,27 +142,22 @@ def _check_common(config: PretrainConfig | RelearnConfig, report: CheckReport) -
     if config.ray.remote_storage is not None:
         Remote(absolute(config.ray.remote_storage)).check()
         report.checked.append(f"remote storage {redact(config.ray.remote_storage)}")
-    uri = _tracking(config)
+    store = tracking_uri(config.tracking, storage(config.ray))
     try:
-        check_reachable(uri)
-        report.checked.append(f"tracking store {redact(uri)}")
+        check_reachable(store)
+        report.checked.append(f"tracking store {redact(store)}")
     except UserError as error:
         if not config.tracking.offline_ok:
             raise
         report.notes.append(f"offline, since tracking.offline_ok is set: records wait on disk ({error})")
+    return store
 
 
 def _contradiction(key: str, what: str, remedy: str) -> None:
     raise UserError(what, where=key, remedy=remedy)
 
 
-def _tracking(config: PretrainConfig | RelearnConfig) -> str:
-    from antdist.tracking.store import tracking_uri
-
-    return tracking_uri(config.tracking, Path(config.ray.storage).resolve())
-
-
-def _tell_inputs(inputs: Inputs, config: PretrainConfig | RelearnConfig, report: CheckReport) -> None:
+def _check_inputs(inputs: Inputs, config: PretrainConfig | RelearnConfig, report: CheckReport) -> None:
     for domain in inputs.domains:
         m = domain.manifest
         report.checked.append(
@@ -208,10 +181,11 @@ def _tell_inputs(inputs: Inputs, config: PretrainConfig | RelearnConfig, report:
 
 
 def _check_cache(inputs: Inputs, config: PretrainConfig | RelearnConfig, report: CheckReport) -> None:
-    """That the cache can hold what is in use together, on a disk like this machine's. Raises UserError, with what would do."""
-    from antdist.data.cache import CACHE_KEY, GB, open_cache
-    from antdist.data.places import PARALLEL_FETCHES
+    """Check that the cache can hold what is in use together, on a disk like this machine's.
 
+    Raises:
+        UserError: it cannot, with the size that would be enough.
+    """
     cache = open_cache(config.data.cache, config.data.cache_gb)
     tables = inputs.catalogue.remote_tables()
     shards, features = inputs.stream.working_set_bytes(), sum(table.bytes for table in tables)
@@ -260,8 +234,6 @@ def estimate_memory(config: PretrainConfig | RelearnConfig, inputs: Inputs) -> i
     The tower keeps each distinct item's K expert outputs, the transformer about 16 d-wide and 2 inner-wide tensors a
     token and layer plus attention weights, the softmax three chunks of logits.
     """
-    from antdist.model.recommender import Recommender
-
     m, catalogue = config.model, inputs.catalogue
     size = catalogue.size if m.item_embeddings else None
     parameters = sum(p.numel() for p in Recommender(m, catalogue.dims, size).parameters())

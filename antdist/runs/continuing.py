@@ -1,53 +1,52 @@
-"""`pretrain continue=MODEL`: a new run, on data that have grown or are others, that begins with the weights and the optimizer's
-state of another run's last checkpoint. Its stream, its epochs and its learning rate begin anew."""
+"""`pretrain continue=MODEL`: a new run that begins with the weights and optimizer state of another run's last checkpoint.
+
+Its data may be appended domains or others; its stream, epochs and learning rate begin anew.
+"""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
 
 from antdist.config.schema import PretrainConfig
 from antdist.config.semantics import architecture
+from antdist.data.domain import Domain
 from antdist.errors import UserError
+from antdist.model.io import CARD, read_card
 from antdist.runs.inputs import Inputs
 from antdist.runs.parent import last_checkpoint
+from antdist.runs.records import RunRecord
 from antdist.tracking.registry import ResolvedModel
 from antdist.tracking.run import clean_key
 
-if TYPE_CHECKING:
-    from antdist.data.domain import Domain
-
 
 def check_continues(config: PretrainConfig, state: ResolvedModel, inputs: Inputs) -> list[str]:
-    """That the model of a training state is the configured one and reads the features of the run's domains; gives what is worth
-    knowing.
+    """Check that a training state is of the configured model and of the domains' features; return what is worth knowing.
 
     Raises:
-        UserError: another model, other features, a state that does not say what it is of.
+        UserError: it is of another model or of other features, or does not record them.
     """
-    from antdist.model.io import CARD, read_card
-
     assert config.parent is not None
     if not (state.folder / CARD).is_file():
         raise UserError(
-            "its training state does not say which model and features it is of",
+            "its training state does not record its model and features",
             where=config.parent,
             remedy="continue from a model that this version of antdist has pre-trained",
         )
     card = read_card(state.folder)
-    was, due = card.config.model_dump(), config.model.model_dump()
+    old, new = card.config.model_dump(), config.model.model_dump()
     for key in architecture():
-        if was[key] != due[key]:
+        if old[key] != new[key]:
             raise UserError(
-                f"is {due[key]!r}, but {was[key]!r} of {config.parent}",
+                f"is {new[key]!r}, but {old[key]!r} in {config.parent}",
                 where=f"model.{key}",
-                remedy="continue with the model: section of that run, or start a run of its own without continue",
+                remedy="continue with the model: section of that run, or start a new run without continue",
             )
     for modality, identity in inputs.catalogue.identities.items():
         learned = card.features[modality].identity
         if identity != learned:
             raise UserError(
-                f"the {modality} features of the domains are of another encoder ({identity}) than those that {config.parent} has "
-                f"learned ({learned})",
+                f"the {modality} features of the domains are from another encoder ({identity}) than those that "
+                f"{config.parent} learned from ({learned})",
                 where="features",
                 remedy="featurize the domains with that encoder, in one call",
             )
@@ -55,43 +54,44 @@ def check_continues(config: PretrainConfig, state: ResolvedModel, inputs: Inputs
     warmup = f" after {schedule.warmup_steps} steps of warm-up" if schedule.warmup_steps else ""
     return [
         f"continues {config.parent} with its weights and optimizer state; epochs and learning rate begin anew, the latter at "
-        f"{config.training.learning_rate}{warmup}; data: {', '.join(data_since(state, inputs.domains).values())}"
+        f"{config.training.learning_rate}{warmup}; data: {', '.join(compare_data(state, inputs.domains).values())}"
     ]
 
 
-def data_since(state: ResolvedModel, domains: list[Domain]) -> dict[str, str]:
-    """By domain what became of its data since the state, in words."""
+def compare_data(state: ResolvedModel, domains: Sequence[Domain]) -> dict[str, str]:
+    """Describe for each domain how its data changed since the training state was saved."""
     found = last_checkpoint(state.folder)
     then = dict(found.progress["stream"]["order"]["domains"])
-    told = {}
+    changes = {}
     for domain in domains:
         before, now = then.get(domain.name), domain.fingerprint
         if before is None:
-            told[domain.name] = f"{domain.name} {now[:12]} (new)"
+            changes[domain.name] = f"{domain.name} {now[:12]} (new)"
         elif before == now:
-            told[domain.name] = f"{domain.name} {now[:12]} (as before)"
+            changes[domain.name] = f"{domain.name} {now[:12]} (as before)"
         else:
-            became = "grown" if before in domain.manifest.ancestors else "prepared anew"
-            told[domain.name] = f"{domain.name} {before[:12]} -> {now[:12]} ({became})"
-    return told | {name: f"{name} {then[name][:12]} (left out)" for name in then.keys() - told.keys()}
+            how = "grown" if before in domain.manifest.ancestors else "prepared anew"
+            changes[domain.name] = f"{domain.name} {before[:12]} -> {now[:12]} ({how})"
+    return changes | {name: f"{name} {then[name][:12]} (left out)" for name in then.keys() - changes.keys()}
 
 
-def grown_since(domains: list[Domain]) -> list[str]:
-    """What is worth knowing of domains that a run goes on with as they were, though they have grown since it began."""
-    from antdist.data.manifest import read_manifest
-
+def appended_notes(domains: Sequence[Domain], appended: Sequence[str]) -> list[str]:
+    """What is worth knowing about domains that were appended to since the run began, which goes on with the older data."""
     return [
-        f"domain {domain.name} has grown since this run began, which goes on with the data that it began with ({domain.fingerprint[:12]}); "
-        "a run on the grown data: name=NEW continue=MODEL"
+        f"domain {domain.name} was appended to since this run began; the run goes on with the data it began with "
+        f"({domain.fingerprint[:12]}). To train on all data: name=NEW continue=MODEL"
         for domain in domains
-        if domain.fingerprint in read_manifest(domain.folder).ancestors
+        if domain.name in appended
     ]
 
 
-def origin_of(config: PretrainConfig, state: ResolvedModel, domains: list[Domain]) -> dict[str, Any]:
-    """Where a run comes from, to be kept with it: the parent, and tags that say what became of the data."""
-    if config.parent is None:  # resumed: the same run, whose parent is the same
-        kept = {key: value for key, value in state.tags.items() if key.startswith("continued.")}
-        return {"parent": state.tags.get("parent"), "tags": kept}
-    since = data_since(state, domains)
-    return {"parent": state.uri, "tags": {f"continued.{clean_key(name)}": told for name, told in since.items()}}
+def with_origin(
+    record: RunRecord, config: PretrainConfig, state: ResolvedModel, domains: Sequence[Domain]
+) -> RunRecord:
+    """Add the parent to a run's record, and tags that describe how the data changed since."""
+    if config.parent is None:  # resumed: the same run, with the same parent
+        tags = {key: value for key, value in state.tags.items() if key.startswith("continued.")}
+        return record.model_copy(update={"parent": state.tags.get("parent"), "tags": tags})
+    changes = compare_data(state, domains)
+    tags = {f"continued.{clean_key(name)}": change for name, change in changes.items()}
+    return record.model_copy(update={"parent": state.uri, "tags": tags})

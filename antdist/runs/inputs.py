@@ -1,28 +1,30 @@
-"""The data of a run, opened and checked: domains, features, stream, popularity, validation."""
+"""The data of a run, opened once a process and checked: domains, features, stream, popularity."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 
 from antdist.batch import IntArray
-from antdist.config.schema import DataConfig, PretrainConfig, RelearnConfig, Strategy, StreamConfig
+from antdist.config.schema import DataConfig, PretrainConfig, RelearnConfig, Strategy
+from antdist.data.cache import Cache, open_cache
+from antdist.data.domain import Domain, open_domain, rewind_domain
+from antdist.data.places import RemotePath, resolve_place
+from antdist.data.stream.stream import Stream
+from antdist.distributed.world import World, gather_objects
 from antdist.errors import UserError
+from antdist.evaluation.ranking import Queries, Ranks, merge, rank_in_ranges
+from antdist.features.table import Catalogue, open_optional_table
 from antdist.io.storage import is_uri
+from antdist.model.recommender import Recommender
 from antdist.runs.parent import Parent
+from antdist.training.adaptation import treatments
 
-if TYPE_CHECKING:
-    from antdist.data.cache import Cache
-    from antdist.data.domain import Domain
-    from antdist.data.stream.stream import Stream
-    from antdist.distributed.world import World
-    from antdist.evaluation.ranking import Queries, Ranks
-    from antdist.features.table import Catalogue
-    from antdist.model.recommender import Recommender
+MANIFEST = "manifest.json"
 
 
 @dataclass(frozen=True)
@@ -35,141 +37,126 @@ class Inputs:
     popularity: IntArray  # (items of all domains,) counts in the training parts
 
 
-def prepared(data: DataConfig) -> list[str]:
-    """The names of the prepared domains below `data.root`. Raises UserError: storage that is away."""
-    from antdist.data.places import RemotePath, resolve_place
-
+def list_domains(data: DataConfig) -> list[str]:
+    """The names of the prepared domains below `data.root`. Raises UserError if that is unreachable."""
     root = resolve_place(data.root, _cache(data))
     if isinstance(root, RemotePath):
-        return [name for name in root.folder_names() if (root / name / "manifest.json").is_file()]
-    return sorted(path.parent.name for path in root.glob("*/manifest.json"))
+        return [name for name in root.folder_names() if (root / name / MANIFEST).is_file()]
+    return sorted(path.parent.name for path in root.glob(f"*/{MANIFEST}"))
 
 
 def _cache(data: DataConfig) -> Cache | None:
-    from antdist.data.cache import open_cache
-
     return open_cache(data.cache, data.cache_gb) if is_uri(data.root) else None
 
 
-def open_domains(
-    data: DataConfig, names: Sequence[str], key: str, begun_with: Mapping[str, str] | None = None
-) -> list[Domain]:
-    """The prepared domains of these names; those that a run has `begun_with`, by name and fingerprint, as they were before
-    appends since. Raises UserError: no name, a missing domain (with those there are), storage that is away."""
-    from antdist.data.domain import open_domain, rewind_domain
-    from antdist.data.places import resolve_place
+def open_domains(data: DataConfig, names: Sequence[str], key: str) -> list[Domain]:
+    """Open the prepared domains of these names.
 
+    Raises:
+        UserError: no name; a domain that is missing (listing those there are); storage that is unreachable.
+    """
     if not names:
         raise UserError("no domain is named", where=key, remedy=f"name prepared domains below {data.root}")
     cache = _cache(data)
     root = resolve_place(data.root, cache)
-    domains = []
+    found = []
     for name in names:
         if name in (".", "..") or Path(name).name != name:
             raise UserError(f"{name!r} is not the name of a folder below {data.root}", where=key)
-        if not (root / name / "manifest.json").is_file():
+        if not (root / name / MANIFEST).is_file():
             remedy = f"run `antdist prepare SRC --domain {name} --out {data.root}`, or correct the name"
             if is_uri(data.root):
                 remedy = "correct the name, or copy a prepared domain there"
-            there = ", ".join(prepared(data)) or "none"
-            raise UserError(
-                f"no prepared domain {name!r} in {root} (there: {there})",
-                where=key,
-                remedy=remedy,
-            )
-        domain = open_domain(f"{data.root.rstrip('/')}/{name}", cache)
-        domains.append(rewind_domain(domain, (begun_with or {}).get(name, "")))
-    return domains
+            there = ", ".join(list_domains(data)) or "none"
+            raise UserError(f"no prepared domain {name!r} in {root} (there: {there})", where=key, remedy=remedy)
+        found.append(open_domain(f"{data.root.rstrip('/')}/{name}", cache))
+    return found
 
 
-def open_inputs(
-    domains: list[Domain],
-    catalogue: Catalogue,
-    stream: StreamConfig,
-    *,
-    max_length: int,
-    seed: int,
-    workers: int,
-    accumulation: int,
-) -> Inputs:
-    """Stream and popularity of opened domains. Raises UserError where the data are too small for the workers."""
-    from antdist.data.stream.stream import Stream
-
-    opened = Stream(domains, stream, max_length=max_length, seed=seed)
-    opened.check_ranks(workers, accumulation)
-    catalogue.reserve_cache(opened.working_set_bytes())
-    popularity = np.concatenate([domain.popularity() for domain in domains]).astype(np.int64)
-    return Inputs(domains, catalogue, opened, popularity)
+def open_target(config: RelearnConfig) -> Domain:
+    """Open the target of an adaptation. Raises UserError as `open_domains`."""
+    return open_domains(config.data, [config.target or ""], "target")[0]
 
 
 def rank_together(model: Recommender, catalogue: Catalogue, domain: int, mine: Queries, world: World) -> Ranks:
-    """Rank a domain's queries, each rank its own share of them; all users' ranks on every rank. Collective."""
-    from antdist.distributed.world import gather_objects
-    from antdist.evaluation.ranking import merge, rank_in_ranges
-
+    """Rank a domain's queries, each rank its own share; return all users' ranks on every rank. Collective."""
     first, end = catalogue.offsets[domain : domain + 2].tolist()
     return merge(gather_objects(world, rank_in_ranges(model, catalogue, first, end - first, mine)))
 
 
-def relearn_inputs(config: RelearnConfig, strategy: Strategy, parent: Parent | None) -> Inputs:
-    """The target's data as a strategy reads them: of `model.modalities` those that the parent has, of its encoders, where
-    the item tower is inherited; else those that the target has."""
-    from antdist.features.table import Catalogue
-    from antdist.training.adaptation import treatments
+class Target:
+    """An opened target with the item features that strategies read."""
 
-    domains = open_domains(config.data, [config.target or ""], "target")
-    if parent is not None and treatments(strategy)["theta"].inherited:
-        identities = {m: source.identity for m, source in parent.card.features.items()}
-        shared = [m for m in parent.card.dims if m in config.model.modalities]
-        if not shared:
+    def __init__(self, config: RelearnConfig, domain: Domain, parent: Parent | None) -> None:
+        self.config, self.domain, self.parent = config, domain, parent
+
+    @cached_property
+    def modalities(self) -> list[str]:
+        """Those of `model.modalities` that the target has. Raises UserError if it has none."""
+        return available_modalities(self.config, self.domain)
+
+    def inputs(self, strategy: Strategy, seed: int) -> Inputs:
+        """The inputs of a trial. Raises UserError if the features do not fit, or the data are too few for the workers."""
+        is_inherited = self.parent is not None and treatments(strategy)["theta"].inherited
+        catalogue = self._inherited_catalogue if is_inherited else self._own_catalogue
+        return _make_inputs([self.domain], catalogue, self.config, seed)
+
+    @cached_property
+    def _own_catalogue(self) -> Catalogue:
+        """All features that the target has."""
+        return Catalogue([self.domain], self.modalities, self.config.data.feature_dtype)
+
+    @cached_property
+    def _inherited_catalogue(self) -> Catalogue:
+        """The features that the parent's item tower reads, of its encoders."""
+        assert self.parent is not None
+        card = self.parent.card
+        modalities = [m for m in card.dims if m in self.config.model.modalities]
+        if not modalities:
             raise UserError(
-                f"the parent reads {', '.join(parent.card.dims)} and nothing else",
+                f"the parent reads {', '.join(card.dims)} only",
                 where="model.modalities",
                 remedy="name one of these, or choose strategy=relearn",
             )
-        dims: dict[str, int] = {modality: parent.card.dims[modality] for modality in shared}
-        catalogue = Catalogue(domains, shared, config.data.feature_dtype, dims=dims, identities=identities)
-    else:
-        catalogue = Catalogue(domains, available(config, domains[0]), config.data.feature_dtype)
-    return open_inputs(
-        domains,
-        catalogue,
-        config.stream,
-        max_length=config.model.max_length,
-        seed=config.seeds[0],
-        workers=config.ray.workers,
-        accumulation=config.training.accumulation,
-    )
+        dims: dict[str, int] = {modality: card.dims[modality] for modality in modalities}
+        identities = {m: source.identity for m, source in card.features.items()}
+        return Catalogue([self.domain], modalities, self.config.data.feature_dtype, dims=dims, identities=identities)
 
 
-def available(config: RelearnConfig, domain: Domain) -> list[str]:
+def available_modalities(config: RelearnConfig, domain: Domain) -> list[str]:
     """Those of `model.modalities` that the target has. Raises UserError if it has none."""
-    from antdist.features.table import open_optional_table
-
     tables = {modality: open_optional_table(domain, modality) for modality in config.model.modalities}
-    kept: list[str] = [modality for modality, table in tables.items() if table is not None and table.meta.present]
-    if not kept:
+    available: list[str] = [modality for modality, table in tables.items() if table is not None and table.meta.present]
+    if not available:
         raise UserError(
             f"{domain.name} has none of {', '.join(config.model.modalities)}",
             where="model.modalities",
             remedy=f"run `antdist featurize {domain.folder}`, or name a modality that it has",
         )
-    return kept
+    return available
 
 
-def pretrain_inputs(config: PretrainConfig, begun_with: dict[str, str] | None = None) -> Inputs:
-    """Domains, features and stream of a pre-training run, with the data that it has `begun_with` (`open_domains`). Raises
-    UserError where any does not fit."""
-    from antdist.features.table import Catalogue
+def open_pretrain_inputs(config: PretrainConfig, data: Mapping[str, str]) -> tuple[Inputs, list[str]]:
+    """The inputs of a pre-training, and the names of domains that were appended to since it began.
 
-    domains = open_domains(config.data, config.data.domains, "data.domains", begun_with)
-    catalogue = Catalogue(domains, config.model.modalities, config.data.feature_dtype)
-    return open_inputs(
-        domains,
-        catalogue,
-        config.stream,
-        max_length=config.model.max_length,
-        seed=config.seed,
-        workers=config.ray.workers,
-        accumulation=config.training.accumulation,
-    )
+    Args:
+        data: the fingerprints of the domains that the run began with; it goes on with those. Empty at the first start.
+
+    Raises:
+        UserError: domains or features that are missing or do not fit, or are too few for the workers.
+    """
+    newest = open_domains(config.data, config.data.domains, "data.domains")
+    opened = [rewind_domain(domain, data.get(domain.name, "")) for domain in newest]
+    catalogue = Catalogue(opened, config.model.modalities, config.data.feature_dtype)
+    appended = [old.name for old, new in zip(opened, newest, strict=True) if old.fingerprint != new.fingerprint]
+    return _make_inputs(opened, catalogue, config, config.seed), appended
+
+
+def _make_inputs(
+    opened: list[Domain], catalogue: Catalogue, config: PretrainConfig | RelearnConfig, seed: int
+) -> Inputs:
+    stream = Stream(opened, config.stream, max_length=config.model.max_length, seed=seed)
+    stream.check_ranks(config.ray.workers, config.training.accumulation)
+    catalogue.reserve_cache(stream.working_set_bytes())
+    popularity = np.concatenate([domain.popularity() for domain in opened]).astype(np.int64)
+    return Inputs(opened, catalogue, stream, popularity)

@@ -1,7 +1,8 @@
-"""`antdist pretrain`: the driver checks, starts the workers, registers what they made; the worker trains."""
+"""`antdist pretrain`: the driver checks, starts the workers and registers the model that they trained."""
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,44 +10,39 @@ from typing import Any
 from antdist.config.schema import PretrainConfig, Resume
 from antdist.distributed.ray_session import ray_session, run_workers, stoppable
 from antdist.errors import Preempted, UserError
-from antdist.io.files import read_json
 from antdist.io.logs import get_logger
+from antdist.model.io import CARD
 from antdist.runs.checks import check_pretrain
-from antdist.runs.continuing import origin_of
-from antdist.runs.folder import (
-    STOP,
-    claimed,
-    collect_training_state,
-    data_begun_with,
-    ending_runs,
-    following,
-    for_workers,
-    note_tracked,
-    pretrain_folder,
-    take_up_tracked,
-)
-from antdist.runs.inputs import open_domains
-from antdist.runs.parent import bring
-from antdist.runs.workers.pretrain import pretrain_worker
+from antdist.runs.comparison import record_config
+from antdist.runs.context import PretrainContext, with_absolute_paths
+from antdist.runs.continuing import with_origin
+from antdist.runs.folder import RunFolder
+from antdist.runs.follow import follow
+from antdist.runs.locks import lock_run
+from antdist.runs.mlflow_runs import end_failed_runs, finish_tracked, restore_record
+from antdist.runs.parent import fetch_source
+from antdist.runs.records import PretrainResult, RunRecord
+from antdist.runs.workers.pretrain import PretrainSettings, pretrain_worker
 from antdist.serving.pyfunc import make_servable
-from antdist.tracking.registry import Lineage, ResolvedModel, register
+from antdist.tracking.registry import Lineage, register
 from antdist.tracking.run import start_run, stored_run
-from antdist.tracking.store import redact, tracking_uri
+from antdist.tracking.store import redact
+from antdist.training.checkpoints.local import PREFIX, steps_in
 
 logger = get_logger(__name__)
 
 
 @dataclass(frozen=True)
-class Pretrained:
+class PretrainedModel:
     """What a pre-training session ended with. `finished` is None if `training.stop_after` ended it early."""
 
     folder: Path
     model: str  # models:/NAME/VERSION
-    champion: str  # what became of that alias, in words
+    champion: str  # whether it became champion, and why
     run_id: str
     tracking_uri: str
     finished: str | None
-    history: list[dict[str, float]]
+    history: list[dict[str, int | float]]
 
     def lines(self) -> list[str]:
         validated = [entry for entry in self.history if "validation/Recall@10" in entry]
@@ -62,82 +58,122 @@ class Pretrained:
         return {**vars(self), "folder": str(self.folder), "tracking_uri": redact(self.tracking_uri)}
 
 
-def pretrain(config: PretrainConfig) -> Pretrained:
+def pretrain(config: PretrainConfig) -> PretrainedModel:
     """Pre-train on the auxiliary domains (spec, section 5), register the best epoch's model with its training state.
 
     Started again under the same name, it goes on from the last checkpoint; with `resume=MODEL` it goes on from what the
-    registry holds, in the MLflow run that it came from; with `continue=MODEL` it begins with weights and optimizer state of another
-    run, as a run of its own (`antdist.runs.continuing`).
+    registry holds, in the MLflow run that it came from; with `continue=MODEL` it begins a new run with weights and optimizer
+    state of another (`antdist.runs.continuing`).
 
     Raises:
         Preempted: SIGTERM came; the state is saved.
-        UserError: whatever `check_pretrain` finds; a run of this name with another configuration, or at work; a loss that
+        UserError: what `check_pretrain` finds; another command works on this run, or it has another configuration; the loss
             diverged.
     """
-    checked = check_pretrain(config)
-    checked.log_notes()
-    folder = pretrain_folder(config)
-    diverged = "error" in (read_json(folder / "outcome.json") or {})
+    context = check_pretrain(config)
+    context.report.log_notes()
+    folder = context.folder
+    last = folder.read_result(PretrainResult)
+    diverged = last is not None and last.error is not None
     allowed: tuple[Resume, ...] = ("longer_ok", "gentler_ok") if diverged else ("longer_ok",)
-    with claimed(folder, config, allowed):
-        return _pretrain(config, folder, tracking_uri(config.tracking, folder.parent), checked.start)
+    with lock_run(folder):
+        record_config(folder, config, allowed)
+        record = _begin_run(context)
+        result = _train(context, record)
+        return _register(context, record, result)
 
 
-def _pretrain(config: PretrainConfig, folder: Path, uri: str, start: ResolvedModel | None) -> Pretrained:
-    domains = open_domains(config.data, config.data.domains, "data.domains", data_begun_with(folder, config))
-    known = take_up_tracked(folder, config, uri)
-    origin = origin_of(config, start, domains) if start else {key: (known or {}).get(key) for key in ("parent", "tags")}
-    lineage = Lineage({domain.name: domain.fingerprint for domain in domains}, parent=origin["parent"])
-    resumed = start.run_id if start and config.resume else None
+def _begin_run(context: PretrainContext) -> RunRecord:
+    """Start the MLflow run or take it up, and write `run.json`."""
+    config, folder, start = context.config, context.folder, context.start
+    earlier = restore_record(folder, context.store)
+    if (earlier.data if earlier else None) != context.recorded:
+        raise UserError(
+            "another command began this run after this one had opened the data",
+            where=folder,
+            remedy="run the command again",
+        )
+    record = earlier or RunRecord(run_id=start.run_id if start and config.resume else None)
+    record = record.model_copy(update={"data": context.fingerprints})
+    if start is not None:
+        record = with_origin(record, config, start, context.inputs.domains)
     tracked = start_run(
-        uri,
+        context.store,
         config.tracking.experiment,
         config.name,
-        folder,
+        folder.path,
         config=config.model_dump(mode="json", by_alias=True),
-        tags={**lineage.tags(), **(origin["tags"] or {})},
-        run_id=known["run_id"] if known else resumed,
+        tags={**_lineage(context, record).tags(), **(record.tags or {})},
+        run_id=record.run_id,
         offline_ok=config.tracking.offline_ok,
     )
-    data = {domain.name: domain.fingerprint for domain in domains}
-    note_tracked(folder, config, {"run_id": tracked.run_id, "data": data, **origin})
+    record = RunRecord(run_id=tracked.run_id, data=record.data, parent=record.parent, tags=record.tags)
+    folder.write_record(record)
     tracked.finish(status=None)
+    return record
+
+
+def _train(context: PretrainContext, record: RunRecord) -> PretrainResult:
+    """Run the workers. Raises Preempted, or the UserError that ended them."""
+    config, folder = context.config, context.folder
     model = config.resume or config.parent
-    state = bring(model, start, folder) if model and start else None
-    settings = {
-        "config": for_workers(config),
-        "uri": uri,
-        "run_id": tracked.run_id,
-        "folder": str(folder),
-        "state": None if state is None else str(state),
-        "parent": origin["parent"],
-        "data": data,
-    }
-    (folder / "outcome.json").unlink(missing_ok=True)
-    with ending_runs(uri, [folder]), ray_session(config.ray), following(folder), stoppable(folder / STOP):
-        run_workers(pretrain_worker, settings, config.ray, config.name, config.training.hang)
-    outcome = read_json(folder / "outcome.json")
-    assert outcome is not None, "the workers ended without a word"
-    tracked = start_run(uri, config.tracking.experiment, config.name, folder, run_id=tracked.run_id)
-    if outcome.get("preempted"):
-        tracked.finish("KILLED")
-        raise Preempted(outcome["preempted"])
-    if outcome.get("error"):
-        tracked.finish("FAILED")
-        raise UserError(**outcome["error"])
-    run_id = stored_run(uri, tracked.run_id, folder)
-    make_servable(folder / "model", None)
-    version = register(
-        uri,
-        run_id,
-        folder / "model",
-        config.tracking.registered_model or config.name,
-        lineage,
-        validation=outcome["best"],
-        training_state=collect_training_state(folder),
-        tags=origin["tags"],
+    settings = PretrainSettings(
+        config=with_absolute_paths(config),
+        store=context.store,
+        data=context.fingerprints,
+        state=fetch_source(model, context.start, folder) if model and context.start else None,
+        parent=record.parent,
     )
-    undelivered = tracked.finish("FINISHED")
-    if undelivered:
-        logger.warning(f"{undelivered.records} tracking records wait in {undelivered.outbox}")
-    return Pretrained(folder, version.uri, version.champion, run_id, uri, outcome["finished"], outcome["history"])
+    folder.result_file.unlink(missing_ok=True)
+    with (
+        end_failed_runs(context.store, [folder]),
+        ray_session(config.ray),
+        follow(folder),
+        stoppable(folder.stop_file),
+    ):
+        run_workers(pretrain_worker, settings, config.ray, config.name, config.training.hang)
+    result = folder.read_result(PretrainResult)
+    assert result is not None, f"workers exited without writing {folder.result_file}"
+    return result
+
+
+def _register(context: PretrainContext, record: RunRecord, result: PretrainResult) -> PretrainedModel:
+    """End the MLflow run and register the model. Raises Preempted or UserError if the result is one."""
+    config, folder, store = context.config, context.folder, context.store
+    tracked = start_run(store, config.tracking.experiment, config.name, folder.path, run_id=record.run_id)
+    if result.preempted:
+        tracked.finish("KILLED")
+        raise Preempted(result.preempted)
+    if result.error is not None:
+        tracked.finish("FAILED")
+        raise result.error.to_error()
+    run_id = stored_run(store, tracked.run_id, folder.path)
+    make_servable(folder.model, None)
+    version = register(
+        store,
+        run_id,
+        folder.model,
+        config.tracking.registered_model or config.name,
+        _lineage(context, record),
+        validation=result.best,
+        training_state=collect_training_state(folder),
+        tags=record.tags,
+    )
+    finish_tracked(tracked, "FINISHED")
+    return PretrainedModel(folder.path, version.uri, version.champion, run_id, store, result.finished, result.history)
+
+
+def _lineage(context: PretrainContext, record: RunRecord) -> Lineage:
+    return Lineage(context.fingerprints, parent=record.parent)
+
+
+def collect_training_state(folder: RunFolder) -> Path:
+    """Copy the newest checkpoint, the best weights and the model's card to one folder, to be registered with the model."""
+    state = RunFolder(folder.training_state)
+    shutil.rmtree(state.path, ignore_errors=True)
+    newest = f"{PREFIX}{steps_in(folder.checkpoints)[-1]:08d}"
+    shutil.copytree(folder.checkpoints / newest, state.checkpoints / newest)
+    if folder.best.is_dir():
+        shutil.copytree(folder.best, state.best)
+    shutil.copyfile(folder.model / CARD, state.path / CARD)
+    return state.path

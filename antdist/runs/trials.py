@@ -1,35 +1,39 @@
-"""The trials of an adaptation: their strategies, seeds and folders."""
+"""The trials of an adaptation: one strategy with one seed each, with a folder and an MLflow run of its own."""
 
 from __future__ import annotations
 
-from pathlib import Path
+from dataclasses import dataclass
 from typing import get_args
 
 from antdist.config.schema import RelearnConfig, Strategy
-from antdist.io.files import read_json
-from antdist.tracking.store import tracking_uri
+from antdist.runs.folder import RunFolder, run_folder
+from antdist.runs.records import TrialResult
 
 AUTO: tuple[Strategy, ...] = ("scratch", "finetune", "relearn")
 SPLITS = ("validation", "test")
-Trial = tuple[Strategy, int]  # strategy, seed
 
 
-def adaptation_folder(config: RelearnConfig) -> Path:
-    return Path(config.ray.storage).resolve() / config.name / str(config.target)
+@dataclass(frozen=True)
+class Trial:
+    """One strategy with one seed on a target."""
+
+    target: str
+    strategy: Strategy
+    seed: int
+    folder: RunFolder
+
+    def __str__(self) -> str:
+        return f"{self.strategy}-seed{self.seed}"
+
+    @property
+    def is_trained(self) -> bool:
+        result = self.folder.read_result(TrialResult)
+        return result is not None and result.error is None
 
 
-def store_of(config: RelearnConfig) -> str:
-    return tracking_uri(config.tracking, Path(config.ray.storage).resolve())
-
-
-def shared(config: RelearnConfig) -> RelearnConfig:
-    """What all trials of a run have in common: strategies, seeds and parents are their own."""
+def common_config(config: RelearnConfig) -> RelearnConfig:
+    """What all trials of a run share: without strategies, seeds and parent, in which they may differ."""
     return config.model_copy(update={"strategy": "auto", "seeds": [0], "parent": None})
-
-
-def is_trained(folder: Path, trial: Trial) -> bool:
-    outcome = read_json(trial_folder(folder, *trial) / "outcome.json")
-    return outcome is not None and "error" not in outcome
 
 
 def strategies_of(config: RelearnConfig) -> list[Strategy]:
@@ -42,8 +46,10 @@ def strategies_of(config: RelearnConfig) -> list[Strategy]:
 
 
 def trials_of(config: RelearnConfig) -> list[Trial]:
-    return [(strategy, seed) for strategy in strategies_of(config) for seed in config.seeds]
-
-
-def trial_folder(folder: Path, strategy: Strategy, seed: int) -> Path:
-    return folder / f"{strategy}-seed{seed}"
+    """The trials that a call runs: for each strategy all seeds."""
+    folder = run_folder(config)
+    return [
+        Trial(str(config.target), strategy, seed, folder.trial(strategy, seed))
+        for strategy in strategies_of(config)
+        for seed in config.seeds
+    ]

@@ -1,93 +1,113 @@
-"""Judge the trials of a target: pooled results, the transfer of each strategy, the choice."""
+"""Judge the trials of a target: results over all seeds, the transfer of each strategy, the choice."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
-from antdist.config.schema import RelearnConfig, Strategy
+from pydantic import Field
+
+from antdist.config.schema import Strategy
+from antdist.evaluation.report import Row, results_row, results_table
+from antdist.evaluation.results import Run, load_ranks, pool
+from antdist.evaluation.significance import Transfer, Verdict, judge
+from antdist.io.files import read_json
 from antdist.io.logs import get_logger
-from antdist.runs.trials import SPLITS, strategies_of, trial_folder
-
-if TYPE_CHECKING:
-    from antdist.evaluation.report import Row
-    from antdist.evaluation.results import Run
-    from antdist.evaluation.significance import Transfer, Verdict
+from antdist.runs.context import AdaptContext
+from antdist.runs.records import Record
+from antdist.runs.trials import SPLITS, strategies_of
+from antdist.tracking.store import redact
 
 logger = get_logger(__name__)
+Runs = Mapping[tuple[Strategy, str], Run]  # by strategy and split, over all seeds
 
-VERDICT = "verdict.json"  # in the run's folder: what it ended with
 
+class Judgement(Record):
+    """What the trials of a target show; `verdict.json`.
 
-@dataclass(frozen=True)
-class Judged:
-    """What the trials show. `rows` are the test table's; `verdicts` those on validation, which decide on promotion."""
+    `rows` are the table of test results. `verdicts` are those on validation, which decide on the choice.
+    """
 
     target: str
     seeds: list[int]
-    rows: list[Row]
-    verdicts: Mapping[Strategy, Verdict]
-    folder: Path
+    rows: list[Row] = Field(alias="test")
+    verdicts: dict[Strategy, Verdict] = Field(alias="validation verdicts")
     notes: list[str]
+    folder: Path
 
     def lines(self) -> list[str]:
-        from antdist.evaluation.report import results_table
-
         return [
             f"test users of {self.target}, best epoch of each trial by validation Recall@10:",
             results_table(self.rows),
             *self.notes,
         ]
 
-    def to_json(self) -> dict[str, Any]:
-        return {
-            "target": self.target,
-            "seeds": self.seeds,
-            "test": [asdict(row) for row in self.rows],
-            "validation verdicts": {strategy: asdict(verdict) for strategy, verdict in self.verdicts.items()},
-            "notes": self.notes,
-            "folder": str(self.folder),
-        }
+
+class AdaptedModel(Judgement):
+    """The judged trials, and the registered model of the chosen strategy's best seed."""
+
+    chosen: Strategy
+    model: str  # models:/NAME/VERSION
+    champion: str  # whether it became champion, and why
+    holder: str | None  # models:/NAME/VERSION of the champion
+    tracking_uri: str = Field("", exclude=True)
+
+    def lines(self) -> list[str]:
+        return [
+            *super().lines(),
+            f"chosen on validation: {self.chosen}; registered {self.model} ({self.champion})",
+            f"files in {self.folder}; MLflow: {redact(self.tracking_uri)}",
+        ]
 
 
-def _pooled(config: RelearnConfig, folder: Path, strategies: list[Strategy]) -> dict[tuple[str, str], Run]:
-    """What trials reached, by strategy and split, with all seeds."""
-    from antdist.evaluation.results import load_ranks, pool
-
-    return {
-        (strategy, split): pool([load_ranks(trial_folder(folder, strategy, s) / f"{split}.npz") for s in config.seeds])
-        for strategy in strategies
-        for split in SPLITS
-    }
+def read_judgement(path: Path) -> Judgement | None:
+    """Read `verdict.json`; None if there is none. Raises UserError if it is damaged."""
+    content = read_json(path)
+    return None if content is None else (AdaptedModel if "chosen" in content else Judgement).parse(content, path)
 
 
-def _judge(config: RelearnConfig, folder: Path, runs: Mapping[tuple[str, str], Run], notes: list[str]) -> Judged:
-    from antdist.evaluation.report import results_row
-    from antdist.evaluation.significance import judge
+def pool_trials(context: AdaptContext, strategies: Sequence[Strategy]) -> Runs:
+    """Load the results of trained strategies. Raises UserError if trials of one cannot be pooled."""
+    return {(s, split): _pool(_ranks_files(context, s, split)) for s in strategies for split in SPLITS}
 
-    scratch = {split: runs.get(("scratch", split)) or _known_scratch(folder, config, split) for split in SPLITS}
+
+def _ranks_files(context: AdaptContext, strategy: Strategy, split: str) -> list[Path]:
+    return [context.folder.trial(strategy, seed).ranks_file(split) for seed in context.config.seeds]
+
+
+def _pool(files: Iterable[Path]) -> Run:
+    return pool([load_ranks(file) for file in files])
+
+
+def judge_strategies(context: AdaptContext, runs: Runs, notes: Sequence[str] = ()) -> Judgement:
+    """Compare each strategy in `runs` with `scratch`."""
+    scratch = {split: runs.get(("scratch", split)) or _find_scratch(context, split) for split in SPLITS}
     if scratch["test"] is None:
         logger.warning(
-            f"no scratch trials with the same seeds in {folder}: the transfer is unknown (strategy=scratch makes them)"
+            f"no scratch trials with the same seeds in {context.folder}: the transfer is unknown "
+            "(strategy=scratch makes them)"
         )
-    strategies = [s for s in strategies_of(config) if (s, "test") in runs]
-    verdicts: dict[Strategy, Verdict] = {
-        s: judge(runs[s, "validation"], scratch["validation"]) for s in strategies if s != "scratch"
+    strategies = [s for s in strategies_of(context.config) if (s, "test") in runs]
+    verdicts: dict[str, dict[Strategy, Verdict]] = {
+        split: {s: judge(runs[s, split], scratch[split]) for s in strategies if s != "scratch"} for split in SPLITS
     }
-    rows = [
-        results_row(s, runs[s, "test"], None if s == "scratch" else judge(runs[s, "test"], scratch["test"]))
-        for s in strategies
-    ]
-    return Judged(str(config.target), config.seeds, rows, verdicts, folder, notes)
+    return Judgement(
+        target=str(context.config.target),
+        seeds=context.config.seeds,
+        rows=[results_row(s, runs[s, "test"], verdicts["test"].get(s)) for s in strategies],
+        verdicts=verdicts["validation"],
+        notes=list(notes),
+        folder=context.folder.path,
+    )
 
 
-def choose(validation: Mapping[Strategy, float], transfers: Mapping[Strategy, Transfer]) -> tuple[Strategy, bool]:
-    """The strategy whose model is registered, and whether it may become champion.
+def choose_strategy(
+    validation: Mapping[Strategy, float], transfers: Mapping[Strategy, Transfer]
+) -> tuple[Strategy, bool]:
+    """Choose the strategy whose model is registered; return whether it may become champion.
 
-    Transfer must show that it helps: the best on validation is taken from `scratch` and those whose transfer is positive.
-    Where neither is at hand it is the best of all, and not promoted. The first wins a tie.
+    Transfer must be shown to help: the best on validation is chosen among `scratch` and strategies with positive transfer.
+    Without any of these it is the best of all, and not promoted. The first wins a tie.
 
     Args:
         validation: Recall@10 on validation of each strategy that ran.
@@ -97,9 +117,7 @@ def choose(validation: Mapping[Strategy, float], transfers: Mapping[Strategy, Tr
     return max(sound or validation, key=lambda s: validation[s]), bool(sound)
 
 
-def _known_scratch(folder: Path, config: RelearnConfig, split: str) -> Run | None:
-    """The `scratch` trials that this run's folder holds from an earlier call, if for all of the same seeds."""
-    from antdist.evaluation.results import load_ranks, pool
-
-    files = [trial_folder(folder, "scratch", seed) / f"{split}.npz" for seed in config.seeds]
-    return pool([load_ranks(file) for file in files]) if all(file.is_file() for file in files) else None
+def _find_scratch(context: AdaptContext, split: str) -> Run | None:
+    """The `scratch` trials of an earlier call in this run's folder, if there is one for each of the same seeds."""
+    files = _ranks_files(context, "scratch", split)
+    return _pool(files) if all(file.is_file() for file in files) else None

@@ -22,7 +22,7 @@ from safetensors.numpy import load_file
 from antdist.config.load import check_config
 from antdist.config.schema import PretrainConfig
 from antdist.distributed import ray_session as session
-from antdist.runs.pretrain import Pretrained, pretrain
+from antdist.runs.pretrain import PretrainedModel, pretrain
 from antdist.tracking.store import connect
 from tests.heads import RAY
 from tests.ranks import free_port
@@ -62,7 +62,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def straight(cluster: Any, folder: Path) -> Pretrained:
+def straight(cluster: Any, folder: Path) -> PretrainedModel:
     """One worker from the start to the end."""
     return pretrain(config(folder, "straight", workers=1))
 
@@ -104,10 +104,10 @@ def stalls(monkeypatch: pytest.MonkeyPatch, folder: Path, seconds_by_step: dict[
     return stalled
 
 
-def assert_same_curve(mine: Pretrained, theirs: Pretrained) -> None:
+def assert_same_curve(mine: PretrainedModel, theirs: PretrainedModel) -> None:
     """Each step once, with the loss of the other run."""
 
-    def curve(run: Pretrained) -> list[tuple[int, float]]:
+    def curve(run: PretrainedModel) -> list[tuple[int, float]]:
         points = connect(run.tracking_uri).get_metric_history(run.run_id, "train/loss")
         return [(point.step, point.value) for point in points]
 
@@ -170,7 +170,7 @@ def restarts(run: Path) -> list[tuple[int, int]]:
 
 
 def test_a_run_shrinks_with_a_lost_node_and_goes_on(
-    cluster: Any, folder: Path, straight: Pretrained, monkeypatch: pytest.MonkeyPatch
+    cluster: Any, folder: Path, straight: PretrainedModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run, stalled = folder / "runs" / "shrinking", stalls(monkeypatch, folder, {53: 300})
     with node(cluster) as second, ThreadPoolExecutor(1) as thread:
@@ -192,7 +192,7 @@ def test_a_run_shrinks_with_a_lost_node_and_goes_on(
 
 
 def test_a_run_grows_with_a_new_node_and_saves_before_one_is_drained(
-    cluster: Any, folder: Path, straight: Pretrained, monkeypatch: pytest.MonkeyPatch
+    cluster: Any, folder: Path, straight: PretrainedModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It begins with one worker. Of what was done before the second comes, at step 32, the steps since the last checkpoint
     are repeated. The checkpoint of step 54 is in no plan: the drain's notice asks for it."""

@@ -19,7 +19,7 @@ from antdist.data.writing import write_domain
 from antdist.distributed import ray_session as session
 from antdist.errors import UserError
 from antdist.features.featurize import featurize_domains
-from antdist.runs.pretrain import Pretrained, pretrain
+from antdist.runs.pretrain import PretrainedModel, pretrain
 from tests.distributed import test_elastic as elastic
 from tests.distributed.test_elastic import assert_same_curve, assert_same_weights, restarts, stalls, until
 from tests.items import some_items
@@ -95,7 +95,7 @@ class Seen:
 
 
 @pytest.fixture(scope="module")
-def straight(cluster: Any, folder: Path) -> Pretrained:
+def straight(cluster: Any, folder: Path) -> PretrainedModel:
     """Three workers, each on a node of its own, from the start to the end. Packed, two would share one."""
     with Seen("RayTrainWorker") as seen:
         done = pretrain(config(folder, "straight", placement="STRICT_SPREAD"))
@@ -120,7 +120,7 @@ def swap_at(stalled: Path, steps: list[int], cluster: Any) -> None:
 def test_each_worker_on_a_node_of_its_own_waits_for_a_new_node_where_one_is_lost_and_goes_on_bit_for_bit(
     cluster: Any,
     folder: Path,
-    straight: Pretrained,
+    straight: PretrainedModel,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
@@ -141,7 +141,7 @@ def test_each_worker_on_a_node_of_its_own_waits_for_a_new_node_where_one_is_lost
 
 
 def test_a_run_of_three_nodes_shrinks_to_two_and_grows_back(
-    cluster: Any, folder: Path, straight: Pretrained, monkeypatch: pytest.MonkeyPatch
+    cluster: Any, folder: Path, straight: PretrainedModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A worker that asks for all CPUs of a node has one to itself."""
     stalled = stalls(monkeypatch, folder, {33: 300, 53: 300})

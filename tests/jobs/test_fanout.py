@@ -41,8 +41,11 @@ from antdist.jobs.survey import Found, Survey, survey
 from antdist.model.io import ModelCard, save_model
 from antdist.model.recommender import build_recommender
 from antdist.runs import adapt as relearning
-from antdist.runs.adapt import Relearned, conclude
-from antdist.runs.trials import adaptation_folder, trial_folder
+from antdist.runs.adapt import judge_trials
+from antdist.runs.comparison import record_config
+from antdist.runs.folder import run_folder
+from antdist.runs.trials import Trial, common_config, trials_of
+from antdist.runs.verdict import AdaptedModel
 from antdist.tracking.registry import resolve
 from antdist.tracking.run import start_run
 from tests.jobs.test_submission import EVIL, received
@@ -222,8 +225,7 @@ def found(cluster: Feigned, targets: list[str]) -> Survey:
     """As a survey would: the trials of which there is no outcome."""
     told = {}
     for target in targets:
-        trials: list[Any] = [(strategy, seed) for strategy in STRATEGIES for seed in (0, 1, 2)]
-        todo = [(s, seed) for s, seed in trials if f"n/{target}/{s}-seed{seed}" not in cluster.trained]
+        todo = [trial for trial in trials_of(config(target=target)) if f"n/{target}/{trial}" not in cluster.trained]
         told[target] = Found(todo, None)
     return Survey("models:/p/3", told)
 
@@ -346,7 +348,7 @@ def test_a_cluster_that_is_away_for_a_while_is_waited_for(
 
 
 def test_the_survey_of_a_cluster_is_a_job(cluster: Feigned, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    told = Survey("models:/p/3", {"a": Found([("scratch", 1)], None)}, ["a note"])
+    told = Survey("models:/p/3", {"a": Found([trial_of(config(), "a", "scratch", 1)], None)}, ["a note"])
     monkeypatch.setattr(cluster, "logs", lambda job: f"said\n{json.dumps(told.to_json())}\n")
     wanted = Wanted(config(target="a"), ["a", "b"])
     assert survey_there(cluster, wanted, INSTALLED) == told
@@ -361,6 +363,11 @@ def test_the_survey_of_a_cluster_is_a_job(cluster: Feigned, monkeypatch: pytest.
 def test_the_last_document_of_a_log_is_read() -> None:
     assert document('{"a": 1}\n{"b": 2}\n{torn\nerror') == {"b": 2}
     assert document("nothing") is None
+
+
+def trial_of(config: RelearnConfig, target: str, strategy: Any, seed: int) -> Trial:
+    (trial,) = trials_of(config.model_copy(update={"target": target, "strategy": strategy, "seeds": [seed]}))
+    return trial
 
 
 # -- the survey and the verdict, on disk -----------------------------------------------------------------------------
@@ -397,7 +404,7 @@ def hits(strategy: str, seed: int) -> np.ndarray:
 
 def train(config: RelearnConfig, target: str, strategy: Any, seed: int) -> None:
     """What a trial leaves behind."""
-    mine = trial_folder(adaptation_folder(config.model_copy(update={"target": target})), strategy, seed)
+    mine = trial_of(config, target, strategy, seed).folder.path
     run = start_run(str(config.tracking.uri), "e", mine.name, mine)
     assert run.finish() is None
     write_json(mine / "run.json", {"run_id": run.run_id, "parent": None if strategy == "scratch" else config.parent})
@@ -414,16 +421,16 @@ def train(config: RelearnConfig, target: str, strategy: Any, seed: int) -> None:
 def verdict_of(config: RelearnConfig, target: str) -> Any:
     with pytest.MonkeyPatch.context() as patch:  # the trials' models are no models
         patch.setattr(relearning, "make_servable", lambda folder, domain: None)
-        return conclude(config.model_copy(update={"target": target}))
+        return judge_trials(config.model_copy(update={"target": target}))
 
 
 def test_all_targets_are_those_that_the_parent_did_not_learn_from(world: Path) -> None:
     told = survey(on_disk(world, "all"), None)
     assert list(told.targets) == ["arts1", "food"] and told.parent == str(world / "parent")
     assert f"left out, as {world}/parent learned from them: aa, bbb" in told.notes
-    assert told.left == 10 and told.targets["food"].todo == [(s, seed) for s in STRATEGIES for seed in SEEDS]
+    assert told.left == 10 and told.targets["food"].todo == trials_of(on_disk(world, "all", target="food"))
     assert "food: to do: scratch-seed0, scratch-seed1, relearn-seed0, relearn-seed1, verdict" in told.lines()
-    assert Survey.from_json(json.loads(json.dumps(told.to_json()))) == told
+    assert Survey.from_json(json.loads(json.dumps(told.to_json())), on_disk(world, "all")) == told
     # without a parent every domain may be one
     alone = survey(on_disk(world, "all", strategy="scratch", **{"from": None}), None)
     assert list(alone.targets) == ["aa", "arts1", "bbb", "food"]
@@ -431,17 +438,17 @@ def test_all_targets_are_those_that_the_parent_did_not_learn_from(world: Path) -
     (world / "data/no-domain").mkdir()
     assert list(survey(remote, None).targets) == ["arts1", "food"]
     named = survey(on_disk(world, "all"), ["aa"])
-    assert "the target aa is one of the parent's auxiliary domains: its gain is no transfer" in named.notes
+    assert "the target aa is one of the parent's auxiliary domains: its gain is not transfer" in named.notes
 
 
 def test_a_survey_knows_what_is_done_and_the_verdict_is_the_paired_test_of_the_stored_trials(world: Path) -> None:
     config = on_disk(world, "done")
     for strategy, seed in [("scratch", 0), ("scratch", 1), ("relearn", 0)]:
         train(config, "food", strategy, seed)
-    assert survey(config, ["food"]).targets["food"] == Found([("relearn", 1)], None)
+    assert survey(config, ["food"]).targets["food"] == Found([trial_of(config, "food", "relearn", 1)], None)
 
     part = verdict_of(config, "food")  # nothing is registered among some: it could not be undone
-    assert not isinstance(part, Relearned) and [row.strategy for row in part.rows] == ["scratch"]
+    assert not isinstance(part, AdaptedModel) and [row.strategy for row in part.rows] == ["scratch"]
     assert part.notes == ["not registered, as these are not trained: relearn-seed1"]
     with pytest.raises(UserError, match="no registered model"):
         resolve("models:/done-food/latest", str(config.tracking.uri))
@@ -471,8 +478,7 @@ def test_a_survey_knows_what_is_done_and_the_verdict_is_the_paired_test_of_the_s
     # of other seeds or strategies it says nothing, and of trials that were trained since neither
     assert survey(on_disk(world, "done", seeds=[0]), ["food"]).targets["food"] == Found([], None)
     assert survey(on_disk(world, "done", strategy="scratch"), ["food"]).targets["food"] == Found([], None)
-    later = trial_folder(adaptation_folder(config.model_copy(update={"target": "food"})), "relearn", 1) / "outcome.json"
-    later.touch()
+    trial_of(config, "food", "relearn", 1).folder.result_file.touch()
     assert survey(config, ["food"]).targets["food"] == Found([], None)
 
 
@@ -493,8 +499,8 @@ def test_without_scratch_the_transfer_is_unknown_and_nothing_is_promoted(world: 
 
 def test_a_survey_refuses_what_would_fail_in_each_job(world: Path) -> None:
     given = on_disk(world, "refused").model_copy(update={"target": "food"})
-    with relearning.claimed(adaptation_folder(given), relearning.shared(given)):
-        pass
+    run_folder(given).path.mkdir(parents=True)
+    record_config(run_folder(given), common_config(given))
     wider = {**SMALL, "dim": 32}
     for name, changes, message in [
         ("refused", {"from": "elsewhere"}, "no such folder, and no reference to a model"),
@@ -509,8 +515,7 @@ def test_a_survey_refuses_what_would_fail_in_each_job(world: Path) -> None:
 def test_trials_that_started_elsewhere_are_not_taken_for_these(world: Path) -> None:
     config = on_disk(world, "moved")
     train(config, "food", "relearn", 0)
-    mine = trial_folder(adaptation_folder(config.model_copy(update={"target": "food"})), "relearn", 0)
-    write_json(mine / "run.json", {"run_id": "r", "parent": "models:/p/1"})
+    write_json(trial_of(config, "food", "relearn", 0).folder.record_file, {"run_id": "r", "parent": "models:/p/1"})
     with pytest.raises(UserError, match=r"relearn-seed0: this trial started from models:/p/1, not from .*/parent"):
         survey(config, ["food"])
 
@@ -538,4 +543,4 @@ def test_a_dry_run_tells_what_would_run(world: Path, monkeypatch: pytest.MonkeyP
     assert told.exit_code == 0, told.output + str(told.exception)
     *lines, last = told.stdout.splitlines()
     assert lines == ["food: to do: scratch-seed0, scratch-seed1, verdict", "3 jobs"]
-    assert Survey.from_json(json.loads(last)).left == 3
+    assert Survey.from_json(json.loads(last), on_disk(world, "dry")).left == 3

@@ -17,11 +17,14 @@ from antdist.evaluation.ranking import Ranks
 from antdist.evaluation.results import Run, RunKey, save_ranks
 from antdist.io.files import write_json
 from antdist.runs import adapt as relearning
-from antdist.runs.adapt import Relearned, _conclude, _refuse_unfinished, train_trial
-from antdist.runs.trials import trial_folder, trials_of
-from antdist.runs.verdict import choose
-from antdist.runs.workers.trial import _open_trial
-from antdist.tracking.registry import Lineage, resolve
+from antdist.runs.adapt import _begin_trial, _register_chosen, refuse_unfinished, train_trial
+from antdist.runs.context import AdaptContext, CheckReport
+from antdist.runs.folder import RunFolder
+from antdist.runs.lineage import lineage_of
+from antdist.runs.records import TrialResult
+from antdist.runs.trials import Trial, trials_of
+from antdist.runs.verdict import AdaptedModel, choose_strategy
+from antdist.tracking.registry import resolve
 from antdist.tracking.run import start_run
 from antdist.tracking.store import tracking_uri
 
@@ -56,12 +59,13 @@ from antdist.tracking.store import tracking_uri
 def test_transfer_must_show_that_it_helps(
     validation: dict[Any, float], transfers: dict[Any, Any], chosen: str, promoted: bool
 ) -> None:
-    assert choose(validation, transfers) == (chosen, promoted)
+    assert choose_strategy(validation, transfers) == (chosen, promoted)
 
 
 def test_several_strategies_are_taken_in_the_order_in_which_they_win_ties() -> None:
     config = check_config(RelearnConfig, {"strategy": ["relearn", "scratch"], "seeds": [1, 0]})
-    assert trials_of(config) == [("scratch", 1), ("scratch", 0), ("relearn", 1), ("relearn", 0)]
+    trials = [(trial.strategy, trial.seed) for trial in trials_of(config)]
+    assert trials == [("scratch", 1), ("scratch", 0), ("relearn", 1), ("relearn", 0)]
     for strategies in ([], ["scratch", "scratch"]):
         with pytest.raises(UserError, match="must name at least one strategy, and each once"):
             check_config(RelearnConfig, {"strategy": strategies})
@@ -83,7 +87,8 @@ PARENT = "models:/parent/1"
 
 def trial(uri: str, folder: Path, strategy: Any, hits: int, seed: int = 0) -> None:
     """A finished trial whose model puts the targets of the first `hits` users among the ten best."""
-    mine = trial_folder(folder, strategy, seed)
+    files = RunFolder(folder).trial(strategy, seed)
+    mine = files.path
     run = start_run(uri, "e", strategy, mine)
     assert run.finish() is None
     write_json(mine / "run.json", {"run_id": run.run_id, "parent": None if strategy == "scratch" else PARENT})
@@ -92,16 +97,21 @@ def trial(uri: str, folder: Path, strategy: Any, hits: int, seed: int = 0) -> No
     ranks = Ranks(np.arange(USERS), np.where(np.arange(USERS) < hits, 1, 99), np.zeros(USERS, bool))
     for split in ("validation", "test"):
         key = RunKey(target="t", manifest="f", features={}, seeds=(seed,), epochs=1, budget="b", split=split)
-        save_ranks(mine / f"{split}.npz", Run(key, [ranks]))
+        save_ranks(files.ranks_file(split), Run(key, [ranks]))
 
 
-def conclude(uri: str, folder: Path, strategy: str, seeds: tuple[int, ...] = (0,)) -> Relearned:
-    asked = {"name": folder.name, "target": "t", "strategy": strategy, "seeds": list(seeds)}
-    config = check_config(RelearnConfig, asked)
+def context_of(uri: str, folder: Path, strategy: str, seeds: tuple[int, ...] = (0,)) -> AdaptContext:
+    """An adaptation in `folder`, which is STORAGE/NAME/t."""
+    tree = {"name": folder.parent.name, "target": "t", "strategy": strategy, "seeds": list(seeds)}
+    config = check_config(RelearnConfig, {**tree, "ray": {"storage": str(folder.parents[1])}})
     domain: Any = SimpleNamespace(fingerprint="f")
-    with pytest.MonkeyPatch.context() as patch:  # the trials' models are no models
+    return AdaptContext(config, uri, RunFolder(folder), None, CheckReport(), domain)
+
+
+def conclude(uri: str, folder: Path, strategy: str, seeds: tuple[int, ...] = (0,)) -> AdaptedModel:
+    with pytest.MonkeyPatch.context() as patch:  # the trials' models are text files
         patch.setattr(relearning, "make_servable", lambda folder, domain: None)
-        return _conclude(config, folder, uri, domain, PARENT)
+        return _register_chosen(context_of(uri, folder, strategy, seeds), PARENT)
 
 
 @pytest.fixture(scope="module")
@@ -111,7 +121,7 @@ def uri(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 def test_a_gain_that_may_be_chance_leaves_scratch_the_champion(uri: str, tmp_path: Path) -> None:
-    folder = tmp_path / "chance"
+    folder = tmp_path / "chance" / "t"
     for strategy, hits in (("scratch", 60), ("finetune", 40), ("relearn", 62)):
         trial(uri, folder, strategy, hits)
     done = conclude(uri, folder, "auto")
@@ -125,7 +135,7 @@ def test_a_gain_that_may_be_chance_leaves_scratch_the_champion(uri: str, tmp_pat
 
 
 def test_a_gain_that_is_no_chance_makes_the_champion(uri: str, tmp_path: Path) -> None:
-    folder = tmp_path / "gain"
+    folder = tmp_path / "gain" / "t"
     for strategy, hits in (("scratch", 60), ("finetune", 40), ("relearn", 80)):
         trial(uri, folder, strategy, hits)
     done = conclude(uri, folder, "auto")
@@ -138,7 +148,7 @@ def test_a_gain_that_is_no_chance_makes_the_champion(uri: str, tmp_path: Path) -
 
 
 def test_a_champion_whose_gain_more_seeds_do_not_show_is_told(uri: str, tmp_path: Path) -> None:
-    folder = tmp_path / "doubt"
+    folder = tmp_path / "doubt" / "t"
     hits = {"scratch": (60, 78), "finetune": (20, 20), "relearn": (80, 40)}
     for strategy, seed in itertools.product(hits, (0, 1)):
         trial(uri, folder, strategy, hits[strategy][seed], seed)
@@ -153,7 +163,7 @@ def test_a_champion_whose_gain_more_seeds_do_not_show_is_told(uri: str, tmp_path
 
 
 def test_without_scratch_nothing_becomes_champion(uri: str, tmp_path: Path) -> None:
-    folder = tmp_path / "alone"
+    folder = tmp_path / "alone" / "t"
     trial(uri, folder, "relearn", 80)
     assert conclude(uri, folder, "relearn").verdicts["relearn"].transfer == "unknown"
     with pytest.raises(UserError, match="has no alias 'champion'"):
@@ -161,19 +171,21 @@ def test_without_scratch_nothing_becomes_champion(uri: str, tmp_path: Path) -> N
 
 
 def test_a_trial_that_ended_on_older_data_is_refused_before_others_are_trained(uri: str, tmp_path: Path) -> None:
-    trial(uri, tmp_path, "scratch", 60)
-    config = check_config(RelearnConfig, {"target": "t", "strategy": "scratch"})
-    _open_trial(config, "scratch", 0, tmp_path, uri, Lineage({"t": "f"}, target="t", strategy="scratch"))
-    anew = Lineage({"t": "prepared anew"}, target="t", strategy="scratch")
+    folder = tmp_path / "older" / "t"
+    trial(uri, folder, "scratch", 60)
+    context = context_of(uri, folder, "scratch")
+    (scratch,) = context.trials
+    _begin_trial(context, scratch, lineage_of(scratch, "f", None))
     with pytest.raises(UserError, match=r"scratch-seed0: this trial ended on other data of t \(fingerprint f\)"):
-        _open_trial(config, "scratch", 0, tmp_path, uri, anew)
+        _begin_trial(context, scratch, lineage_of(scratch, "prepared anew", None))
 
 
 def test_all_trials_that_diverged_are_tried_again(tmp_path: Path) -> None:
-    outcomes = [tmp_path / name for name in ("a", "b", "c")]
-    for number, outcome in enumerate(outcomes):
-        told = {"error": {"what": f"diverged {number}", "where": "w", "remedy": "r"}} if number < 2 else {"epoch": 1}
-        write_json(outcome, told)
+    trials = [Trial("t", "scratch", seed, RunFolder(tmp_path).trial("scratch", seed)) for seed in range(3)]
+    for number, trial in enumerate(trials):
+        error = {"error": {"what": f"diverged {number}", "where": "w", "remedy": "r"}}
+        trial.folder.path.mkdir()
+        TrialResult.model_validate(error if number < 2 else {"epoch": 1}).write(trial.folder.result_file)
     with pytest.raises(UserError, match="w: diverged 0"):
-        _refuse_unfinished(outcomes)
-    assert [outcome.is_file() for outcome in outcomes] == [False, False, True]
+        refuse_unfinished(trials)
+    assert [trial.folder.result_file.is_file() for trial in trials] == [False, False, True]

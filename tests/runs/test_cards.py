@@ -8,7 +8,7 @@ from antdist.config.load import check_config
 from antdist.config.schema import ModelConfig, PretrainConfig
 from antdist.features.table import encoder_identity
 from antdist.runs.cards import model_card
-from antdist.runs.inputs import pretrain_inputs
+from antdist.runs.inputs import open_pretrain_inputs
 from tests.worlds import make_domain
 
 
@@ -16,7 +16,7 @@ def test_a_card_names_the_encoders_though_the_first_domain_lacks_a_modality(tmp_
     make_domain(tmp_path, "plain", dims={"text": 12})
     make_domain(tmp_path, "whole", dims={"text": 12, "image": 10})
     tree = {"data": {"root": str(tmp_path), "domains": ["plain", "whole"]}, "model": {"modalities": ["text", "image"]}}
-    inputs = pretrain_inputs(check_config(PretrainConfig, tree))
+    inputs, _ = open_pretrain_inputs(check_config(PretrainConfig, tree), {})
     config = ModelConfig(modalities=["text", "image"])
     card = model_card("pretrained", config, inputs, seed=3, domains=["plain", "whole"], made={"epoch": 2})
     encoder = {"name": "random", "digest": "random"}

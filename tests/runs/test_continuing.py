@@ -25,12 +25,13 @@ from antdist.features.featurize import featurize_domains
 from antdist.model.io import read_card
 from antdist.model.recommender import build_recommender
 from antdist.runs.checks import check_pretrain
-from antdist.runs.continuing import data_since
-from antdist.runs.folder import collect_training_state
-from antdist.runs.inputs import pretrain_inputs
-from antdist.runs.pretrain import pretrain
+from antdist.runs.continuing import compare_data
+from antdist.runs.folder import RunFolder
+from antdist.runs.inputs import open_pretrain_inputs
+from antdist.runs.pretrain import collect_training_state, pretrain
 from antdist.runs.workers import pretrain as pretraining
 from antdist.runs.workers.common import learn
+from antdist.runs.workers.pretrain import PretrainSettings
 from antdist.tracking.overview import overview
 from antdist.tracking.registry import ResolvedModel, resolve
 from antdist.tracking.store import connect
@@ -85,10 +86,15 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     place.mkdir(parents=True)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("antdist.runs.workers.common.node_is_going", lambda: False)  # asks Ray, which is not here
-        pretraining._train(tree(folder, "parent"), World(), place, None)
-        collect_training_state(place)
+        train(tree(folder, "parent"), place)
+        collect_training_state(RunFolder(place))
         grow(folder)
         yield folder
+
+
+def train(config: PretrainConfig, folder: Path, **settings: Any) -> None:
+    """What a worker does, in this process."""
+    pretraining.train_model(PretrainSettings(config, "", **settings), World(), RunFolder(folder), None)
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
@@ -105,12 +111,12 @@ def test_it_begins_with_weights_and_moments_and_learns_the_grown_data_from_their
     config = tree(world, "later", domains=["a", "b"], training=training, **{"continue": str(world / "runs" / "parent")})
     state = world / "runs" / "parent" / "training_state"
     (tmp_path / "run").mkdir()
-    pretraining._train(config, World(), tmp_path / "run", None, None, str(state), "models:/parent/1")
+    train(config, tmp_path / "run", state=state, parent="models:/parent/1")
 
     (newest,) = (state / "checkpoints").iterdir()
     kept, moments = load_file(newest / "weights.safetensors"), load_file(newest / "moments.safetensors")
     updates = json.loads((newest / "progress.json").read_text())["engine"]["updates"]
-    inputs = pretrain_inputs(config)
+    inputs, _ = open_pretrain_inputs(config, {})
     model = build_recommender(config.model, inputs.catalogue.dims, seed=99)
     model.load_state_dict(kept)
 
@@ -123,10 +129,10 @@ def test_it_begins_with_weights_and_moments_and_learns_the_grown_data_from_their
 
     (tmp_path / "hand").mkdir()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("antdist.training.engines.plain.PlainEngine", Loaded)
+        patch.setattr("antdist.runs.workers.common.PlainEngine", Loaded)
         learn(
-            model, inputs, loss=config.loss, training=config.training, world=World(), folder=tmp_path / "hand",
-            seed=config.seed, name="hand", evaluate=pretraining._evaluator(config, inputs, World()), tracked=None,
+            model, inputs, config, world=World(), folder=RunFolder(tmp_path / "hand"), seed=config.seed, name="hand",
+            evaluate=pretraining.make_evaluator(config, inputs, World()), tracked=None,
         )  # fmt: skip
     ours, by_hand = weights(tmp_path / "run"), weights(tmp_path / "hand")
     assert ours.keys() == by_hand.keys() and updates > 0
@@ -143,20 +149,20 @@ def test_what_became_of_the_data_is_said(world: Path) -> None:
     state = ResolvedModel(world / "runs" / "parent" / "training_state", "models:/parent/1")
     a, b = (open_domain(world / "data" / name) for name in ("a", "b"))
     was, now = a.manifest.ancestors[0][:12], a.fingerprint[:12]
-    assert data_since(state, [a, b]) == {"a": f"a {was} -> {now} (grown)", "b": f"b {b.fingerprint[:12]} (new)"}
-    assert data_since(state, [b]) == {"a": f"a {was} (left out)", "b": f"b {b.fingerprint[:12]} (new)"}
+    assert compare_data(state, [a, b]) == {"a": f"a {was} -> {now} (grown)", "b": f"b {b.fingerprint[:12]} (new)"}
+    assert compare_data(state, [b]) == {"a": f"a {was} (left out)", "b": f"b {b.fingerprint[:12]} (new)"}
     config = tree(
         world, "later", training={"schedule": {"warmup_steps": 7}}, **{"continue": str(world / "runs" / "parent")}
     )
-    (note,) = check_pretrain(config).notes
+    (note,) = check_pretrain(config).report.notes
     assert f"a {was} -> {now} (grown)" in note and "begin anew, the latter at 0.001 after 7 steps of warm-up" in note
 
 
 def test_a_plain_resume_of_grown_data_names_continue(world: Path, tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
-    state = str(world / "runs" / "parent" / "training_state")
+    state = world / "runs" / "parent" / "training_state"
     with pytest.raises(UserError, match=r"domain 'a' has grown .*[Gg]o on from the model .*name=NEW continue=MODEL"):
-        pretraining._train(tree(world, "resumed", resume="runs/parent"), World(), tmp_path / "run", None, None, state)
+        train(tree(world, "resumed", resume="runs/parent"), tmp_path / "run", state=state)
 
 
 def test_refusals(world: Path, tmp_path: Path) -> None:
@@ -168,19 +174,19 @@ def test_refusals(world: Path, tmp_path: Path) -> None:
         return str(caught.value)
 
     assert "give one of the two" in refused(resume=parent)
-    assert "model.heads: is 4, but 2 of" in refused(model={"heads": 4})
-    assert "model.temperature: is 0.5, but 0.07 of" in refused(model={"temperature": 0.5})
+    assert "model.heads: is 4, but 2 in" in refused(model={"heads": 4})
+    assert "model.temperature: is 0.5, but 0.07 in" in refused(model={"temperature": 0.5})
     assert "no such folder" in refused(**{"continue": str(tmp_path / "nowhere")})
     assert "no folder training_state here" in refused(**{"continue": str(world / "data")})
     shutil.copytree(world / "runs" / "parent", tmp_path / "copy")
     (tmp_path / "copy" / "training_state" / "model.json").unlink()
-    assert "does not say which model and features it is of" in refused(**{"continue": str(tmp_path / "copy")})
+    assert "does not record its model and features" in refused(**{"continue": str(tmp_path / "copy")})
     check_pretrain(tree(world, "later", model={"dropout": 0.1}, **{"continue": parent}))
 
     shutil.copytree(world / "data" / "b", tmp_path / "other" / "b")
     featurize_domains([open_domain(tmp_path / "other" / "b")], text="hashed", text_dim=4, workers=0)
     told = refused(data={"root": str(tmp_path / "other"), "domains": ["b"]})
-    assert told.startswith("features: the text features of the domains are of another encoder (text digest=")
+    assert told.startswith("features: the text features of the domains are from another encoder (text digest=")
 
 
 def test_a_run_goes_on_with_the_data_that_it_began_with(world: Path, tmp_path: Path, monkeypatch: Any) -> None:
@@ -193,20 +199,20 @@ def test_a_run_goes_on_with_the_data_that_it_began_with(world: Path, tmp_path: P
             )
         features(tmp_path / place / "data", ["a", "b"])
         (tmp_path / place / "run").mkdir()
-    pretraining._train(tree(tmp_path / "alone", "run"), World(), tmp_path / "alone" / "run", None)
+    train(tree(tmp_path / "alone", "run"), tmp_path / "alone" / "run")
     folder = tmp_path / "grown"
     data = {"a": open_domain(folder / "data" / "a").fingerprint}
-    pretraining._train(tree(folder, "run", training={"stop_after": 3}), World(), folder / "run", None, data)
+    train(tree(folder, "run", training={"stop_after": 3}), folder / "run", data=data)
     grow(folder)
-    pretraining._train(tree(folder, "run"), World(), folder / "run", None, data)
+    train(tree(folder, "run"), folder / "run", data=data)
     ours, alone = weights(folder / "run"), weights(tmp_path / "alone" / "run")
     assert all(torch.equal(weight, alone[name]) for name, weight in ours.items())
 
     (folder / "runs" / "run").mkdir(parents=True)
     (folder / "runs" / "run" / "run.json").write_text(json.dumps({"run_id": "x", "data": data}))
-    (note,) = check_pretrain(tree(folder, "run")).notes
+    (note,) = check_pretrain(tree(folder, "run")).report.notes
     assert note.startswith(
-        f"domain a has grown since this run began, which goes on with the data that it began with ({data['a'][:12]})"
+        f"domain a was appended to since this run began; the run goes on with the data it began with ({data['a'][:12]})"
     )
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +17,12 @@ from antdist.faults import corrupt
 from antdist.model.io import ModelCard, save_model
 from antdist.model.recommender import build_recommender
 from antdist.runs import adapt as relearning
-from antdist.runs import parent as origins
+from antdist.runs import parent as sources
 from antdist.runs import pretrain as pretraining
 from antdist.runs.adapt import relearn
 from antdist.runs.checks import check_pretrain, check_relearn
-from antdist.runs.parent import bring, look_up
+from antdist.runs.folder import RunFolder
+from antdist.runs.parent import fetch_source, resolve_source
 from antdist.runs.pretrain import pretrain
 from antdist.tracking.registry import Lineage, ResolvedModel, register, resolve
 from antdist.tracking.run import start_run
@@ -83,19 +83,18 @@ class Begun(Exception):
 
 
 @pytest.fixture
-def settings(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
-    """What the workers of the last command were told; none is started."""
-    told: dict[str, Any] = {}
+def settings(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """The settings that each command passes to its workers, which are not started."""
+    passed: list[Any] = []
 
-    def begin(_work: Any, given: dict[str, Any], *_: Any) -> None:
-        told.clear()
-        told.update(given)
+    def begin(_work: Any, settings: Any, *_: Any) -> None:
+        passed.append(settings)
         raise Begun
 
     for command in (pretraining, relearning):
         monkeypatch.setattr(command, "run_workers", begin)
         monkeypatch.setattr(command, "ray_session", lambda _: contextlib.nullcontext())
-    return told
+    return passed
 
 
 def nowhere() -> str:
@@ -103,18 +102,18 @@ def nowhere() -> str:
 
 
 def test_a_relearning_goes_on_from_the_parent_that_it_brought_while_the_registry_is_away(
-    world: Path, tmp_path: Path, settings: dict[str, Any], capsys: pytest.CaptureFixture[str]
+    world: Path, tmp_path: Path, settings: list[Any], capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(Begun):
         relearn(adapting(world, tmp_path, store(world)))
-    parent = settings["parent"]
-    assert parent["uri"] == "models:/parent/1" and "the tracking store is away" not in capsys.readouterr().err
+    parent = settings[-1].parent
+    assert parent.uri == "models:/parent/1" and "the tracking store is unreachable" not in capsys.readouterr().err
     folder = tmp_path / "relearn" / "target"
-    assert Path(parent["folder"]).parent == folder and (Path(parent["folder"]) / "model.json").is_file()
+    assert parent.folder.parent == folder and (parent.folder / "model.json").is_file()
     remembered = json.loads((folder / "from.json").read_text())[CHAMPION]
     with pytest.raises(Begun):
         relearn(adapting(world, tmp_path, nowhere()))
-    assert settings["parent"] == parent
+    assert settings[-1].parent == parent
     told = capsys.readouterr().err
     assert told.count(f"{CHAMPION} is what it was on {remembered['looked_up']}: models:/parent/1, in {folder}") == 1
     with pytest.raises(UserError, match="the tracking server does not answer"):
@@ -122,21 +121,22 @@ def test_a_relearning_goes_on_from_the_parent_that_it_brought_while_the_registry
 
 
 def test_a_pretraining_goes_on_from_the_state_that_it_brought_while_the_registry_is_away(
-    world: Path, tmp_path: Path, settings: dict[str, Any], capsys: pytest.CaptureFixture[str]
+    world: Path, tmp_path: Path, settings: list[Any], capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(Begun):
         pretrain(resuming(world, tmp_path, store(world)))
-    state, run_id = settings["state"], settings["run_id"]
-    assert Path(state).parent == tmp_path / "pretrain" and run_id == resolve(LATEST, store(world)).run_id
+    folder = tmp_path / "pretrain"
+    state, record = settings[-1].state, json.loads((folder / "run.json").read_text())
+    assert state.parent == folder and record["run_id"] == resolve(LATEST, store(world)).run_id
     with pytest.raises(Begun):
         pretrain(resuming(world, tmp_path, nowhere()))
-    assert (settings["state"], settings["run_id"]) == (state, run_id)
+    assert settings[-1].state == state and json.loads((folder / "run.json").read_text()) == record
     assert capsys.readouterr().err.count(f"{LATEST} is what it was on ") == 1
 
 
 def test_what_was_never_looked_up_is_told_unless_it_is_a_folder(world: Path, tmp_path: Path) -> None:
-    away = r"it was never looked up by this run, and the tracking store is away \(the tracking server does not answer"
-    remedy = r"[Ss]tart the run once while the store is there, or name the model's folder instead"
+    away = r"this run never resolved it, and the tracking store is unreachable \(the tracking server does not answer"
+    remedy = r"[Ss]tart the run once while the store is reachable, or name the model's folder instead"
     with pytest.raises(UserError, match=f"{CHAMPION}: {away}.*{remedy}"):
         check_relearn(adapting(world, tmp_path, nowhere()))
     with pytest.raises(UserError, match=f"{LATEST}: {away}.*{remedy}"):
@@ -147,33 +147,38 @@ def test_what_was_never_looked_up_is_told_unless_it_is_a_folder(world: Path, tmp
 
 def test_a_run_with_checkpoints_of_its_own_needs_no_registry(world: Path, tmp_path: Path) -> None:
     shutil.copytree(world / "state" / "checkpoints", tmp_path / "pretrain" / "checkpoints")
-    report = check_pretrain(resuming(world, tmp_path, nowhere()))
-    assert report.start is None and any(f"so {LATEST} is not read" in note for note in report.notes)
+    context = check_pretrain(resuming(world, tmp_path, nowhere()))
+    assert context.start is None and any(f"so {LATEST} is not read" in note for note in context.report.notes)
 
 
 @pytest.mark.parametrize("how", ["cut", "flip", "gone"])
 def test_a_damaged_copy_is_not_gone_on_from_and_brought_anew_later(world: Path, tmp_path: Path, how: Any) -> None:
     found = resolve(CHAMPION, store(world))
-    place = bring(CHAMPION, found, tmp_path)
+    place = fetch_source(CHAMPION, found, RunFolder(tmp_path))
     corrupt(place / "weights.safetensors", how)
     with pytest.raises(
-        UserError, match=r"is not what was brought here on .* \(the digest differs\).*once the tracking"
+        UserError, match=r"differs from what was fetched on .* \(another digest\).*once the tracking store is reachable"
     ):
-        look_up(CHAMPION, nowhere(), tmp_path, resolve, offline_ok=True, tell=print)
-    assert bring(CHAMPION, found, tmp_path) == place
-    assert look_up(CHAMPION, nowhere(), tmp_path, resolve, offline_ok=True, tell=print).folder == place
+        resolve_source(CHAMPION, nowhere(), RunFolder(tmp_path), resolve, offline_ok=True, note=print)
+    assert fetch_source(CHAMPION, found, RunFolder(tmp_path)) == place
+    assert (
+        resolve_source(CHAMPION, nowhere(), RunFolder(tmp_path), resolve, offline_ok=True, note=print).folder == place
+    )
 
 
 def test_a_store_that_fails_after_its_greeting_is_away_and_one_that_refuses_is_not(
     world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    place = bring(CHAMPION, resolve(CHAMPION, store(world)), tmp_path)
+    place = fetch_source(CHAMPION, resolve(CHAMPION, store(world)), RunFolder(tmp_path))
     with listening(FakeServer(tmp_path / "artifacts", mode="500")) as server:
-        monkeypatch.setattr(origins, "check_reachable", lambda _: None)
-        assert look_up(CHAMPION, server.uri, tmp_path, resolve, offline_ok=True, tell=print).folder == place
+        monkeypatch.setattr(sources, "check_reachable", lambda _: None)
+        assert (
+            resolve_source(CHAMPION, server.uri, RunFolder(tmp_path), resolve, offline_ok=True, note=print).folder
+            == place
+        )
     (tmp_path / "from.json").write_text((tmp_path / "from.json").read_text().replace(CHAMPION, "models:/parent@best"))
     with pytest.raises(UserError, match="has no alias 'best'; it has: champion"):
-        look_up("models:/parent@best", store(world), tmp_path, resolve, offline_ok=True, tell=print)
+        resolve_source("models:/parent@best", store(world), RunFolder(tmp_path), resolve, offline_ok=True, note=print)
 
 
 def test_what_the_registry_gave_is_copied_once_and_by_content(tmp_path: Path) -> None:
@@ -182,7 +187,10 @@ def test_what_the_registry_gave_is_copied_once_and_by_content(tmp_path: Path) ->
     (given / "weights").write_text("1")
     (tmp_path / "from.partial").mkdir()  # of a copy that was cut off
     (tmp_path / "from.partial" / "half").touch()
-    copy: Callable[[], Path] = lambda: bring("models:/m/1", ResolvedModel(given, "models:/m/1"), tmp_path)  # noqa: E731
+
+    def copy() -> Path:
+        return fetch_source("models:/m/1", ResolvedModel(given, "models:/m/1"), RunFolder(tmp_path))
+
     first = copy()
     assert [path.name for path in first.iterdir()] == ["weights"] and copy() == first
     (given / "weights").write_text("2")

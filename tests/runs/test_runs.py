@@ -11,6 +11,7 @@ import signal
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ from antdist.errors import Preempted, UserError
 from antdist.model.io import read_card
 from antdist.runs import adapt as relearning
 from antdist.runs.adapt import relearn
-from antdist.runs.pretrain import Pretrained, pretrain
+from antdist.runs.pretrain import PretrainedModel, pretrain
 from antdist.serving.pyfunc import _load_pyfunc
 from antdist.serving.use import evaluate_model, open_model, recommend_items
 from antdist.tracking import store
@@ -85,7 +86,7 @@ def relearn_config(world: Path, **changes: Any) -> RelearnConfig:
 
 
 @pytest.fixture(scope="module")
-def pretrained(world: Path) -> Pretrained:
+def pretrained(world: Path) -> PretrainedModel:
     return pretrain(pretrain_config(world, "straight"))
 
 
@@ -93,12 +94,12 @@ def weights(folder: Path) -> dict[str, np.ndarray]:
     return load_file(folder / "weights.safetensors")
 
 
-def curve(run: Pretrained, metric: str = "train/loss") -> list[tuple[int, float]]:
+def curve(run: PretrainedModel, metric: str = "train/loss") -> list[tuple[int, float]]:
     points = connect(run.tracking_uri).get_metric_history(run.run_id, metric)
     return sorted((point.step, point.value) for point in points)
 
 
-def test_pretraining_registers_a_model_with_lineage_curves_and_state(world: Path, pretrained: Pretrained) -> None:
+def test_pretraining_registers_a_model_with_lineage_curves_and_state(world: Path, pretrained: PretrainedModel) -> None:
     assert pretrained.model == "models:/straight/1" and pretrained.finished == "all epochs done"
     found = resolve("models:/straight@champion", pretrained.tracking_uri)
     assert found.uri == pretrained.model and found.tags["task"].startswith("pretrain:")
@@ -113,7 +114,7 @@ def test_pretraining_registers_a_model_with_lineage_curves_and_state(world: Path
 
 @pytest.mark.slow
 def test_data_under_a_uri_give_the_very_same_run_and_are_put_to_use(
-    world: Path, pretrained: Pretrained, tmp_path: Path
+    world: Path, pretrained: PretrainedModel, tmp_path: Path
 ) -> None:
     data = {"root": f"file://{world}/data", "domains": AUXILIARY, "cache": str(tmp_path), "cache_gb": 0.01}
     run = pretrain(pretrain_config(world, "far", data=data))
@@ -131,7 +132,7 @@ def test_data_under_a_uri_give_the_very_same_run_and_are_put_to_use(
 
 
 def test_a_run_resumed_through_the_registry_alone_equals_the_uninterrupted_one(
-    world: Path, pretrained: Pretrained
+    world: Path, pretrained: PretrainedModel
 ) -> None:
     """Law 3, with the first run's folder deleted: optimizer, schedule and stream come from the registered state."""
     first = pretrain(pretrain_config(world, "parts", training={"stop_after": 3}))
@@ -156,7 +157,7 @@ def test_two_workers_equal_one_with_the_same_global_batch(world: Path) -> None:
         assert loss == pytest.approx(other, rel=1e-5)
 
 
-def test_all_strategies_are_judged_and_one_is_chosen_on_validation(world: Path, pretrained: Pretrained) -> None:
+def test_all_strategies_are_judged_and_one_is_chosen_on_validation(world: Path, pretrained: PretrainedModel) -> None:
     done = relearn(relearn_config(world, **{"from": pretrained.model}))
     assert [row.strategy for row in done.rows] == ["scratch", "finetune", "relearn"]
     assert all(row.verdict is not None and row.verdict.transfer != "unknown" for row in done.rows[1:])
@@ -179,7 +180,7 @@ def test_all_strategies_are_judged_and_one_is_chosen_on_validation(world: Path, 
     assert relearn(relearn_config(world, **{"from": pretrained.model})).model == done.model
 
 
-def test_the_frozen_transformer_is_the_parents_and_the_tower_is_not(world: Path, pretrained: Pretrained) -> None:
+def test_the_frozen_transformer_is_the_parents_and_the_tower_is_not(world: Path, pretrained: PretrainedModel) -> None:
     relearn(relearn_config(world, strategy="relearn", seeds=[0], **{"from": pretrained.model}))
     parent, adapted = weights(pretrained.folder / "model"), weights(world / "runs/adapt/target/relearn-seed0/model")
     for name, weight in adapted.items():
@@ -187,7 +188,9 @@ def test_the_frozen_transformer_is_the_parents_and_the_tower_is_not(world: Path,
         assert same == name.startswith("encoder."), name
 
 
-def test_without_scratch_the_verdict_is_unknown_and_nothing_is_promoted(world: Path, pretrained: Pretrained) -> None:
+def test_without_scratch_the_verdict_is_unknown_and_nothing_is_promoted(
+    world: Path, pretrained: PretrainedModel
+) -> None:
     done = relearn(relearn_config(world, name="alone", strategy="relearn", **{"from": pretrained.model}))
     assert done.rows[0].verdict is not None and done.rows[0].verdict.transfer == "unknown"
     assert "kept from being champion" in done.champion
@@ -196,7 +199,7 @@ def test_without_scratch_the_verdict_is_unknown_and_nothing_is_promoted(world: P
 
 
 def test_the_registered_model_is_the_best_seeds_in_whatever_order_they_were_named(
-    world: Path, pretrained: Pretrained
+    world: Path, pretrained: PretrainedModel
 ) -> None:
     done = relearn(relearn_config(world, name="order", strategy="scratch", seeds=[2, 1, 0]))
     found = resolve(done.model, done.tracking_uri)
@@ -229,7 +232,7 @@ def test_item_embeddings_are_of_one_catalogue(world: Path) -> None:
 
 
 def test_a_finished_run_is_not_trained_again(
-    world: Path, pretrained: Pretrained, capsys: pytest.CaptureFixture[str]
+    world: Path, pretrained: PretrainedModel, capsys: pytest.CaptureFixture[str]
 ) -> None:
     again = pretrain(pretrain_config(world, "straight"))
     assert again.model == pretrained.model and curve(again) == curve(pretrained)
@@ -276,7 +279,7 @@ def test_a_killed_worker_costs_nothing(world: Path, tmp_path: Path) -> None:
         np.testing.assert_array_equal(weights(killed.folder / "model")[name], weight, err_msg=name)
 
 
-def test_a_terminated_command_saves_and_the_same_command_goes_on(world: Path, pretrained: Pretrained) -> None:
+def test_a_terminated_command_saves_and_the_same_command_goes_on(world: Path, pretrained: PretrainedModel) -> None:
     """SIGTERM to the driver, before the second of nine steps: no worker dies, nothing is repeated, nothing differs."""
     folder = world / "runs" / "terminated"
     config = pretrain_config(world, "terminated")
@@ -305,7 +308,7 @@ def terminate_once(ready: Path) -> None:
 
 @pytest.mark.slow
 def test_runs_whose_folders_are_gone_go_on_from_remote_storage(
-    world: Path, pretrained: Pretrained, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    world: Path, pretrained: PretrainedModel, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """A pre-training that was stopped, in the same MLflow run; and a finished trial, which is not trained again."""
 
@@ -347,7 +350,7 @@ def test_a_relearning_that_is_terminated_goes_on_with_its_trial(world: Path) -> 
 
 @pytest.mark.slow
 def test_a_run_without_its_store_goes_on_through_a_killed_worker_and_a_later_start_registers_it(
-    world: Path, pretrained: Pretrained, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    world: Path, pretrained: PretrainedModel, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """The store is away from the start to the end; the later start delivers the curve, and trains nothing."""
     faults = [{"fault": "kill", "at": "step", "rank": 0, "step": 6, "once": str(world / "killed-offline")}]
@@ -373,12 +376,12 @@ def test_a_run_without_its_store_goes_on_through_a_killed_worker_and_a_later_sta
 
 
 def test_workers_of_a_relearning_need_no_store(
-    world: Path, pretrained: Pretrained, monkeypatch: pytest.MonkeyPatch
+    world: Path, pretrained: PretrainedModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It is away from before they start until after they end: the driver knows the parent, and delivers what waits."""
 
-    def run_without_store(work: Any, settings: dict[str, Any], *others: Any) -> None:
-        run_workers(work, {**settings, "uri": f"http://127.0.0.1:{free_port()}"}, *others)
+    def run_without_store(work: Any, settings: Any, *others: Any) -> None:
+        run_workers(work, replace(settings, store=f"http://127.0.0.1:{free_port()}"), *others)
 
     monkeypatch.setattr(relearning, "run_workers", run_without_store)
     done = relearn(relearn_config(world, name="away", strategy="relearn", seeds=[0], **{"from": pretrained.model}))
@@ -414,12 +417,12 @@ def kill_leader_after(folder: Path, epochs: int) -> None:
                 process.kill()
 
 
-def test_another_configuration_under_the_same_name_is_refused(world: Path, pretrained: Pretrained) -> None:
+def test_another_configuration_under_the_same_name_is_refused(world: Path, pretrained: PretrainedModel) -> None:
     with pytest.raises(UserError, match=r"another configuration: training.learning_rate was 0.001, is 0.5"):
         pretrain(pretrain_config(world, "straight", training={"learning_rate": 0.5}))
 
 
-def test_recommend_in_words_from_the_command_line(world: Path, pretrained: Pretrained) -> None:
+def test_recommend_in_words_from_the_command_line(world: Path, pretrained: PretrainedModel) -> None:
     arguments = ["recommend", pretrained.model, str(world / "data/target"), "--storage", str(world / "runs")]
     told = CliRunner().invoke(cli, [*arguments, "--user", "user-3", "-n", "4"], catch_exceptions=False).output
     assert told.count("thing ") >= 4 + 3 and "  4  " in told

@@ -20,8 +20,10 @@ from antdist.evaluation.ranking import merge, rank_targets, validation_queries
 from antdist.faults import corrupt
 from antdist.features.table import Catalogue
 from antdist.model.recommender import build_recommender
+from antdist.runs.folder import RunFolder
+from antdist.runs.trials import Trial
 from antdist.runs.workers import pretrain as pretraining
-from antdist.runs.workers import trial as relearning
+from antdist.runs.workers import trial as adapting
 from antdist.runs.workers.common import check_features
 from tests.ranks import on_ranks
 from tests.worlds import make_domains
@@ -39,10 +41,13 @@ def train(job: str, data: Path, runs: Path) -> tuple[str, float]:
     }
     try:
         if job == "pretrain":
-            pretraining._train(check_config(PretrainConfig, common), world, runs, None, None)
+            settings = pretraining.PretrainSettings(check_config(PretrainConfig, common), "")
+            pretraining.train_model(settings, world, RunFolder(runs), None)
         else:
             config = check_config(RelearnConfig, {**common, "target": "aa", "strategy": "scratch"})
-            relearning._train_trial(config, "scratch", 0, runs, runs, None, world, None)
+            adapt_settings = adapting.AdaptSettings(config, "", RunFolder(runs), None)
+            trial = Trial("aa", "scratch", 0, RunFolder(runs))
+            adapting.train_trial(adapt_settings, adapting.open_inputs(adapt_settings), trial, world, None)
     except (UserError, RuntimeError) as error:
         return f"{type(error).__name__} {error}", time.monotonic() - begin
     return "finished", time.monotonic() - begin
@@ -95,7 +100,7 @@ def test_each_rank_validates_its_own_run_of_the_users(
     config = check_config(PretrainConfig, settings)
     whole = validation_queries(domain.sequences(), 5, limit=limit, seed=3)
     monkeypatch.setattr(Domain, "sequences", None)
-    shares = [pretraining._own_queries(config, domain, World(rank, 3)) for rank in range(3)]
+    shares = [pretraining.rank_queries(config, domain, World(rank, 3)) for rank in range(3)]
     assert np.concatenate([share.users for share in shares]).tolist() == whole.users.tolist()
     model = build_recommender(config.model, Catalogue([domain], MODALITIES).dims, seed=1)
     embeddings = torch.randn(domain.manifest.items, config.model.dim, generator=torch.Generator().manual_seed(1))

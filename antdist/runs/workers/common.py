@@ -1,38 +1,35 @@
-"""What a training worker does, pre-training and re-learning alike: engine, job, curves to MLflow, the best weights as a model."""
+"""What the workers of pre-training and adaptation share: the leader's lock and MLflow run, training, the best weights as a model."""
 
 from __future__ import annotations
 
 import contextlib
 import os
 from collections.abc import Callable
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from antdist.config.schema import LossConfig, TrainingConfig
+from antdist.config.schema import PretrainConfig, RelearnConfig, TrainingConfig
 from antdist.distributed.ray_session import node_is_going
-from antdist.errors import UserError
-from antdist.runs.folder import STOP, leading, show_live
+from antdist.distributed.world import World, agree, barrier
+from antdist.errors import Preempted, UserError
+from antdist.features.table import Catalogue
+from antdist.model.io import ModelCard, save_model
+from antdist.model.recommender import Recommender
+from antdist.runs.folder import Result, RunFolder
+from antdist.runs.follow import lead
 from antdist.runs.inputs import Inputs
-
-if TYPE_CHECKING:
-    from antdist.distributed.world import World
-    from antdist.features.table import Catalogue
-    from antdist.model.io import ModelCard
-    from antdist.model.recommender import Recommender
-    from antdist.tracking.run import TrackedRun
-    from antdist.training.checkpoints.local import Checkpoint
-    from antdist.training.checkpoints.remote import Remote
-    from antdist.training.engines.plain import Engine
-    from antdist.training.trainer import Asked, Metrics, Progress
+from antdist.runs.records import ErrorRecord
+from antdist.tracking.run import TrackedRun
+from antdist.training.checkpoints.local import Checkpoint, load_best, load_latest
+from antdist.training.engines.plain import Engine, PlainEngine
+from antdist.training.feed import Feed
+from antdist.training.trainer import Asked, Diverged, Job, Metrics, Progress, train
 
 
 def make_engine(model: Recommender, config: TrainingConfig, world: World) -> Engine:
-    """The engine that the configuration names."""
+    """Make the engine that the configuration names."""
     if config.engine == "plain":
-        from antdist.training.engines.plain import PlainEngine
-
         return PlainEngine(model, config, world)
-    from antdist.training.engines.deepspeed import DeepSpeedEngine
+    from antdist.training.engines.deepspeed import DeepSpeedEngine  # heavy
 
     return DeepSpeedEngine(model, config, world)
 
@@ -40,25 +37,24 @@ def make_engine(model: Recommender, config: TrainingConfig, world: World) -> Eng
 def learn(
     model: Recommender,
     inputs: Inputs,
+    config: PretrainConfig | RelearnConfig,
     *,
-    loss: LossConfig,
-    training: TrainingConfig,
     world: World,
-    folder: Path,
+    folder: RunFolder,
     seed: int,
     name: str,
     evaluate: Callable[[Recommender], Metrics],
     tracked: TrackedRun | None,
     start: Checkpoint | None = None,
-    remote: Remote | None = None,
-    log_folder: Path | None = None,
-    profile: bool = False,
+    control: RunFolder | None = None,
 ) -> Progress:
-    """Train `model` in `folder`; `evaluate` gives the validation metrics of a whole model, on all ranks together. The
-    driver follows `log_folder` (default: `folder`)."""
-    from antdist.training.feed import Feed
-    from antdist.training.trainer import Job, train
+    """Train `model` in `folder`.
 
+    Args:
+        evaluate: returns the validation metrics of a full model; collective.
+        control: the folder that the driver follows, and where it asks the workers to stop; default: `folder`.
+    """
+    training, control = config.training, control or folder
     engine = make_engine(model, training, world)
 
     def validate() -> Metrics:
@@ -70,11 +66,11 @@ def learn(
         if tracked is not None:
             tracked.log(metrics, step)
 
-    asked_by, saved = (log_folder or folder) / STOP, False
+    saved = False
 
     def asked() -> Asked:
         nonlocal saved
-        if world.leader and asked_by.exists():
+        if world.leader and control.stop_file.exists():
             return "stop"
         if saved or not node_is_going():
             return None
@@ -83,49 +79,49 @@ def learn(
 
     job = Job(
         engine=engine,
-        feed=Feed(inputs.stream, inputs.catalogue, loss, inputs.popularity, training.accumulation, seed, world),
+        feed=Feed(inputs.stream, inputs.catalogue, config.loss, inputs.popularity, training.accumulation, seed, world),
         config=training,
         world=world,
-        folder=folder,
+        folder=folder.path,
         seed=seed,
         validate=validate,
         report=report,
-        live=lambda live: show_live(log_folder or folder, live),
+        live=control.write_status,
         asked=asked,
         name=name,
         start=start,
-        remote=remote,
-        profile=profile,
+        remote=folder.open_copy() if world.leader else None,
+        profile=config.profile,
     )
     progress = train(job)
-    if tracked is not None and profile and (folder / "profile").is_dir():
-        tracked.log_artifacts(folder / "profile", "profile")
+    if tracked is not None and config.profile and folder.profile.is_dir():
+        tracked.log_artifacts(folder.profile, folder.profile.name)
     return progress
 
 
 def check_features(catalogue: Catalogue) -> None:
-    """That the feature tables on this node are those that were made: each of the node's workers reads a share of them. The
-    driver has read those on its own node, some time before. Shards are checked whenever they are read.
+    """Check that the feature tables on this node are those that were made; each of the node's workers reads a share of them.
+
+    The driver has read those on its own node, some time before. Shards are checked whenever they are read.
 
     Raises:
-        UserError: on the worker that met the damage; the others end with it.
+        UserError: on the worker that finds the damage; the others end with it.
     """
     catalogue.verify_share(int(os.environ.get("LOCAL_RANK", "0")), int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
 
 
-def best_model(model: Recommender, folder: Path, progress: Progress, world: World) -> Recommender:
-    """A model of the same build with the weights of the best validation (before the first one: the last weights), on
-    every rank. Collective. Raises UserError on all ranks if the weights are not as they were saved."""
-    from antdist.distributed.world import agree
-    from antdist.model.recommender import Recommender
-    from antdist.training.checkpoints.local import load_best, load_latest
+def best_model(model: Recommender, folder: RunFolder, progress: Progress, world: World) -> Recommender:
+    """Build a model with the best validation's weights (the last ones before any validation), on every rank. Collective.
 
+    Raises:
+        UserError: on all ranks, if the weights are not as they were saved.
+    """
     weights: dict[str, Any] = {}
     failure: UserError | None = None
     try:
         if world.leader and progress.best_epoch is not None:
-            weights = load_best(folder, progress.best_epoch)
-        elif world.leader and (last := load_latest(folder / "checkpoints")) is not None:
+            weights = load_best(folder.path, progress.best_epoch)
+        elif world.leader and (last := load_latest(folder.checkpoints)) is not None:
             weights = last.state.weights
     except UserError as error:
         failure = error
@@ -138,16 +134,51 @@ def best_model(model: Recommender, folder: Path, progress: Progress, world: Worl
     return best.to(world.device).eval()
 
 
-def save_best(model: Recommender, folder: Path, card: ModelCard, world: World) -> None:
-    """The leader writes the model's folder; the others wait."""
-    from antdist.distributed.world import barrier
-    from antdist.model.io import save_model
-
+def save_best(model: Recommender, folder: RunFolder, card: ModelCard, world: World) -> None:
+    """On the leader, write the model; the others wait."""
     if world.leader:
-        save_model(folder, model, card)
+        save_model(folder.model, model, card)
     barrier(world)
 
 
-def alone(world: World, folder: Path) -> contextlib.AbstractContextManager[None]:
-    """Around a worker's work: its leader is alone at work in the run's folder, and the driver shows what it says."""
-    return leading(folder) if world.leader else contextlib.nullcontext()
+def lead_if_leader(world: World, folder: RunFolder) -> contextlib.AbstractContextManager[None]:
+    """On the leader, lock the folder and log to it (`lead`); nothing on other ranks."""
+    return lead(folder) if world.leader else contextlib.nullcontext()
+
+
+def track_result(
+    folder: RunFolder,
+    store: str,
+    world: World,
+    work: Callable[[TrackedRun | None], Result | None],
+    kind: type[Result],
+    *,
+    ends_run: bool,
+) -> None:
+    """Run `work` with the folder's MLflow run, and write its result or the error that it diverged with, on the leader.
+
+    Args:
+        work: trains; returns None if it was stopped early.
+        ends_run: end the MLflow run, too; else the driver does.
+
+    Raises:
+        Preempted: the workers were asked to stop.
+    """
+    tracked, result, status = None, None, "FAILED"
+    if world.leader:
+        record = folder.read_record()
+        assert record is not None and record.run_id is not None, "the driver writes run.json before the workers start"
+        tracked = TrackedRun(store, record.run_id, folder.path, resumed=True)
+    try:
+        result = work(tracked)
+        status = "KILLED" if result is None else "FINISHED"
+    except Preempted:
+        status = "KILLED"
+        raise
+    except Diverged as error:  # on all ranks alike: a restart by Ray would only repeat it
+        result = kind(error=ErrorRecord.of(error))
+    finally:
+        if tracked is not None:
+            tracked.finish(status if ends_run else None)
+    if world.leader and result is not None:
+        result.write(folder.result_file)

@@ -2,92 +2,89 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
-from antdist.config.load import check_config
 from antdist.config.schema import PretrainConfig
+from antdist.data.domain import Domain
+from antdist.data.stream.shard_batch import partition_rows
 from antdist.distributed.ray_session import enter_worker
+from antdist.distributed.world import World, current_world
 from antdist.errors import Preempted
-from antdist.io.files import write_json
+from antdist.evaluation.metrics import METRICS, summary
+from antdist.evaluation.ranking import Queries, drawn_users, validation_queries
+from antdist.model.initialisation import centre_tower
+from antdist.model.recommender import Recommender, build_recommender
 from antdist.runs.cards import model_card
-from antdist.runs.folder import remote_of
-from antdist.runs.inputs import Inputs, pretrain_inputs, rank_together
+from antdist.runs.folder import RunFolder, run_folder
+from antdist.runs.inputs import Inputs, open_pretrain_inputs, rank_together
 from antdist.runs.parent import last_checkpoint
-from antdist.runs.workers.common import alone, best_model, check_features, learn, save_best
+from antdist.runs.records import PretrainResult
+from antdist.runs.workers.common import best_model, check_features, lead_if_leader, learn, save_best, track_result
 from antdist.tracking.run import TrackedRun
-
-if TYPE_CHECKING:
-    from antdist.data.domain import Domain
-    from antdist.distributed.world import World
-    from antdist.evaluation.ranking import Queries
-    from antdist.model.recommender import Recommender
-    from antdist.training.trainer import Metrics
+from antdist.training.trainer import Metrics, beginning_with
 
 
-def pretrain_worker(settings: dict[str, Any]) -> None:
-    """One Ray Train worker of a pre-training run."""
-    config = check_config(PretrainConfig, settings["config"])
-    enter_worker(config.ray.cpus_per_worker)
+@dataclass(frozen=True)
+class PretrainSettings:
+    """What the driver passes to the workers of a pre-training.
 
-    from antdist.distributed.world import current_world
-    from antdist.training.trainer import Diverged
+    Args:
+        config: with absolute paths.
+        store: the tracking store's URI.
+        data: the fingerprint of each domain that the run began with.
+        state: the folder of the training state to begin with, for a run without checkpoints.
+        parent: the URI of the model that the run continues.
+    """
 
-    world, folder = current_world(), Path(settings["folder"])
-    with alone(world, folder):
-        tracked = None
-        if world.leader:
-            tracked = TrackedRun(settings["uri"], settings["run_id"], folder, resumed=True)
+    config: PretrainConfig = field(repr=False)  # it and `store` may hold a password
+    store: str = field(repr=False)
+    data: Mapping[str, str] = field(default_factory=dict)
+    state: Path | None = None
+    parent: str | None = None
+
+
+def pretrain_worker(settings: PretrainSettings) -> None:
+    """Run one Ray Train worker of a pre-training."""
+    enter_worker(settings.config.ray.cpus_per_worker)
+    world, folder = current_world(), run_folder(settings.config)
+
+    def work(tracked: TrackedRun | None) -> PretrainResult:
+        return train_model(settings, world, folder, tracked)
+
+    with lead_if_leader(world, folder):
         try:
-            outcome = _train(config, world, folder, tracked, settings["data"], settings["state"], settings["parent"])
+            track_result(folder, settings.store, world, work, PretrainResult, ends_run=False)
         except Preempted as preempted:
-            outcome = {"preempted": str(preempted)}
-        except Diverged as error:  # on all ranks alike: a restart by Ray would only repeat it
-            outcome = {"error": {"what": error.what, "where": error.where, "remedy": error.remedy}}
-        finally:
-            if tracked is not None:
-                tracked.finish(status=None)
-        if world.leader:
-            write_json(folder / "outcome.json", outcome)
+            if world.leader:
+                PretrainResult(preempted=str(preempted)).write(folder.result_file)
 
 
-def _train(
-    config: PretrainConfig,
-    world: World,
-    folder: Path,
-    tracked: TrackedRun | None,
-    data: dict[str, str] | None = None,
-    state: str | None = None,
-    parent: str | None = None,
-) -> dict[str, Any]:
-    from antdist.model.initialisation import centre_tower
-    from antdist.model.recommender import build_recommender
-    from antdist.training.trainer import beginning_with
-
-    inputs = pretrain_inputs(config, data)
+def train_model(
+    settings: PretrainSettings, world: World, folder: RunFolder, tracked: TrackedRun | None
+) -> PretrainResult:
+    """Train and write the best model to `folder`."""
+    config = settings.config
+    inputs, _ = open_pretrain_inputs(config, settings.data)
     check_features(inputs.catalogue)
     model = build_recommender(config.model, inputs.catalogue.dims, seed=config.seed)
     if config.model.initial_shift == "mean":
         centre_tower(model.tower, inputs.catalogue.means())
-    evaluate = _evaluator(config, inputs, world)
-    start = last_checkpoint(Path(state)) if state is not None and world.leader else None
+    start = last_checkpoint(settings.state) if settings.state is not None and world.leader else None
     if start is not None and config.parent is not None:
         start = beginning_with(start, inputs.stream)
     progress = learn(
         model,
         inputs,
-        loss=config.loss,
-        training=config.training,
+        config,
         world=world,
         folder=folder,
         seed=config.seed,
         name=config.name,
-        evaluate=evaluate,
+        evaluate=make_evaluator(config, inputs, world),
         tracked=tracked,
         start=start,
-        remote=remote_of(folder, config.ray) if world.leader else None,
-        profile=config.profile,
     )
     best = best_model(model, folder, progress, world)
     card = model_card(
@@ -99,21 +96,21 @@ def _train(
         made={
             "name": config.name,
             "fingerprints": {domain.name: domain.fingerprint for domain in inputs.domains},
-            **({"parent": parent} if parent else {}),
+            **({"parent": settings.parent} if settings.parent else {}),
             "epoch": progress.best_epoch,
             "validation Recall@10": progress.best,
         },
     )
-    save_best(best, folder / "model", card, world)
-    return {"finished": progress.finished, "best": progress.best, "history": progress.history}
+    save_best(best, folder, card, world)
+    return PretrainResult(finished=progress.finished, best=progress.best, history=progress.history)
 
 
-def _evaluator(config: PretrainConfig, inputs: Inputs, world: World) -> Any:
-    """Full ranking of each domain's validation users; the mean over domains chooses. A rank holds the histories of its own
-    share of them alone."""
-    from antdist.evaluation.metrics import METRICS, summary
+def make_evaluator(config: PretrainConfig, inputs: Inputs, world: World) -> Callable[[Recommender], Metrics]:
+    """Make the full ranking of each domain's validation users, whose mean over domains selects the best epoch.
 
-    mine = [_own_queries(config, domain, world) for domain in inputs.domains]
+    A rank holds only the histories of its own share of the users.
+    """
+    mine = [rank_queries(config, domain, world) for domain in inputs.domains]
 
     def evaluate(model: Recommender) -> Metrics:
         found = {
@@ -126,11 +123,8 @@ def _evaluator(config: PretrainConfig, inputs: Inputs, world: World) -> Any:
     return evaluate
 
 
-def _own_queries(config: PretrainConfig, domain: Domain, world: World) -> Queries:
-    """A rank's share of a domain's validation: a run of the users that are asked, so that it reads few shards."""
-    from antdist.data.stream.shard_batch import partition_rows
-    from antdist.evaluation.ranking import drawn_users, validation_queries
-
-    asked = drawn_users(domain.manifest.users, config.training.validation_users, config.seed)
-    users = asked[slice(*partition_rows(len(asked), world.rank, world.size))]
+def rank_queries(config: PretrainConfig, domain: Domain, world: World) -> Queries:
+    """A rank's share of a domain's validation queries: consecutive users, so that it reads few shards."""
+    drawn = drawn_users(domain.manifest.users, config.training.validation_users, config.seed)
+    users = drawn[slice(*partition_rows(len(drawn), world.rank, world.size))]
     return replace(validation_queries(domain.histories(users), config.model.max_length), users=users)

@@ -3,232 +3,174 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
 
-from antdist.config.load import check_config
-from antdist.config.schema import RelearnConfig, Strategy
+from antdist.config.schema import RelearnConfig
 from antdist.distributed.ray_session import enter_worker
-from antdist.errors import Preempted, UserError
-from antdist.io.files import read_json, write_json
+from antdist.distributed.world import World, agree, current_world
+from antdist.errors import Preempted
+from antdist.evaluation.metrics import summary
+from antdist.evaluation.ranking import test_queries, validation_queries
+from antdist.evaluation.results import Run, RunKey, budget_digest, save_ranks
+from antdist.model.recommender import Recommender
 from antdist.runs.cards import model_card
-from antdist.runs.folder import led, note_tracked, remote_of, take_up_tracked
-from antdist.runs.inputs import Inputs, available, rank_together, relearn_inputs
-from antdist.runs.parent import Parent, open_parent
-from antdist.runs.trials import SPLITS, trial_folder, trials_of
-from antdist.runs.workers.common import alone, best_model, check_features, learn, save_best
-from antdist.tracking.registry import Lineage, ResolvedModel
-from antdist.tracking.run import TrackedRun, check_known, start_run
-
-if TYPE_CHECKING:
-    from antdist.distributed.world import World
-    from antdist.evaluation.results import RunKey
-    from antdist.model.recommender import Recommender
-    from antdist.training.trainer import Metrics
+from antdist.runs.folder import RunFolder
+from antdist.runs.inputs import Inputs, Target, open_target, rank_together
+from antdist.runs.locks import lock_leader
+from antdist.runs.parent import load_parent
+from antdist.runs.records import Preemption, TrialResult
+from antdist.runs.trials import SPLITS, Trial, trials_of
+from antdist.runs.workers.common import best_model, check_features, lead_if_leader, learn, save_best, track_result
+from antdist.tracking.registry import ResolvedModel
+from antdist.tracking.run import TrackedRun
+from antdist.training.adaptation import adapt
+from antdist.training.trainer import Metrics
 
 
-def lineage_of(config: RelearnConfig, fingerprint: str, strategy: Strategy, parent: str | None) -> Lineage:
-    from antdist.training.adaptation import needs_parent
+@dataclass(frozen=True)
+class AdaptSettings:
+    """What the driver passes to the workers of an adaptation.
 
-    assert config.target is not None
-    inherited = parent if needs_parent(strategy) else None
-    return Lineage({config.target: fingerprint}, target=config.target, strategy=strategy, parent=inherited)
+    Args:
+        config: with absolute paths.
+        store: the tracking store's URI.
+        control: the folder that the driver follows: the run's, or that of the one trial it trains.
+        parent: the pre-trained model, as copied to the run's folder.
+    """
 
-
-def _open_trial(config: RelearnConfig, strategy: Strategy, seed: int, folder: Path, uri: str, lineage: Lineage) -> None:
-    """A trial's folder and MLflow run, kept over restarts."""
-    mine = trial_folder(folder, strategy, seed)
-    mine.mkdir(parents=True, exist_ok=True)
-    known = take_up_tracked(mine, config, uri)
-    refuse_other_origin(mine, known, lineage)
-    if known is not None and known["run_id"] is not None:
-        note_tracked(mine, config, known)  # to a copy that is new
-        if not (mine / "outcome.json").is_file():
-            check_known(uri, known["run_id"])
-        return
-    shown = {**config.model_dump(mode="json", by_alias=True), "strategy": strategy, "seeds": [seed]}
-    name = f"{config.name}-{config.target}-{strategy}-seed{seed}"
-    tags = {**lineage.tags(), "seed": str(seed)}
-    tracked = start_run(
-        uri, config.tracking.experiment, name, mine, config=shown, tags=tags, offline_ok=config.tracking.offline_ok
-    )
-    tracked.finish(status=None)
-    note_tracked(mine, config, {"run_id": tracked.run_id, "parent": lineage.parent})
+    config: RelearnConfig = field(repr=False)
+    store: str = field(repr=False)
+    control: RunFolder
+    parent: ResolvedModel | None
 
 
-def refuse_other_origin(trial: Path, known: Mapping[str, Any] | None, lineage: Lineage) -> None:
-    """Raises UserError if a trial, of which `run.json` tells what is `known`, began with another parent, or if the target was
-    prepared anew since it ended: its result is not one on these data."""
-    from antdist.evaluation.results import load_ranks
-
-    if known is not None and known["parent"] != lineage.parent:
-        raise UserError(
-            f"this trial started from {known['parent']}, not from {lineage.parent}",
-            where=trial,
-            remedy="choose another name=..., name that parent, or remove the folder",
-        )
-    if not (trial / "validation.npz").is_file():
-        return
-    key = load_ranks(trial / "validation.npz").key
-    if lineage.fingerprints != {key.target: key.manifest}:
-        raise UserError(
-            f"this trial ended on other data of {key.target} (fingerprint {key.manifest[:12]})",
-            where=trial,
-            remedy="choose another name=..., or remove the folder to train it on those that are there",
-        )
-
-
-def relearn_worker(settings: dict[str, Any]) -> None:
-    """One Ray Train worker: all trials of the call that are not finished, one after the other."""
-    config = check_config(RelearnConfig, settings["config"])
-    enter_worker(config.ray.cpus_per_worker)
-
-    from antdist.distributed.world import agree, current_world
-
-    world, folder, desk = current_world(), Path(settings["folder"]), Path(settings["desk"])
-    told = settings["parent"]
-    parent = open_parent(None if told is None else ResolvedModel(Path(told["folder"]), told["uri"]))
-    with alone(world, desk):
-        for strategy, seed in trials_of(config):
-            mine = trial_folder(folder, strategy, seed)
-            if agree(world, (mine / "outcome.json").is_file()):
+def adapt_worker(settings: AdaptSettings) -> None:
+    """Run one Ray Train worker: all trials of the call that are not finished, one after the other."""
+    enter_worker(settings.config.ray.cpus_per_worker)
+    world = current_world()
+    with lead_if_leader(world, settings.control):
+        target: Target | None = None
+        for trial in trials_of(settings.config):
+            if agree(world, trial.folder.result_file.is_file()):
                 continue
+            target = target or open_inputs(settings)
             try:
-                with led(mine) if world.leader and mine != desk else contextlib.nullcontext():
-                    _run_trial(config, strategy, seed, mine, desk, parent, world, settings["uri"])
+                run_trial(settings, target, trial, world)
             except Preempted as preempted:
                 if world.leader:
-                    write_json(desk / "preempted.json", {"preempted": str(preempted)})
+                    Preemption(preempted=str(preempted)).write(settings.control.preemption_file)
                 return
 
 
-def _run_trial(
-    config: RelearnConfig,
-    strategy: Strategy,
-    seed: int,
-    folder: Path,
-    desk: Path,
-    parent: Parent | None,
-    world: World,
-    uri: str,
-) -> None:
-    from antdist.training.trainer import Diverged
-
-    tracked = None
-    if world.leader:
-        run_id = (read_json(folder / "run.json") or {})["run_id"]
-        tracked = TrackedRun(uri, run_id, folder, resumed=True)
-    outcome, status = None, "FAILED"
-    try:
-        outcome = _train_trial(config, strategy, seed, folder, desk, parent, world, tracked)
-        status = "FINISHED" if outcome is not None else "KILLED"
-    except Preempted:
-        status = "KILLED"
-        raise
-    except Diverged as error:  # on all ranks alike: a restart by Ray would only repeat it
-        outcome = {"error": {"what": error.what, "where": error.where, "remedy": error.remedy}}
-    finally:
-        if tracked is not None:
-            tracked.finish(status)
-    if world.leader and outcome is not None:
-        write_json(folder / "outcome.json", outcome)
+def open_inputs(settings: AdaptSettings) -> Target:
+    """Open the target and load the parent, once a worker."""
+    return Target(settings.config, open_target(settings.config), load_parent(settings.parent))
 
 
-def _train_trial(
-    config: RelearnConfig,
-    strategy: Strategy,
-    seed: int,
-    folder: Path,
-    desk: Path,
-    parent: Parent | None,
-    world: World,
-    tracked: Any,
-) -> dict[str, Any] | None:
-    from antdist.evaluation import ranking
-    from antdist.evaluation.metrics import summary
-    from antdist.evaluation.results import Run, save_ranks
-    from antdist.training.adaptation import adapt
+def run_trial(settings: AdaptSettings, target: Target, trial: Trial, world: World) -> None:
+    """Train a trial and write its result."""
 
-    # the order of examples, the noise and the fresh weights are all of the trial's seed
-    inputs = relearn_inputs(config.model_copy(update={"seeds": [seed]}), strategy, parent)
+    def work(tracked: TrackedRun | None) -> TrialResult | None:
+        return train_trial(settings, target, trial, world, tracked)
+
+    with _lock_trial(settings, trial, world):
+        track_result(trial.folder, settings.store, world, work, TrialResult, ends_run=True)
+
+
+@contextlib.contextmanager
+def _lock_trial(settings: AdaptSettings, trial: Trial, world: World) -> Iterator[None]:
+    with contextlib.ExitStack() as stack:
+        if world.leader and trial.folder.path != settings.control.path:
+            stack.enter_context(lock_leader(trial.folder))
+        yield
+
+
+def train_trial(
+    settings: AdaptSettings, target: Target, trial: Trial, world: World, tracked: TrackedRun | None
+) -> TrialResult | None:
+    """Train a trial, rank all users with its best epoch, and write its model; None if it was stopped early."""
+    config, parent = settings.config, target.parent
+    inputs = target.inputs(trial.strategy, trial.seed)
     check_features(inputs.catalogue)
     model = adapt(
-        strategy,
+        trial.strategy,
         config.model,
         inputs.catalogue.dims,
         parent=parent.model if parent else None,
         variants=config.variants,
         catalogue_size=inputs.catalogue.size if config.model.item_embeddings else None,
         means=inputs.catalogue.means() if config.model.initial_shift == "mean" else None,
-        seed=seed,
+        seed=trial.seed,
     )
-    sequences, longest = inputs.domains[0].sequences(), config.model.max_length
-    watched = ranking.validation_queries(sequences, longest, limit=config.training.validation_users, seed=0)
-    my_watched = watched.shard(world.rank, world.size)
+    users = config.training.validation_users
+    queries = validation_queries(target.domain.sequences(), config.model.max_length, limit=users, seed=0)
+    mine = queries.shard(world.rank, world.size)
 
     def evaluate(candidate: Recommender) -> Metrics:
-        found = summary(rank_together(candidate, inputs.catalogue, 0, my_watched, world))
+        found = summary(rank_together(candidate, inputs.catalogue, 0, mine, world))
         return {name: value for name, value in found.items() if "@" in name}
 
     progress = learn(
         model,
         inputs,
-        loss=config.loss,
-        training=config.training,
+        config,
         world=world,
-        folder=folder,
-        seed=seed,
-        name=f"{config.target} {strategy} seed {seed}",
+        folder=trial.folder,
+        seed=trial.seed,
+        name=f"{trial.target} {trial.strategy} seed {trial.seed}",
         evaluate=evaluate,
         tracked=tracked,
-        log_folder=desk,
-        remote=remote_of(folder, config.ray) if world.leader else None,
-        profile=config.profile,
+        control=settings.control,
     )
     if progress.finished is None:
         return None
-    best = best_model(model, folder, progress, world)
-    queries = {
-        "validation": ranking.validation_queries(sequences, longest),
-        "test": ranking.test_queries(sequences, longest),
-    }
-    outcome: dict[str, Any] = {"epoch": progress.best_epoch, "epochs": progress.epoch, "finished": progress.finished}
-    for split in SPLITS:
-        ranks = rank_together(best, inputs.catalogue, 0, queries[split].shard(world.rank, world.size), world)
-        outcome[split] = summary(ranks)
-        if world.leader:
-            save_ranks(folder / f"{split}.npz", Run(_key(config, inputs, seed, split), [ranks]))
+    best = best_model(model, trial.folder, progress, world)
+    metrics = _rank_all(best, inputs, target, trial, world)
     if tracked is not None:
-        tracked.log({f"best/{s}/{name}": value for s in SPLITS for name, value in outcome[s].items()}, progress.step)
-    origin = {"parent": parent.uri if parent else None, "fingerprint": inputs.domains[0].fingerprint}
+        tracked.log({f"best/{s}/{name}": value for s in SPLITS for name, value in metrics[s].items()}, progress.step)
+    result = TrialResult(epoch=progress.best_epoch, epochs=progress.epoch, finished=progress.finished, **metrics)
+    origin = {"parent": parent.uri if parent else None, "fingerprint": target.domain.fingerprint}
     card = model_card(
         "adapted",
         config.model,
         inputs,
-        seed=seed,
+        seed=trial.seed,
         domains=parent.card.domains if parent else [],
-        made={**outcome, **origin},
-        target=config.target,
-        strategy=strategy,
+        made={**result.to_json(), **origin},
+        target=trial.target,
+        strategy=trial.strategy,
     )
-    save_best(best, folder / "model", card, world)
-    return outcome
+    save_best(best, trial.folder, card, world)
+    return result
 
 
-def _key(config: RelearnConfig, inputs: Inputs, seed: int, split: Any) -> RunKey:
-    """What a trial's result may be compared with: same target, encoders, budget; features that the target lacks do not
-    count, as they are zero for every strategy."""
-    from antdist.evaluation.results import RunKey, budget_digest
+def _rank_all(model: Recommender, inputs: Inputs, target: Target, trial: Trial, world: World) -> dict[str, Any]:
+    """Rank all users' validation and test targets; write the ranks and return the metrics of both. Collective."""
+    sequences, longest = target.domain.sequences(), target.config.model.max_length
+    metrics: dict[str, Any] = {}
+    for split, queries_of in zip(SPLITS, (validation_queries, test_queries), strict=True):
+        mine = queries_of(sequences, longest).shard(world.rank, world.size)
+        ranks = rank_together(model, inputs.catalogue, 0, mine, world)
+        metrics[split] = summary(ranks)
+        if world.leader:
+            save_ranks(trial.folder.ranks_file(split), Run(_run_key(target, inputs, trial, split), [ranks]))
+    return metrics
 
-    domain = inputs.domains[0]
-    present = available(config, domain)
+
+def _run_key(target: Target, inputs: Inputs, trial: Trial, split: Any) -> RunKey:
+    """What a trial's result may be compared with: same target, encoders and budget.
+
+    Features that the target lacks do not count, as they are zero for every strategy.
+    """
+    identities = inputs.catalogue.identities
     return RunKey(
-        target=domain.name,
-        manifest=domain.fingerprint,
-        features={m: inputs.catalogue.identities[m] for m in present if m in inputs.catalogue.identities},
-        seeds=(seed,),
-        epochs=config.training.epochs,
-        budget=budget_digest(config),
+        target=target.domain.name,
+        manifest=target.domain.fingerprint,
+        features={m: identities[m] for m in target.modalities if m in identities},
+        seeds=(trial.seed,),
+        epochs=target.config.training.epochs,
+        budget=budget_digest(target.config),
         split=split,
     )

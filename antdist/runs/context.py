@@ -1,0 +1,102 @@
+"""What the checks resolved of a run, once: everything after them takes it, or the part of it that it needs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Generic, TypeVar
+
+from antdist.config.schema import PretrainConfig, RelearnConfig
+from antdist.data.domain import Domain
+from antdist.io.logs import get_logger
+from antdist.runs.folder import RunFolder, absolute
+from antdist.runs.inputs import Inputs
+from antdist.runs.trials import Trial, trials_of
+from antdist.tracking.registry import ResolvedModel
+
+logger = get_logger(__name__)
+Config = TypeVar("Config", PretrainConfig, RelearnConfig)
+
+
+@dataclass
+class CheckReport:
+    """What was checked, a line each; notes on what is allowed but worth knowing; figures for people to judge."""
+
+    checked: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    figures: dict[str, Any] = field(default_factory=dict)
+
+    def lines(self) -> list[str]:
+        checked = [f"ok    {line}" for line in self.checked] + [f"note  {line}" for line in self.notes]
+        return checked + [f"      {k}: {v}" for k, v in self.figures.items()]
+
+    def to_json(self) -> dict[str, Any]:
+        return {"checked": self.checked, "notes": self.notes, **self.figures}
+
+    def log_notes(self) -> None:
+        for note in self.notes:
+            logger.warning(f"note: {note}")
+
+
+@dataclass(frozen=True)
+class RunContext(Generic[Config]):
+    """A run, resolved.
+
+    Args:
+        config: as given, for records and comparison; workers get `with_absolute_paths(config)`.
+        store: the tracking store's URI.
+        start: what `from`, `resume` or `continue` names.
+    """
+
+    config: Config = field(repr=False)  # it and `store` may hold a password
+    store: str = field(repr=False)
+    folder: RunFolder
+    start: ResolvedModel | None
+    report: CheckReport
+
+
+@dataclass(frozen=True)
+class PretrainContext(RunContext[PretrainConfig]):
+    """A pre-training, resolved. `recorded`: the fingerprints in `run.json`, by which the domains were opened."""
+
+    inputs: Inputs
+    recorded: dict[str, str] | None
+
+    @property
+    def fingerprints(self) -> dict[str, str]:
+        """The fingerprint of each domain's manifest."""
+        return {domain.name: domain.fingerprint for domain in self.inputs.domains}
+
+
+@dataclass(frozen=True)
+class AdaptContext(RunContext[RelearnConfig]):
+    """An adaptation, resolved."""
+
+    domain: Domain  # the target
+
+    @property
+    def trials(self) -> list[Trial]:
+        return trials_of(self.config)
+
+    @property
+    def parent(self) -> str | None:
+        """The URI of the pre-trained model."""
+        return None if self.start is None else self.start.uri
+
+
+def with_absolute_paths(config: Config) -> Config:
+    """The configuration with absolute paths: Ray starts workers in another working folder."""
+    places = {"root": absolute(config.data.root)}
+    if config.data.cache is not None:
+        places["cache"] = str(Path(config.data.cache).expanduser().resolve())
+    folders = {"storage": str(Path(config.ray.storage).resolve())}
+    if config.ray.remote_storage is not None:
+        folders["remote_storage"] = absolute(config.ray.remote_storage)
+    changes: dict[str, Any] = {
+        "data": config.data.model_copy(update=places),
+        "ray": config.ray.model_copy(update=folders),
+    }
+    for key in ("resume", "parent"):
+        if (model := getattr(config, key, None)) and Path(model).is_dir():
+            changes[key] = str(Path(model).resolve())
+    return config.model_copy(update=changes)

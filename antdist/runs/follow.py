@@ -1,0 +1,98 @@
+"""The leading worker logs to the run's folder, and the driver shows that log and the status on the terminal."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+
+from antdist.io.logs import get_logger, log_to_file
+from antdist.io.progress import QUIET_SECONDS
+from antdist.runs.folder import RunFolder
+from antdist.runs.locks import lock_leader
+from antdist.training.status import Live
+
+logger = get_logger(__name__)
+POLL_SECONDS = 0.3
+
+
+@contextlib.contextmanager
+def lead(folder: RunFolder) -> Iterator[None]:
+    """On the leading worker: lock the folder, and log to its `log.txt` too.
+
+    Workers outlive a killed driver by some seconds, and must not write into what the next ones begin.
+
+    Raises:
+        UserError: earlier workers of this run do not end.
+    """
+    with log_to_file(folder.log_file), lock_leader(folder):
+        yield
+
+
+@contextlib.contextmanager
+def follow(folder: RunFolder) -> Iterator[None]:
+    """On the driver: show the run's log as it grows, and its status: a bar on a terminal, a line now and then elsewhere."""
+    stop = threading.Event()
+    folder.log_file.touch()
+    start = folder.log_file.stat().st_size
+    folder.status_file.unlink(missing_ok=True)
+
+    def poll(show: Callable[[Live], None]) -> None:
+        shown: Live | None = None
+        with folder.log_file.open(encoding="utf-8") as lines:
+            lines.seek(start)
+            while True:
+                last = stop.is_set()
+                for line in iter(lines.readline, ""):
+                    logger.info(line.rstrip("\n"))
+                status = folder.read_status()
+                if status is not None and status != shown:
+                    shown = status
+                    show(status)
+                if last:
+                    return
+                stop.wait(POLL_SECONDS)
+
+    with _show_bar() if sys.stderr.isatty() else _show_lines() as show:
+        thread = threading.Thread(target=poll, args=(show,), name="log", daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            stop.set()
+            thread.join()
+
+
+@contextlib.contextmanager
+def _show_lines() -> Iterator[Callable[[Live], None]]:
+    last = -QUIET_SECONDS
+
+    def show(status: Live) -> None:
+        nonlocal last
+        if time.monotonic() - last >= QUIET_SECONDS:
+            last = time.monotonic()
+            logger.info(status.line())
+
+    yield show
+
+
+@contextlib.contextmanager
+def _show_bar() -> Iterator[Callable[[Live], None]]:
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[figures]}"))
+    # standard error is redirected while the bar is shown, so that lines logged meanwhile appear above it
+    with Progress(*columns, console=Console(stderr=True), transient=True, redirect_stderr=True) as progress:
+        task = progress.add_task("starting the workers", total=None, figures="")
+
+        def show(status: Live) -> None:
+            figures = (
+                f"{status.step}/{status.steps}  loss {status.loss:.4f}  {status.rate:,.0f} predictions/s  "
+                f"data wait {status.wait:.1%}  {status.left / 60:.1f} min left"
+            )
+            progress.update(task, description=status.name, completed=status.step, total=status.steps, figures=figures)
+
+        yield show
