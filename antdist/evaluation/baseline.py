@@ -1,4 +1,4 @@
-"""Popularity: the ranking that knows nothing about the user, and what every model must beat."""
+"""Popularity: a ranking that ignores the user; every model must beat it."""
 
 from __future__ import annotations
 
@@ -9,10 +9,11 @@ from antdist.evaluation.ranking import Queries, Ranks
 
 
 def rank_by_popularity(popularity: IntArray, queries: Queries) -> Ranks:
-    """Rank each user's target by how often items occur in the training parts, by the rules of `rank_targets`.
+    """Rank each user's target by popularity, under the rules of `rank_targets`.
 
     Args:
-        popularity: (N,) counts, as `popularity.npy` of a domain holds them.
+        popularity: (N,) how often each item occurs in the training parts, as in a domain's `popularity.npy`.
+        queries: of U users.
     """
     size = len(popularity)
     ascending = np.sort(popularity)

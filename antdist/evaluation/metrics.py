@@ -1,4 +1,4 @@
-"""Recall and NDCG of full rankings with one relevant item a user (spec, section 7)."""
+"""Recall and NDCG of full rankings with one relevant item per user (docs/spec/ant.md, section 7)."""
 
 from __future__ import annotations
 
@@ -14,26 +14,26 @@ METRICS = ("Recall@10", "Recall@50", "NDCG@10", "NDCG@50")
 
 
 def recall(ranks: IntArray, k: int) -> FloatArray:
-    """1 where the target is among the top k, else 0; same shape as `ranks`."""
+    """Return 1 where the target is among the top k, else 0; same shape as `ranks`."""
     return (ranks <= k).astype(np.float64)
 
 
 def ndcg(ranks: IntArray, k: int) -> FloatArray:
-    """1 / log2(rank + 1) where the target is among the top k, else 0; the ideal is 1. Same shape as `ranks`."""
+    """Return 1 / log2(rank + 1) where the target is among the top k, else 0; same shape as `ranks`."""
     return np.where(ranks <= k, 1.0 / np.log2(ranks + 1.0), 0.0)
 
 
 def per_user(ranks: Ranks, metric: str) -> FloatArray:
-    """The metric of that name, such as "NDCG@10", for each user (U,).
+    """Compute a metric such as "NDCG@10" for each user (U,).
 
-    A target that stood in the history is a miss even in a catalogue of fewer than k items, where its rank is within k.
+    A target that is in the history is a miss, even in a catalogue of fewer than k items, where its rank is within k.
     """
     name, k = metric.split("@")
     return np.where(ranks.seen, 0.0, {"Recall": recall, "NDCG": ndcg}[name](ranks.ranks, int(k)))
 
 
 def summary(ranks: Ranks) -> dict[str, float]:
-    """Means over users of `METRICS`, the number of users, and how many targets stood in the history (`seen`)."""
+    """Average `METRICS` over users; `users` and `seen` count the users and the targets that are in the history."""
     assert len(ranks.ranks), "no users to average over"
     means = {metric: float(per_user(ranks, metric).mean()) for metric in METRICS}
     return means | {"users": len(ranks.ranks), "seen": int(ranks.seen.sum())}

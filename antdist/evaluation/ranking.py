@@ -1,4 +1,8 @@
-"""Full ranking of a catalogue by cosine, by counting: nothing is sorted, no users x items mask is built (spec, section 7)."""
+"""Full ranking of a catalogue by cosine (docs/spec/ant.md, section 7).
+
+A rank is counted, not sorted for: one plus the items that score at least as high as the target. Users x items scores exist
+for a chunk of both only.
+"""
 
 from __future__ import annotations
 
@@ -23,25 +27,25 @@ if TYPE_CHECKING:
     from antdist.features.table import Catalogue
     from antdist.model.recommender import Recommender
 
-# Scores closer than this are the same score. Matrix products of other shapes round a float32 cosine differently
-# (1e-7), so without it an item with the very features of the target would tie or not by how the work was cut.
+# Scores closer than this are equal. A float32 cosine depends on the shape of the matrix product by about 1e-7, so without
+# a tolerance it would depend on the chunks whether an item with the target's features ties with it.
 TIE = 1e-6
 
-RANGE_ITEMS = 1 << 20  # items of a large catalogue that are embedded together: a gigabyte of vectors
+RANGE_ITEMS = 1 << 20  # items of a large catalogue that are embedded together: 1 GiB of vectors at d = 256
 
 
 @dataclass(frozen=True)
 class Queries:
-    """What is asked of U users: their history, the item that came next, and the items left out of the ranking.
+    """Of U users the history, the item that came next, and the items that are excluded from the ranking.
 
-    Items are indices into the rows of the embeddings that are ranked: a domain's own item indices.
+    Items are rows of the embeddings that are ranked: a domain's item indices.
     """
 
     users: IntArray  # (U,) user index in the domain, each once
     items: IntArray  # (T,) histories, oldest first, one user after the other; at most max_length a user
     offsets: IntArray  # (U + 1,)
     targets: IntArray  # (U,)
-    exclude_items: IntArray  # (E,) all of a user's history, uncut; an item may stand there twice
+    exclude_items: IntArray  # (E,) each user's complete history; an item may occur twice
     exclude_offsets: IntArray  # (U + 1,)
 
     def __len__(self) -> int:
@@ -49,25 +53,25 @@ class Queries:
 
     @property
     def seen(self) -> NDArray[np.bool_]:
-        """(U,) whether the target stands in the user's history already: a miss by definition."""
+        """(U,) whether the target is in the user's history already: a miss by definition."""
         again = self.exclude_items == np.repeat(self.targets, np.diff(self.exclude_offsets))
         rows = np.repeat(np.arange(len(self)), np.diff(self.exclude_offsets))
         return np.bincount(rows[again], minlength=len(self)) > 0
 
     def select(self, rows: IntArray) -> Queries:
-        """The queries at `rows`, in that order."""
+        """Return the queries at `rows`, in that order."""
         items, offsets = ragged.slices(self.items, self.offsets[rows], self.offsets[rows + 1])
         exclude = ragged.slices(self.exclude_items, self.exclude_offsets[rows], self.exclude_offsets[rows + 1])
         return Queries(self.users[rows], items, offsets, self.targets[rows], *exclude)
 
     def shard(self, rank: int, world_size: int) -> Queries:
-        """This rank's share: every world_size-th user. `merge` puts the ranks of all shares together again."""
+        """Return this process's share, every `world_size`-th user; `merge` joins the ranks of all shares."""
         return self.select(np.arange(rank, len(self), world_size))
 
 
 @dataclass(frozen=True)
 class Ranks:
-    """Where each user's target came: 1 is the top. A target seen before is a miss, at catalogue size + 1."""
+    """The rank of each user's target: 1 is the top. A target in the history is a miss, at catalogue size + 1."""
 
     users: IntArray  # (U,) as in the queries
     ranks: IntArray  # (U,)
@@ -75,31 +79,38 @@ class Ranks:
 
 
 def merge(shares: Sequence[Ranks]) -> Ranks:
-    """The ranks of all shares, by increasing user."""
+    """Join the ranks of all shares, by increasing user."""
     users, ranks, seen = (np.concatenate([getattr(s, name) for s in shares]) for name in ("users", "ranks", "seen"))
     order = np.argsort(users)
     return Ranks(users[order], ranks[order], seen[order])
 
 
 def validation_queries(sequences: Sequences, max_length: int, *, limit: int | None = None, seed: int = 0) -> Queries:
-    """From each user's training part to the second last item. `limit`: at most so many users, drawn by `seed`."""
+    """Query the second last item of each user, given the items before it.
+
+    Args:
+        sequences: of a domain.
+        max_length: the history is cut to so many last items.
+        limit: number of users, drawn by `seed`; None: all.
+        seed: of the draw.
+    """
     return _queries(sequences, max_length, 2, limit, seed)
 
 
 def test_queries(sequences: Sequences, max_length: int, *, limit: int | None = None, seed: int = 0) -> Queries:
-    """From each user's training part and validation item to the last item. `limit` as in `validation_queries`."""
+    """Query the last item of each user, given the items before it. Arguments as of `validation_queries`."""
     return _queries(sequences, max_length, 1, limit, seed)
 
 
-def drawn_users(count: int, limit: int | None, seed: int) -> IntArray:
-    """Which of `count` users are asked, by increasing index: all, or `limit` of them, drawn by `seed`."""
+def draw_users(count: int, limit: int | None, seed: int) -> IntArray:
+    """Draw `limit` of `count` users (None: all of them), by increasing index."""
     if limit is None or limit >= count:
         return np.arange(count)
     return np.sort(np.random.default_rng(seed).choice(count, limit, replace=False))
 
 
 def _queries(sequences: Sequences, max_length: int, from_end: int, limit: int | None, seed: int) -> Queries:
-    users = drawn_users(len(sequences.offsets) - 1, limit, seed)
+    users = draw_users(len(sequences.offsets) - 1, limit, seed)
     starts, ends = sequences.offsets[users], sequences.offsets[users + 1] - from_end
     assert (ends > starts).all(), "a prepared user has at least three interactions"
     items, offsets = ragged.slices(sequences.items, np.maximum(starts, ends - max_length), ends)
@@ -108,8 +119,8 @@ def _queries(sequences: Sequences, max_length: int, from_end: int, limit: int | 
 
 
 @contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode without gradients; afterwards each module is in the mode it was in (parts may be frozen)."""
+def evaluation_mode(model: nn.Module) -> Iterator[None]:
+    """Evaluate without gradients and with exact products; then restore each module's mode (parts may be frozen)."""
     device = next(model.parameters()).device
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
@@ -124,20 +135,20 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 def embed_catalogue(
     model: Recommender, catalogue: Catalogue, item_ids: IntArray | None = None, chunk: int = 4096
 ) -> Tensor:
-    """Item embeddings (N, d), not normalised, of all items or of `item_ids`; no gradient, on the model's device.
+    """Embed all items or `item_ids`: (N, d), not of unit length, without gradient, on the model's device.
 
     Raises:
-        UserError: the model has a learned embedding for each item of another catalogue (ANT_t), so it cannot rank this.
+        UserError: the model has learned embeddings (ANT_t) for a catalogue of another size, so it cannot rank this one.
     """
     if model.item_embeddings is not None and model.catalogue_size != catalogue.size:
         raise UserError(
             f"the model has learned embeddings for {model.catalogue_size} items (ANT_t), the catalogue has "
-            f"{catalogue.size}: it cannot rank items that it was not trained with",
+            f"{catalogue.size}; it can only rank the items that it was trained on",
             remedy="use a model without item_embeddings for new items, or re-learn on this catalogue",
         )
     ids = np.arange(catalogue.size) if item_ids is None else item_ids
     device = next(model.parameters()).device
-    with evaluating(model):
+    with evaluation_mode(model):
         parts = [
             model.embed_items(catalogue.features(ids[first : first + chunk]).to(device)).item
             for first in range(0, len(ids), chunk)
@@ -146,10 +157,10 @@ def embed_catalogue(
 
 
 def encode_histories(model: Recommender, item_embeddings: Tensor, items: IntArray, offsets: IntArray) -> Tensor:
-    """The preference vector (U, d) of each history: the output at its last item (spec, section 4)."""
+    """Compute each history's preference vector (U, d): the state at its last item (docs/spec/ant.md, section 4)."""
     device = item_embeddings.device
     bounds = torch.from_numpy(offsets).to(device)
-    with evaluating(model):
+    with evaluation_mode(model):
         tokens = torch.from_numpy(items).to(device)
         states: Tensor = model.encode_users(item_embeddings, tokens, bounds, int(np.diff(offsets).max()))
         return states[bounds[1:] - 1]
@@ -158,16 +169,19 @@ def encode_histories(model: Recommender, item_embeddings: Tensor, items: IntArra
 def rank_targets(
     model: Recommender, item_embeddings: Tensor, queries: Queries, *, chunk_users: int = 512, chunk_items: int = 4096
 ) -> Ranks:
-    """Rank each user's target among all items that are not in the user's history, by cosine (spec, section 7).
+    """Rank each user's target among all items that are not in the user's history, by cosine.
 
     rank = 1 + number of other candidates whose score is not below the target's: ties count against the model.
-    Holds chunk_users x chunk_items scores at a time.
 
     Args:
-        item_embeddings: (N, d) of the whole catalogue, as `embed_catalogue` gives them.
+        model: encodes the histories.
+        item_embeddings: (N, d) of the complete catalogue, from `embed_catalogue`.
+        queries: of U users.
+        chunk_users: users that are scored together.
+        chunk_items: items that are scored together.
 
     Raises:
-        UserError: an embedding or a user's vector is not finite.
+        UserError: NaN or Inf in the item embeddings or user vectors.
     """
     size = len(item_embeddings)
     assert not len(queries) or max(int(queries.targets.max()), int(queries.exclude_items.max())) < size
@@ -176,10 +190,10 @@ def rank_targets(
     catalogue = unit_or_fail(item_embeddings, "item embeddings")
     for first in range(0, len(queries), chunk_users):
         rows = by_length[first : first + chunk_users]
-        asked = queries.select(rows)
-        vectors = unit_or_fail(encode_histories(model, item_embeddings, asked.items, asked.offsets), "user vectors")
-        targets = catalogue[torch.from_numpy(asked.targets).to(catalogue.device)]
-        ranks[rows] = 1 + _rivals(vectors, targets, catalogue, asked, chunk_items).cpu().numpy()
+        chosen = queries.select(rows)
+        vectors = unit_or_fail(encode_histories(model, item_embeddings, chosen.items, chosen.offsets), "user vectors")
+        targets = catalogue[torch.from_numpy(chosen.targets).to(catalogue.device)]
+        ranks[rows] = 1 + _count_rivals(vectors, targets, catalogue, chosen, chunk_items).cpu().numpy()
     seen = queries.seen
     return Ranks(queries.users, np.where(seen, size + 1, ranks), seen)
 
@@ -195,42 +209,60 @@ def rank_in_ranges(
     chunk_users: int = 512,
     chunk_items: int = 4096,
 ) -> Ranks:
-    """`rank_targets` among the `size` items of a catalogue from global id `first` on, which are embedded here: where they
-    are many, `range_items` at a time, so that a catalogue of any size is ranked.
+    """Embed a run of a catalogue's items and rank targets among them, in ranges, so that any number of items fits.
+
+    Args:
+        model: embeds the items and encodes the histories.
+        catalogue: of one or several domains.
+        first: global id of the run's first item.
+        size: items of the run.
+        queries: of U users; their items count from `first`.
+        range_items: items that are embedded together; no more than these embeddings and those of the items that the
+            queries name are in memory.
+        chunk_users: as of `rank_targets`.
+        chunk_items: as of `rank_targets`.
 
     Raises:
-        UserError: as `embed_catalogue` and `rank_targets`.
+        UserError: as of `embed_catalogue` and `rank_targets`.
     """
     if size <= range_items or not len(queries):
         embeddings = embed_catalogue(model, catalogue, np.arange(first, first + min(size, range_items)))
         return rank_targets(model, embeddings, queries, chunk_users=chunk_users, chunk_items=chunk_items)
-    named, places = np.unique(np.concatenate([queries.items, queries.targets]), return_inverse=True)
+    named, rows_of = np.unique(np.concatenate([queries.items, queries.targets]), return_inverse=True)
     known = embed_catalogue(model, catalogue, first + named)
-    items, targets = places[: len(queries.items)], torch.from_numpy(places[len(queries.items) :]).to(known.device)
+    items, targets = rows_of[: len(queries.items)], torch.from_numpy(rows_of[len(queries.items) :]).to(known.device)
     by_length = np.argsort(np.diff(queries.offsets), kind="stable")
     groups = []
     for begin in range(0, len(queries), chunk_users):
         rows = by_length[begin : begin + chunk_users]
-        asked = queries.select(rows)
+        chosen = queries.select(rows)
         read = replace(queries, items=items).select(rows)
         vectors = unit_or_fail(encode_histories(model, known, read.items, read.offsets), "user vectors")
-        groups.append((rows, asked, vectors, unit_or_fail(known[targets[torch.from_numpy(rows)]], "item embeddings")))
+        groups.append((rows, chosen, vectors, unit_or_fail(known[targets[torch.from_numpy(rows)]], "item embeddings")))
     ranks = np.ones(len(queries), np.int64)
     for start in range(0, size, range_items):
         ids = np.arange(first + start, first + min(start + range_items, size))
-        some = unit_or_fail(embed_catalogue(model, catalogue, ids), "item embeddings")
-        for rows, asked, vectors, wanted in groups:
-            ranks[rows] += _rivals(vectors, wanted, some, asked, chunk_items, start).cpu().numpy()
+        units = unit_or_fail(embed_catalogue(model, catalogue, ids), "item embeddings")
+        for rows, chosen, vectors, wanted in groups:
+            ranks[rows] += _count_rivals(vectors, wanted, units, chosen, chunk_items, start).cpu().numpy()
     return Ranks(queries.users, np.where(queries.seen, size + 1, ranks), queries.seen)
 
 
-def _rivals(
+def _count_rivals(
     vectors: Tensor, targets: Tensor, catalogue: Tensor, queries: Queries, chunk: int, begin: int = 0
 ) -> Tensor:
-    """(U,) how many candidates other than the target score at least as high as it, of the items from `begin` on whose
-    embeddings `catalogue` (N, d) are. `targets` (U, d) are those of the targets."""
+    """Count for each user (U,) the candidates other than the target that score at least as high as it.
+
+    Args:
+        vectors: (U, d) unit vectors of the users.
+        targets: (U, d) unit vectors of their targets.
+        catalogue: (N, d) unit vectors of the items from index `begin` on.
+        queries: of these users.
+        chunk: items that are scored together.
+        begin: index of the catalogue's first item in the queries' numbering.
+    """
     device = vectors.device
-    rows, items = _no_candidates(queries)
+    rows, items = _excluded_pairs(queries)
     bounds = np.searchsorted(items, begin + np.minimum(np.arange(0, len(catalogue) + chunk, chunk), len(catalogue)))
     row, item = torch.from_numpy(rows).to(device), torch.from_numpy(items).to(device)
     count = torch.zeros(len(vectors), dtype=torch.int64, device=device)
@@ -243,8 +275,8 @@ def _rivals(
     return count
 
 
-def _no_candidates(queries: Queries) -> tuple[IntArray, IntArray]:
-    """(row, item) pairs that do not compete: each user's history and the target itself; by increasing item."""
+def _excluded_pairs(queries: Queries) -> tuple[IntArray, IntArray]:
+    """List the (row, item) pairs that do not compete, each user's history and target, by increasing item."""
     users = np.arange(len(queries))
     rows = np.concatenate([users, np.repeat(users, np.diff(queries.exclude_offsets))])
     items = np.concatenate([queries.targets, queries.exclude_items])

@@ -1,4 +1,4 @@
-"""The table of strategies: what each reached, and whether transfer helped."""
+"""Tables of strategies: their metrics, and whether transfer helped."""
 
 from __future__ import annotations
 
@@ -17,34 +17,34 @@ SHORT = ("Recall@10", "NDCG@10")
 
 @dataclass(frozen=True)
 class Row:
-    """One strategy in the table; no verdict for what is itself compared with (`scratch`, popularity)."""
+    """One strategy of a table; `scratch`, which the others are compared with, has no verdict."""
 
     strategy: str
-    means: dict[str, float]  # of METRICS, over users and seeds
+    means: dict[str, float]  # of METRICS over users and seeds
     deviations: dict[str, float] | None  # over seeds (n - 1); None for a single seed
     verdict: Verdict | None
 
 
 def results_row(strategy: str, run: Run, verdict: Verdict | None = None) -> Row:
-    """Mean and deviation over seeds of each metric's mean over users."""
+    """Average each metric over users; then compute mean and deviation over seeds."""
     seeds = {metric: metric_of(run, metric).mean(1) for metric in METRICS}
     deviations = {m: float(np.std(v, ddof=1)) for m, v in seeds.items()} if len(run.ranks) > 1 else None
     return Row(strategy, {m: float(v.mean()) for m, v in seeds.items()}, deviations, verdict)
 
 
-def read_row(told: Mapping[str, Any]) -> Row:
-    """A row from its `asdict`."""
-    verdict = told["verdict"]
+def read_row(document: Mapping[str, Any]) -> Row:
+    """Build a row from its `asdict`."""
+    verdict = document["verdict"]
     if verdict is not None:
         comparison = verdict["comparison"] and Comparison(**verdict["comparison"])
         verdict = Verdict(verdict["transfer"], comparison, verdict["differs"])
-    return Row(told["strategy"], told["means"], told["deviations"], verdict)
+    return Row(document["strategy"], document["means"], document["deviations"], verdict)
 
 
 def results_table(rows: Sequence[Row], metric: str = "Recall@10") -> str:
-    """Aligned columns: strategy, metrics (± deviation over seeds), difference of `metric` to scratch, p-value, verdict.
+    """Format a target's strategies: metrics (± deviation over seeds), difference of `metric` to scratch, p-value, verdict.
 
-    Below it, why a verdict is unknown.
+    Lines below the table say why a verdict is unknown.
     """
     head = ["strategy", *METRICS, f"{metric} to scratch", "p-value", "transfer"]
     cells = [[row.strategy, *_metrics(row), *_transfer(row.verdict)] for row in rows]
@@ -52,11 +52,11 @@ def results_table(rows: Sequence[Row], metric: str = "Recall@10") -> str:
 
 
 def transfer_table(targets: Mapping[str, Sequence[Row]], champions: Mapping[str, tuple[str, str]]) -> str:
-    """Of several targets, by the figures that decide: columns as those of `results_table`, and the champion.
+    """Format several targets' strategies: the columns of `results_table` with fewer metrics, and the champion.
 
     Args:
         targets: the rows of each target's strategies.
-        champions: of a target, the strategy whose row names the champion, and what it says.
+        champions: for a target, the strategy in whose row the champion stands, and the text for it.
     """
     head = ["target", "strategy", *SHORT, "Recall@10 to scratch", "p-value", "transfer", "champion"]
     cells = []
@@ -70,7 +70,7 @@ def transfer_table(targets: Mapping[str, Sequence[Row]], champions: Mapping[str,
 
 
 def _aligned(cells: Sequence[Sequence[str]]) -> list[str]:
-    """Lines of a table, its head underlined."""
+    """Align the columns of a table and underline its head."""
     widths = [max(len(line[column]) for line in cells) for column in range(len(cells[0]))]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in cells]
     return [lines[0], "  ".join("-" * width for width in widths), *lines[1:]]

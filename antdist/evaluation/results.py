@@ -1,4 +1,4 @@
-"""Per-user results on disk, with the key that says what they may be compared with."""
+"""Per-user results on disk, with the key that tells which of them can be compared."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from antdist.config.semantics import comparable
 from antdist.errors import UserError
 from antdist.evaluation.ranking import Ranks
 
-# what zip files, their decompression and numpy's headers raise where a byte is not what it was
+# what zip files, their decompression and numpy's headers raise on damaged bytes
 UNREADABLE = (
     OSError,
     EOFError,
@@ -33,7 +33,7 @@ UNREADABLE = (
 
 
 class RunKey(BaseModel):
-    """All that two runs must share for their difference to be due to the strategy alone."""
+    """What two runs must share for their difference to be due to the strategy alone."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -62,10 +62,10 @@ def budget_digest(config: RelearnConfig) -> str:
 
 
 def pool(runs: Sequence[Run]) -> Run:
-    """Runs of one strategy that differ in their seeds alone, as one run by increasing seed.
+    """Join runs of one strategy that differ in their seeds only, by increasing seed.
 
     Raises:
-        UserError: they differ in more, as after data or features were made anew between two of them; saying in what.
+        UserError: they differ in more, for instance because data or features were prepared again between them.
     """
     by_seed = sorted(((seed, r) for run in runs for seed, r in zip(run.key.seeds, run.ranks, strict=True)), key=_seed)
     key = runs[0].key.model_copy(update={"seeds": tuple(seed for seed, _ in by_seed)})
@@ -75,7 +75,7 @@ def pool(runs: Sequence[Run]) -> Run:
         raise UserError(
             f"trials of one strategy differ in {', '.join(differs)}, so their seeds cannot be pooled",
             where=f"target {key.target}",
-            remedy="choose another name=..., or remove the trials that were made with older data or features",
+            remedy="choose another name=..., or remove the trials that used older data or features",
         )
     assert len(set(key.seeds)) == len(key.seeds), "a seed twice"
     return Run(key, [ranks for _, ranks in by_seed])
@@ -104,7 +104,11 @@ def save_ranks(path: str | Path, run: Run) -> None:
 
 
 def load_ranks(path: str | Path) -> Run:
-    """Read what `save_ranks` wrote. UserError if there is no such file or it is something else."""
+    """Read what `save_ranks` wrote.
+
+    Raises:
+        UserError: no such file, damaged, or another kind of file.
+    """
     try:
         with np.load(path) as file:
             ranks, users, seen = file["ranks"], file["users"], file["seen"]

@@ -1,4 +1,4 @@
-"""The verdict on transfer: is an adapted model better or worse than one trained from scratch (spec, section 7)?"""
+"""Verdicts on transfer: is an adapted model better than one trained from scratch (docs/spec/ant.md, section 7)?"""
 
 from __future__ import annotations
 
@@ -29,15 +29,18 @@ class Comparison:
 
 @dataclass(frozen=True)
 class Verdict:
-    """What is known of the transfer, and, where nothing is, why."""
+    """The direction of the transfer; if it is unknown, why."""
 
     transfer: Transfer
     comparison: Comparison | None
-    differs: list[str]  # what kept the runs from being compared
+    differs: list[str]  # what prevented a comparison
 
 
 def compare(metric_a: FloatArray, metric_b: FloatArray) -> Comparison:
-    """Compare per-user metrics (S, U) of the same users and as many seeds. No user differs, or one user only: p = 1."""
+    """Compare per-user metrics (S, U) of the same users and numbers of seeds.
+
+    p is 1 for a single user or where no user differs, and 0 where all users gain the same.
+    """
     from scipy.stats import ttest_rel
 
     assert metric_a.shape == metric_b.shape and metric_a.ndim == 2 and metric_a.size
@@ -55,8 +58,8 @@ def compare(metric_a: FloatArray, metric_b: FloatArray) -> Comparison:
     return Comparison(difference, relative, p_value, p_value < LEVEL, len(gains), len(metric_a))
 
 
-def verdict(comparison: Comparison | None) -> Transfer:
-    """In which direction the transfer went; "none" if the difference may be chance, "unknown" without comparison."""
+def decide_transfer(comparison: Comparison | None) -> Transfer:
+    """Decide the direction of the transfer: "none" if the difference may be chance, "unknown" without a comparison."""
     if comparison is None:
         return "unknown"
     if not comparison.significant:
@@ -64,8 +67,8 @@ def verdict(comparison: Comparison | None) -> Transfer:
     return "positive" if comparison.difference > 0 else "negative"
 
 
-def match(a: RunKey, b: RunKey) -> list[str]:
-    """What differs between two runs, each as "key: one against other"; empty if they may be compared."""
+def list_differences(a: RunKey, b: RunKey) -> list[str]:
+    """List what differs between two runs as "key: one against other"; empty if they can be compared."""
     pairs = [(name, getattr(a, name), getattr(b, name)) for name in RunKey.model_fields if name != "features"]
     modalities = sorted(a.features.keys() | b.features.keys())
     pairs += [(f"features.{m}", a.features.get(m, "none"), b.features.get(m, "none")) for m in modalities]
@@ -77,21 +80,21 @@ def _show(value: object) -> str:
 
 
 def judge(adapted: Run, scratch: Run | None, metric: str = "Recall@10") -> Verdict:
-    """The verdict on an adapted run against `scratch` with the same data, features and budget.
+    """Judge an adapted run against `scratch` with the same data, features and budget.
 
-    It is "unknown" if there is no `scratch`, or a `scratch` that differs in anything but the strategy.
+    The transfer is "unknown" without a `scratch`, or with one that differs in anything but the strategy.
     """
     if scratch is None:
         return Verdict("unknown", None, ["no matching scratch"])
-    differs = match(adapted.key, scratch.key)
+    differs = list_differences(adapted.key, scratch.key)
     if not differs and not np.array_equal(adapted.ranks[0].users, scratch.ranks[0].users):
-        differs = [f"users: {len(adapted.ranks[0].users)} against {len(scratch.ranks[0].users)}, not the same ones"]
+        differs = [f"users: {len(adapted.ranks[0].users)} against {len(scratch.ranks[0].users)}, other users"]
     if differs:
         return Verdict("unknown", None, differs)
     comparison = compare(metric_of(adapted, metric), metric_of(scratch, metric))
-    return Verdict(verdict(comparison), comparison, [])
+    return Verdict(decide_transfer(comparison), comparison, [])
 
 
 def metric_of(run: Run, metric: str) -> FloatArray:
-    """The metric of each seed and user (S, U)."""
+    """Compute a metric for each seed and user (S, U)."""
     return np.stack([per_user(ranks, metric) for ranks in run.ranks])

@@ -19,7 +19,7 @@ from antdist.evaluation.metrics import summary
 
 @settings(max_examples=60, deadline=None)
 @given(st.integers(0, 2**32 - 1), st.integers(1, 20), st.integers(1, 25))
-def test_equal_to_counting_one_by_one(seed: int, users: int, items: int) -> None:
+def test_popularity_ranks_equal_a_loop_over_items(seed: int, users: int, items: int) -> None:
     rng = np.random.default_rng(seed)
     offsets = ragged.offsets(rng.integers(3, 12, users))
     sequence = rng.integers(0, items, offsets[-1])
@@ -34,8 +34,8 @@ def test_equal_to_counting_one_by_one(seed: int, users: int, items: int) -> None
         assert got.ranks[user] == (items + 1 if target in history else 1 + len(rivals))
 
 
-def test_scientific_repeats_as_the_spec_says(shared_data: Path) -> None:
-    """0.6 % of the users of Scientific are tested on an item that they had before; popularity finds few of the rest."""
+def test_repeated_test_items_in_scientific_match_the_spec(shared_data: Path) -> None:
+    """0.6 % of the users of Scientific have the test item in their history; popularity finds few of the rest."""
     frame = pd.read_csv(shared_data / "scientific" / "interactions.csv.gz")
     frame = frame.sort_values(["user_id", "timestamp"], kind="stable")
     items = frame["item_id"].rank(method="dense").to_numpy().astype(np.int64) - 1

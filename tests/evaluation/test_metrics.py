@@ -28,7 +28,7 @@ def test_closed_forms() -> None:
 @settings(max_examples=40, deadline=None)
 @given(st.lists(st.integers(1, 70), min_size=1, max_size=30), st.sampled_from([1, 5, 10, 50]))
 def test_equal_to_torchmetrics(ranks: list[int], k: int) -> None:
-    """Scores that put each target at its rank among 70 items, told to torchmetrics as retrieval queries."""
+    """Scores that put each target at its rank among 70 items, passed to torchmetrics as retrieval queries."""
     from torchmetrics.retrieval import RetrievalNormalizedDCG, RetrievalRecall
 
     scores = torch.arange(70, 0, -1).float().repeat(len(ranks), 1)
@@ -49,6 +49,6 @@ def test_summary_names_counts_and_means() -> None:
 
 
 @pytest.mark.parametrize("metric", METRICS)
-def test_a_seen_target_is_a_miss_in_the_smallest_catalogue(metric: str) -> None:
+def test_a_seen_target_is_a_miss_in_a_tiny_catalogue(metric: str) -> None:
     """Its rank, catalogue size + 1, would be within k."""
     assert per_user(make_ranks([6, 1], [True, False]), metric).tolist() == [0.0, 1.0]

@@ -96,7 +96,7 @@ def oracle(scores: np.ndarray, queries: Queries) -> np.ndarray:
     return np.array(ranks)
 
 
-def test_split_by_position_and_the_window() -> None:
+def test_queries_split_by_position_and_cut_to_the_window() -> None:
     sequences = make_sequences([[5, 6, 7], [1, 2, 3, 4, 5, 6], [9, 8, 9, 7]])
     queries = validation_queries(sequences, 2)
     assert np.split(queries.items, queries.offsets[1:-1])[1].tolist() == [3, 4]
@@ -111,7 +111,7 @@ def test_split_by_position_and_the_window() -> None:
     assert queries.exclude_items.tolist() == [5, 6, 1, 2, 3, 4, 5, 9, 8, 9]
 
 
-def test_a_target_seen_long_before_the_window_is_a_miss() -> None:
+def test_a_target_seen_before_the_window_is_a_miss() -> None:
     queries = ranking.test_queries(make_sequences([[3, 0, 1, 2, 3]]), 2)
     assert queries.items.tolist() == [1, 2]
     ranks = rank_targets(LastItem(torch.eye(4)), torch.eye(4), queries)
@@ -155,7 +155,7 @@ def test_ranks_equal_the_sorting_oracle(seed: int, users: int, items: int, chunk
 
 
 @pytest.mark.parametrize("chunk_items", [1, 7, 64, 1000])
-def test_items_with_the_targets_features_tie_wherever_they_stand(chunk_items: int) -> None:
+def test_items_with_the_targets_features_tie_in_any_chunk(chunk_items: int) -> None:
     torch.manual_seed(0)
     embeddings = torch.randn(300, 64)
     embeddings[[0, 17, 150, 298]] = embeddings[299].clone()
@@ -173,7 +173,7 @@ def test_a_collapsed_model_ranks_last_not_first() -> None:
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 7])
-def test_shares_merge_to_the_whole(world_size: int) -> None:
+def test_ranks_of_all_shares_merge_to_those_of_one_process(world_size: int) -> None:
     rng = np.random.default_rng(1)
     queries = ranking.test_queries(random_sequences(rng, 5, 30), 6)  # fewer users than the most ranks
     model, embeddings = LastItem(torch.randn(30, 8)), torch.randn(30, 8)
@@ -184,7 +184,7 @@ def test_shares_merge_to_the_whole(world_size: int) -> None:
         assert np.array_equal(getattr(merged, name), value)
 
 
-def test_embed_catalogue_in_chunks_restores_each_modules_mode() -> None:
+def test_embed_catalogue_restores_each_modules_mode() -> None:
     values = torch.randn(10, 4)
     model = LastItem(values)
     model.frozen = nn.Dropout()
@@ -221,7 +221,7 @@ def test_scores_stay_float32_under_autocast() -> None:
         assert np.array_equal(rank_targets(model, embeddings, queries).ranks, exact)
 
 
-def test_the_real_model_one_user_at_a_time() -> None:
+def test_batched_ranks_equal_one_user_at_a_time() -> None:
     """Ranks in batches equal ranks from each user's own forward pass, alone, with dropout configured but off."""
     rng = np.random.default_rng(3)
     config = ModelConfig(modalities=["text"], dim=16, inner=16, experts=2, max_length=8)
@@ -242,7 +242,7 @@ def test_the_real_model_one_user_at_a_time() -> None:
 
 
 @pytest.mark.parametrize("range_items", [1, 7, 20, 39, 40])
-def test_a_catalogue_embedded_in_ranges_ranks_as_one_embedded_whole(range_items: int) -> None:
+def test_ranks_in_ranges_equal_ranks_at_once(range_items: int) -> None:
     """Of the second of two domains; with ties in other ranges, repeats in histories, targets that were seen."""
     rng = np.random.default_rng(5)
     values = torch.from_numpy(rng.normal(size=(52, 6))).float() * 20
@@ -264,7 +264,7 @@ def test_a_catalogue_embedded_in_ranges_ranks_as_one_embedded_whole(range_items:
     assert len(nobody.ranks) == 0
 
 
-def test_one_domain_of_a_catalogue_of_two(tmp_path: Path) -> None:
+def test_a_domain_ranks_the_same_in_a_catalogue_of_two(tmp_path: Path) -> None:
     """Real shards and tables: a domain ranks the same within a catalogue of two as in one of its own."""
     rng = np.random.default_rng(4)
     domains = []

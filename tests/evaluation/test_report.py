@@ -1,4 +1,4 @@
-"""The table of strategies says the numbers it was given, in columns that line up."""
+"""The table of strategies prints the given numbers in aligned columns."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Per-user results survive the disk, and say when a file is something else."""
+"""Per-user results on disk: round trip, damage, pooling of seeds, the budget's digest."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def test_round_trip(tmp_path: Path) -> None:
     assert [p.name for p in path.parent.iterdir()] == ["ranks.npz"]
 
 
-def test_what_is_no_result_is_told(tmp_path: Path) -> None:
+def test_other_and_damaged_files_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no per-user results here"):
         load_ranks(tmp_path / "none.npz")
     path = tmp_path / "text.npz"
@@ -53,7 +53,7 @@ def test_what_is_no_result_is_told(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "change", [{"ranks": np.ones((1, 5))}, {"ranks": np.ones((2, 4))}, {"seen": np.zeros(4, bool)}]
 )
-def test_results_whose_parts_do_not_fit_are_told(tmp_path: Path, change: dict[str, np.ndarray]) -> None:
+def test_results_of_inconsistent_shapes_are_refused(tmp_path: Path, change: dict[str, np.ndarray]) -> None:
     run, path = make_run((0, 7)), tmp_path / "ranks.npz"
     fitting = {"ranks": np.ones((2, 5)), "users": np.arange(5), "seen": np.zeros(5, bool)}
     np.savez(path, **{**fitting, "key": np.array(run.key.model_dump_json())})
@@ -63,7 +63,7 @@ def test_results_whose_parts_do_not_fit_are_told(tmp_path: Path, change: dict[st
         load_ranks(path)
 
 
-def test_no_flipped_bit_ends_in_a_traceback(tmp_path: Path) -> None:
+def test_a_flipped_bit_never_ends_in_a_traceback(tmp_path: Path) -> None:
     path = tmp_path / "ranks.npz"
     save_ranks(path, make_run((0,), users=40))
     whole, refused = path.read_bytes(), 0
@@ -110,7 +110,7 @@ def test_keys_free_on_resume_keep_trials_comparable(key: str) -> None:
     assert budget_digest(changed) == budget_digest(RelearnConfig())
 
 
-def test_budget_is_what_was_learned_with_not_how_it_ran() -> None:
+def test_budget_digests_how_to_learn_not_how_to_run() -> None:
     def digest(**changes: object) -> str:
         return budget_digest(RelearnConfig.model_validate(changes))
 

@@ -1,4 +1,4 @@
-"""The verdict: against the t-test written out, at its edges, and what keeps two runs from being compared."""
+"""The verdict: against the t-test written out, at its edges, and what prevents a comparison."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from scipy.stats import t as student
 
 from antdist.evaluation.ranking import Ranks
 from antdist.evaluation.results import Run, RunKey
-from antdist.evaluation.significance import compare, judge, match, verdict
+from antdist.evaluation.significance import compare, decide_transfer, judge, list_differences
 
 KEY = RunKey(
     target="pantry",
@@ -28,7 +28,7 @@ def make_run(ranks: list[list[int]], key: RunKey = KEY) -> Run:
     return Run(key, [Ranks(np.arange(users), np.array(r), np.zeros(users, bool)) for r in ranks])
 
 
-def test_the_t_test_written_out() -> None:
+def test_compare_equals_the_t_test_written_out() -> None:
     rng = np.random.default_rng(0)
     a, b = rng.random((3, 40)), rng.random((3, 40))
     gains = (a - b).mean(0)
@@ -40,13 +40,13 @@ def test_the_t_test_written_out() -> None:
     assert (result.users, result.seeds) == (40, 3)
 
 
-def test_seeds_are_averaged_before_the_test_not_counted_as_users() -> None:
+def test_seeds_are_averaged_not_counted_as_users() -> None:
     rng = np.random.default_rng(1)
     a, b = rng.random((1, 30)), rng.random((1, 30))
     assert compare(np.tile(a, (50, 1)), np.tile(b, (50, 1))).p_value == pytest.approx(compare(a, b).p_value)
 
 
-def test_false_alarms_come_as_often_as_stated() -> None:
+def test_false_positive_rate_is_the_stated_one() -> None:
     rng = np.random.default_rng(2)
     alarms = [compare(*(rng.random((1, 60)) for _ in "ab")).significant for _ in range(2000)]
     assert 0.08 < np.mean(alarms) < 0.12
@@ -55,9 +55,9 @@ def test_false_alarms_come_as_often_as_stated() -> None:
 @pytest.mark.filterwarnings("error")
 def test_degenerate_cases() -> None:
     same = np.array([[0.0, 1.0, 0.5]])
-    assert compare(same, same).p_value == 1.0 and verdict(compare(same, same)) == "none"
+    assert compare(same, same).p_value == 1.0 and decide_transfer(compare(same, same)) == "none"
     better = compare(same + 0.25, same)
-    assert better.p_value == 0.0 and verdict(better) == "positive"
+    assert better.p_value == 0.0 and decide_transfer(better) == "positive"
     assert compare(np.array([[1.0]]), np.array([[0.0]])).p_value == 1.0
     nothing = compare(np.array([[1.0, 0.0, 1.0]]), np.zeros((1, 3)))
     assert nothing.relative is None
@@ -66,15 +66,15 @@ def test_degenerate_cases() -> None:
 def test_verdicts() -> None:
     rng = np.random.default_rng(3)
     low, high = rng.random((1, 200)), rng.random((1, 200)) + 0.5
-    assert verdict(compare(high, low)) == "positive"
-    assert verdict(compare(low, high)) == "negative"
-    assert verdict(None) == "unknown"
+    assert decide_transfer(compare(high, low)) == "positive"
+    assert decide_transfer(compare(low, high)) == "negative"
+    assert decide_transfer(None) == "unknown"
 
 
-def test_match_names_what_differs() -> None:
-    assert match(KEY, KEY) == []
+def test_list_differences_names_keys_and_values() -> None:
+    assert list_differences(KEY, KEY) == []
     other = KEY.model_copy(update={"epochs": 4, "seeds": (0,), "features": {"text": "u", "price": "p", "image": "i"}})
-    assert match(KEY, other) == [
+    assert list_differences(KEY, other) == [
         "seeds: 0, 1 against 0",
         "epochs: 9 against 4",
         "features.image: none against i",
@@ -110,7 +110,7 @@ def test_unknown_without_scratch_or_with_other_users() -> None:
     assert judge(run, other).transfer == "unknown" and "users: 2 against 3" in judge(run, other).differs[0]
 
 
-def test_judged_by_the_metric_asked_for() -> None:
+def test_judge_uses_the_given_metric() -> None:
     adapted, scratch = make_run([[1, 1, 1, 2]] * 2), make_run([[9, 8, 9, 7]] * 2)
     assert judge(adapted, scratch).transfer == "none"  # all are within the first ten
     assert judge(adapted, scratch, "NDCG@10").transfer == "positive"

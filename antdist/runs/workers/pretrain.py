@@ -13,7 +13,7 @@ from antdist.distributed.ray_session import enter_worker
 from antdist.distributed.world import World, current_world
 from antdist.errors import Preempted
 from antdist.evaluation.metrics import METRICS, summary
-from antdist.evaluation.ranking import Queries, drawn_users, validation_queries
+from antdist.evaluation.ranking import Queries, draw_users, validation_queries
 from antdist.model.initialisation import centre_tower
 from antdist.model.recommender import Recommender, build_recommender
 from antdist.runs.cards import model_card
@@ -125,6 +125,6 @@ def make_evaluator(config: PretrainConfig, inputs: Inputs, world: World) -> Call
 
 def rank_queries(config: PretrainConfig, domain: Domain, world: World) -> Queries:
     """A rank's share of a domain's validation queries: consecutive users, so that it reads few shards."""
-    drawn = drawn_users(domain.manifest.users, config.training.validation_users, config.seed)
+    drawn = draw_users(domain.manifest.users, config.training.validation_users, config.seed)
     users = drawn[slice(*partition_rows(len(drawn), world.rank, world.size))]
     return replace(validation_queries(domain.histories(users), config.model.max_length), users=users)
