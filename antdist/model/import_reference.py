@@ -1,4 +1,4 @@
-"""A checkpoint of the authors' implementation as a model of ours (spec, section 9)."""
+"""Convert checkpoints of the authors' implementation (docs/spec/ant.md, section 9)."""
 
 from __future__ import annotations
 
@@ -31,37 +31,38 @@ def import_reference(checkpoint: str | Path, out: str | Path, heads: int, beta: 
     """Convert a checkpoint and save the model in folder `out`.
 
     The model passes missing features through the tower (`missing="reference"`) and numbers items from 0: the
-    reference's item i is our item i - 1, its padding row is dropped. Feature tables inside the checkpoint stay there;
-    `made` says which it holds. Which encoders made the features is not known, so the card names none.
+    reference's item i is our item i - 1, its padding row is dropped. Feature tables inside the checkpoint are not
+    converted; `made` lists them. The encoders of the features are not known, so the card names none.
 
     Args:
-        checkpoint: file that holds a `state_dict`, or is one.
+        checkpoint: file with a `state_dict`, or the state dict itself.
         out: folder for the model.
-        heads: attention heads, which the checkpoint does not hold; the authors use 2.
-        beta: weight of the text-image synergy, likewise; the authors use 0.1.
+        heads: attention heads, which the checkpoint does not record; the authors use 2.
+        beta: weight of the text-image synergy, not recorded either; the authors use 0.1.
 
     Raises:
-        UserError: missing, unreadable, unsafe, not such a checkpoint, experts in the transformer, `heads` impossible.
+        UserError: the file is missing, unreadable, unsafe or of another model, its transformer has experts, or `heads`
+            does not divide the width.
     """
     from antdist.model.recommender import blank_recommender
 
     path = Path(checkpoint)
-    state = _read(path)
+    state = _load_state_dict(path)
     tables = {name: list(state[name].shape) for name in state if name.startswith("EmbeddingTable.")}
     rest = {name: value.float() for name, value in state.items() if name != "indices" and name not in tables}
     try:
-        config, dims = _configuration(rest, heads, beta)
+        config, dims = _infer_config(rest, heads, beta)
         weights = _convert(rest, config)
         if rest:
-            raise _Misfit(f"it holds {_listed(rest)}, which the reference model does not have")
+            raise _Misfit(f"it contains {_list_names(rest)}, which the reference model does not have")
         size = len(weights["item_embeddings.weight"]) if config.item_embeddings else None
         model = blank_recommender(config, dims, size)
         model.load_state_dict(weights, assign=True)
     except _Misfit as error:
         raise UserError(f"not a checkpoint that can be imported: {error}", where=path, remedy=ONLY_REFERENCE) from None
-    except RuntimeError as error:  # tensors whose shapes do not go together
+    except RuntimeError as error:  # tensors of inconsistent shapes
         what = " ".join(str(error).split())
-        raise UserError(f"tensors of wrong shape: {what}", where=path, remedy=ONLY_REFERENCE) from error
+        raise UserError(f"tensors of the wrong shape: {what}", where=path, remedy=ONLY_REFERENCE) from error
     card = ModelCard(
         kind="imported",
         config=config,
@@ -79,47 +80,47 @@ def import_reference(checkpoint: str | Path, out: str | Path, heads: int, beta: 
 
 
 class _Misfit(Exception):
-    """Why a state dict is not the reference model's."""
+    """The reason why a state dict is not one of the reference model."""
 
 
-def _read(path: Path) -> dict[str, Tensor]:
-    """The checkpoint's tensors by name. Unpickles tensors and plain containers only, never code."""
+def _load_state_dict(path: Path) -> dict[str, Tensor]:
+    """Read the checkpoint's tensors by name. Unpickles tensors and plain containers only, never code."""
     import torch
 
     if not path.is_file():
-        raise UserError("there is no such file", where=path, remedy="give the path of the checkpoint file")
+        raise UserError("no such file", where=path, remedy="give the path of the checkpoint file")
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # what a broken or hostile pickle raises is not limited to a few types
+    except Exception as error:  # a broken or hostile pickle can raise anything
         refused = re.search(r"GLOBAL ([\w.]+)", str(error))
         if refused:
             raise UserError(
-                f"holds more than tensors: it asks for {refused[1]}, and code from a checkpoint is never run",
+                f"contains more than tensors: it refers to {refused[1]}, and code from a checkpoint is never run",
                 where=path,
-                remedy="where you trust the file, save its state_dict alone with torch.save, and import that",
+                remedy="if you trust the file, save its state_dict alone with torch.save, and import that",
             ) from error
         raise UserError(
-            f"not a file that torch.load reads as tensors alone ({type(error).__name__})",
+            f"torch.load cannot read it as a file of tensors ({type(error).__name__})",
             where=path,
-            remedy="check that it was downloaded whole",
+            remedy="check that the download is complete",
         ) from error
     state = content.get("state_dict", content) if isinstance(content, dict) else None
     if not isinstance(state, dict) or not state or not all(isinstance(v, torch.Tensor) for v in state.values()):
-        raise UserError("holds no state_dict of tensors", where=path, remedy=ONLY_REFERENCE)
+        raise UserError("contains no state_dict of tensors", where=path, remedy=ONLY_REFERENCE)
     return state
 
 
-def _configuration(rest: dict[str, Tensor], heads: int, beta: float) -> tuple[ModelConfig, dict[str, int]]:
-    """Widths and switches, read off the tensors' shapes."""
+def _infer_config(rest: dict[str, Tensor], heads: int, beta: float) -> tuple[ModelConfig, dict[str, int]]:
+    """Infer the configuration and the features' widths from the tensors' names and shapes."""
     experts_inside = sorted(filter(TRANSFORMER_EXPERTS.match, rest))
     if experts_inside:
         raise _Misfit(
-            f"its transformer holds experts ({experts_inside[0]}), a variant outside the published method; ours has one "
-            "feed-forward network a layer, so its scores could not be the same"
+            f"its transformer has experts ({experts_inside[0]}), a variant outside the published method; ours has one "
+            "feed-forward network per layer, so the scores could not be the same"
         )
     for name, value in rest.items():
         if value.dim() not in (1, 2) or not value.numel() or (name == "position_embedding.weight" and value.dim() == 1):
-            raise _Misfit(f"{name} is of shape {tuple(value.shape)}")
+            raise _Misfit(f"{name} has shape {tuple(value.shape)}")
     dims: dict[str, int] = {}
     counts = set()
     for modality, prefix in PREFIXES.items():
@@ -133,12 +134,14 @@ def _configuration(rest: dict[str, Tensor], heads: int, beta: float) -> tuple[Mo
     positions = rest.get("position_embedding.weight")
     inner = rest.get("trm_encoder.layer.0.feed_forward.dense_1.weight")
     if not dims or not layers or positions is None or inner is None:
-        raise _Misfit("item tower, position_embedding or trm_encoder is missing from it")
+        raise _Misfit("it lacks the item tower, position_embedding or trm_encoder")
     if len(counts) > 1:
         raise _Misfit(f"its modalities have different numbers of experts: {sorted(counts)}")
     length, dim = positions.shape
     if heads < 1 or dim % heads:
-        raise UserError(f"{heads} heads do not divide the width {dim}", where="heads", remedy="the authors use 2")
+        raise UserError(
+            f"{heads} heads do not divide the width {dim}", where="heads", remedy="choose a divisor; the authors use 2"
+        )
     count = counts.pop()
     config = ModelConfig(
         modalities=[m for m in PREFIXES if m in dims],
@@ -158,7 +161,7 @@ def _configuration(rest: dict[str, Tensor], heads: int, beta: float) -> tuple[Mo
 
 
 def _convert(rest: dict[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
-    """Our weights by our names; takes from `rest` what it uses."""
+    """Rename, split and transpose the tensors to our parameters; removes from `rest` what it uses."""
     import torch
 
     def take(name: str) -> Tensor:
@@ -192,6 +195,6 @@ def _convert(rest: dict[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
     return ours
 
 
-def _listed(rest: dict[str, Tensor]) -> str:
+def _list_names(rest: dict[str, Tensor]) -> str:
     names = sorted(rest)
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

@@ -1,5 +1,7 @@
-"""A model on disk: `weights.safetensors` (float32) and `model.json`, the card that says how to build it and whence it
-came. Loads with torch and safetensors alone, without the training stack."""
+"""A model on disk: `weights.safetensors` (float32) and `model.json`, the card.
+
+It loads with torch and safetensors alone, without the training stack.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +21,7 @@ WEIGHTS, CARD = "weights.safetensors", "model.json"
 
 
 class FeatureSource(BaseModel):
-    """Which frozen encoder's features the model reads; features of another identity do not fit it."""
+    """The frozen encoder whose features the model reads; features of another identity do not fit."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -28,7 +30,7 @@ class FeatureSource(BaseModel):
 
 
 class ModelCard(BaseModel):
-    """What a model is: enough to build it, to refuse features that do not fit, and to trace it."""
+    """Describes a model: enough to build it, to refuse features that do not fit, and to trace its lineage."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -38,15 +40,15 @@ class ModelCard(BaseModel):
     dims: dict[str, int]
     catalogue_size: int | None = None
     features: dict[str, FeatureSource] = Field(default_factory=dict)
-    domains: list[str] = Field(default_factory=list)  # of the pre-training, in the order of their item offsets
+    domains: list[str] = Field(default_factory=list)  # of pre-training, in the order of their item offsets
     target: str | None = None
     strategy: Strategy | None = None
     seed: int | None = None
-    made: dict[str, Any] = Field(default_factory=dict)  # how: fingerprints, versions, epoch, figures ...
+    made: dict[str, Any] = Field(default_factory=dict)  # lineage: fingerprints, versions, epoch, metrics ...
 
 
 def save_model(folder: str | Path, model: Recommender, card: ModelCard) -> None:
-    """Write the model; the card comes last, so a folder that has one is whole."""
+    """Write the model; the card comes last, so a folder with a card is complete."""
     import torch
     from safetensors.torch import save_file
 
@@ -61,10 +63,10 @@ def save_model(folder: str | Path, model: Recommender, card: ModelCard) -> None:
 
 
 def load_model(folder: str | Path) -> tuple[Recommender, ModelCard]:
-    """The model (float32, on the CPU, in evaluation mode) and its card.
+    """Load the model (float32, on the CPU, in evaluation mode) and its card.
 
     Raises:
-        UserError: not a model's folder, a file is missing or torn, weights do not fit the card.
+        UserError: no model in the folder, a file is missing or damaged, or the weights do not fit the card.
     """
     from safetensors import SafetensorError
     from safetensors.torch import load_file
@@ -75,7 +77,9 @@ def load_model(folder: str | Path) -> tuple[Recommender, ModelCard]:
     card = read_card(folder)
     path = folder / WEIGHTS
     if not path.is_file():
-        raise UserError("the model's weights are missing", where=path, remedy="copy or download the whole folder again")
+        raise UserError(
+            "the model's weights are missing", where=path, remedy="copy or download the complete folder again"
+        )
     try:
         weights = load_file(path)
     except (SafetensorError, OSError, ValueError) as error:
@@ -102,12 +106,14 @@ def load_model(folder: str | Path) -> tuple[Recommender, ModelCard]:
 
 
 def read_card(folder: str | Path) -> ModelCard:
-    """The card alone, without torch."""
+    """Read the card, without torch.
+
+    Raises:
+        UserError: no card, or not one that this version reads.
+    """
     path = Path(folder) / CARD
     if not path.is_file():
-        raise UserError(
-            f"not a model: there is no {CARD} in it", where=folder, remedy="name a folder that holds a model"
-        )
+        raise UserError(f"not a model: it has no {CARD}", where=folder, remedy="give the folder of a model")
     try:
         return ModelCard.model_validate_json(path.read_bytes())
     except ValidationError as error:
@@ -116,7 +122,7 @@ def read_card(folder: str | Path) -> ModelCard:
         raise UserError(
             f"not a model card that this version reads: {key}: {first['msg']}",
             where=path,
-            remedy="check that the file is whole and was written by this version of antdist",
+            remedy="check that the file is complete and was written by this version of antdist",
         ) from error
 
 

@@ -1,4 +1,4 @@
-"""Checkpoints with the authors' names: items, users and scores are those of the oracle, which reads the names itself."""
+"""Checkpoints with the authors' names: items, users and scores equal the oracle's, which reads these names itself."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ MODALITIES = {"text": "text", "image": "img", "price": "meta"}
 def checkpoint(
     *, mixture: bool = True, transductive: int = 0, modalities: tuple[str, ...] = tuple(DIMS)
 ) -> dict[str, Tensor]:
-    """Random tensors under the names and with the shapes of spec section 9."""
+    """Random tensors under the names and shapes of docs/spec/ant.md, section 9."""
     random = torch.Generator().manual_seed(0)
 
     def draw(*shape: int) -> Tensor:
@@ -90,13 +90,13 @@ def test_same_items_users_and_scores(tmp_path: Path, kind: dict[str, object]) ->
         )
 
 
-def test_feature_tables_are_named_and_left(tmp_path: Path) -> None:
+def test_feature_tables_are_listed_not_converted(tmp_path: Path) -> None:
     card = import_reference(write(tmp_path / "a.ckpt", checkpoint(transductive=15)), tmp_path / "out", 2, 0.1)
     assert card.made["feature_tables_left_in_the_checkpoint"] == {"EmbeddingTable.text_embed.weight": [16, 7]}
     assert card.catalogue_size == 15 and card.config.item_embeddings
 
 
-def test_a_bare_state_dict_in_half_precision(tmp_path: Path) -> None:
+def test_a_bare_state_dict_in_half_precision_is_imported(tmp_path: Path) -> None:
     torch.save({name: value.half() for name, value in checkpoint().items()}, tmp_path / "a.pt")
     card = import_reference(tmp_path / "a.pt", tmp_path / "out", 2, 0.1)
     assert (card.config.dim, card.config.experts, card.config.inner) == (WIDTH, EXPERTS, INNER)
@@ -120,16 +120,16 @@ def test_a_pickle_that_would_run_code_is_refused(tmp_path: Path, how: str) -> No
     else:
         path.write_bytes(pickle.dumps({"state_dict": Hostile(marker)}, protocol=2))
     with pytest.raises(
-        UserError, match=r"bad\.ckpt: holds more than tensors: it asks for posix\.system, and code .* never run"
+        UserError, match=r"bad\.ckpt: contains more than tensors: it refers to posix\.system, and code .* never run"
     ):
         import_reference(path, tmp_path / "out", 2, 0.1)
     assert not marker.exists() and not (tmp_path / "out").exists()
 
 
-def test_experts_in_the_transformer_are_refused_with_the_reason(tmp_path: Path) -> None:
+def test_experts_in_the_transformer_are_refused(tmp_path: Path) -> None:
     state = checkpoint()
     state["trm_encoder.layer.0.feed_forward.3.dense_1.weight"] = torch.zeros(INNER, WIDTH)
-    with pytest.raises(UserError, match=r"its transformer holds experts .*scores could not be the same"):
+    with pytest.raises(UserError, match=r"its transformer has experts .*scores could not be the same"):
         import_reference(write(tmp_path / "a.ckpt", state), tmp_path / "out", 2, 0.1)
 
 
@@ -155,34 +155,34 @@ def bad(name: str) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize(
-    ("name", "told"),
+    ("name", "message"),
     [
         ("lacks", r"it lacks img_pooling\.pooling\.w_gate"),
-        ("more", r"it holds decoder\.weight, which the reference model does not have"),
+        ("more", r"it contains decoder\.weight, which the reference model does not have"),
         ("uneven", r"different numbers of experts: \[2, 3\]"),
-        ("shape", r"tensors of wrong shape: .*encoder\.input_norm\.weight"),
-        ("flat", r"position_embedding\.weight is of shape \(48,\)"),
-        ("scalar", r"text2rec\.proj\.0\.lin\.weight is of shape \(\)"),
-        ("empty", r"dense_1\.weight is of shape \(0, 8\)"),
-        ("other", r"item tower, position_embedding or trm_encoder is missing"),
+        ("shape", r"tensors of the wrong shape: .*encoder\.input_norm\.weight"),
+        ("flat", r"position_embedding\.weight has shape \(48,\)"),
+        ("scalar", r"text2rec\.proj\.0\.lin\.weight has shape \(\)"),
+        ("empty", r"dense_1\.weight has shape \(0, 8\)"),
+        ("other", r"it lacks the item tower, position_embedding or trm_encoder"),
     ],
 )
-def test_other_checkpoints(tmp_path: Path, name: str, told: str) -> None:
-    with pytest.raises(UserError, match=told):
+def test_checkpoints_of_other_models_are_refused(tmp_path: Path, name: str, message: str) -> None:
+    with pytest.raises(UserError, match=message):
         import_reference(write(tmp_path / "a.ckpt", bad(name)), tmp_path / "out", 2, 0.1)
 
 
-def test_not_a_checkpoint(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"no\.ckpt: there is no such file"):
+def test_files_that_are_no_checkpoint_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"no\.ckpt: no such file"):
         import_reference(tmp_path / "no.ckpt", tmp_path / "out", 2, 0.1)
     (tmp_path / "text.ckpt").write_text("hello, this is not a checkpoint")
-    with pytest.raises(UserError, match=r"not a file that torch\.load reads .*whole"):
+    with pytest.raises(UserError, match=r"torch\.load cannot read it as a file of tensors .*download is complete"):
         import_reference(tmp_path / "text.ckpt", tmp_path / "out", 2, 0.1)
     torch.save({"state_dict": {"a": 1}}, tmp_path / "numbers.ckpt")
-    with pytest.raises(UserError, match="holds no state_dict of tensors"):
+    with pytest.raises(UserError, match="contains no state_dict of tensors"):
         import_reference(tmp_path / "numbers.ckpt", tmp_path / "out", 2, 0.1)
 
 
-def test_impossible_heads(tmp_path: Path) -> None:
+def test_heads_that_do_not_divide_the_width_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="heads: 3 heads do not divide the width 8"):
         import_reference(write(tmp_path / "a.ckpt", checkpoint()), tmp_path / "out", 3, 0.1)

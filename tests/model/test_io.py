@@ -61,25 +61,25 @@ def test_loads_without_the_training_stack(folder: Path) -> None:
     assert run.stdout.strip() == "[]"
 
 
-def test_not_a_model(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"not a model: there is no model\.json .*Name a folder"):
+def test_a_folder_without_a_model_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"not a model: it has no model\.json\. Give the folder"):
         load_model(tmp_path)
 
 
-def test_no_weights(folder: Path) -> None:
+def test_missing_weights_are_an_error(folder: Path) -> None:
     (folder / "weights.safetensors").unlink()
     with pytest.raises(UserError, match=r"weights\.safetensors: the model's weights are missing.*again"):
         load_model(folder)
 
 
-def test_torn_weights(folder: Path) -> None:
+def test_damaged_weights_are_an_error(folder: Path) -> None:
     path = folder / "weights.safetensors"
     path.write_bytes(path.read_bytes()[:-100])
     with pytest.raises(UserError, match=r"weights\.safetensors: the model's weights cannot be read .*again"):
         load_model(folder)
 
 
-def test_another_models_weights(folder: Path) -> None:
+def test_another_models_weights_are_refused(folder: Path) -> None:
     path = folder / "weights.safetensors"
     weights = load_file(path)
     weights["positions.weight"] = torch.zeros(4, 8)
@@ -94,7 +94,7 @@ def test_another_models_weights(folder: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("change", "told"),
+    ("change", "key"),
     [
         ({"schema_version": 1}, "schema_version"),
         ({"kind": "stolen"}, "kind"),
@@ -102,14 +102,14 @@ def test_another_models_weights(folder: Path) -> None:
         ({"config": {"dim": "wide"}}, r"config\.dim"),
     ],
 )
-def test_broken_card(folder: Path, change: dict[str, object], told: str) -> None:
+def test_invalid_card_is_refused(folder: Path, change: dict[str, object], key: str) -> None:
     card = json.loads((folder / "model.json").read_text())
     (folder / "model.json").write_text(json.dumps({**card, **change}))
-    with pytest.raises(UserError, match=rf"model\.json: not a model card that this version reads: {told}: "):
+    with pytest.raises(UserError, match=rf"model\.json: not a model card that this version reads: {key}: "):
         load_model(folder)
 
 
-def test_card_cut_short(folder: Path) -> None:
+def test_truncated_card_is_refused(folder: Path) -> None:
     path = folder / "model.json"
     path.write_bytes(path.read_bytes()[:50])
     with pytest.raises(UserError, match="not a model card that this version reads: the file: "):

@@ -80,7 +80,7 @@ def test_weights_are_a_function_of_seed_and_name() -> None:
 
 
 @pytest.mark.parametrize("mixture", [True, False])
-def test_redraw_experts_touches_the_experts_alone(mixture: bool) -> None:
+def test_redraw_experts_changes_the_experts_alone(mixture: bool) -> None:
     model = build_recommender(ModelConfig(mixture=mixture), WIDE)
     kept = {name: value.clone() for name, value in model.named_parameters()}
     redraw_experts(model, 5)
@@ -144,7 +144,7 @@ def test_routing_noise_has_the_spread_of_the_spec() -> None:
     assert torch.equal(experts.eval().route(x), torch.full((3, 2), 0.5))
 
 
-def test_feature_dropout_spares_the_routing_and_is_scaled() -> None:
+def test_feature_dropout_is_scaled_and_not_in_the_routing() -> None:
     """With one expert, no shift and many draws, the mean of the output is the output without dropout."""
     model = build_recommender(tiny(experts=1, item_dropout=0.5), {"text": 7})
     tower = model.tower.get_submodule("text")
@@ -154,7 +154,7 @@ def test_feature_dropout_spares_the_routing_and_is_scaled() -> None:
     assert float(draws.std(0).min()) > 0.001
 
 
-def test_windows_do_not_see_each_other_nor_the_future() -> None:
+def test_windows_see_neither_each_other_nor_the_future() -> None:
     world = SmallWorld()
     model = build_recommender(tiny(), DIMS).eval()
     items = model.embed_items(world.rows(torch.arange(world.size))).item

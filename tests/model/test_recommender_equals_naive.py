@@ -1,4 +1,4 @@
-"""The recommender against the oracle of `tests/reference`: embeddings, users, losses and gradients to 1e-5 in float32."""
+"""The recommender against the oracle of `tests/reference`: items, users, losses and gradients to 1e-5 in float32."""
 
 from __future__ import annotations
 
@@ -113,10 +113,10 @@ def total_loss(
     sequences: list[list[int]] = SEQUENCES,
 ) -> Losses:
     every = windows(sequences, mode, LENGTH)
-    dealt = [every[rank::ranks] for rank in range(ranks)]
-    batches = [make_batch(dealt, rank, candidates, world.size, DRAWN, expected) for rank in range(ranks)]
+    sharded = [every[rank::ranks] for rank in range(ranks)]
+    batches = [make_batch(sharded, rank, candidates, world.size, DRAWN, expected) for rank in range(ranks)]
     if candidates != "sampled":
-        batches = [make_batch(dealt, rank, candidates, world.size) for rank in range(ranks)]
+        batches = [make_batch(sharded, rank, candidates, world.size) for rank in range(ranks)]
     if ranks == 1:
         parts = [model(local_rows(world, batches[0]), batches[0], loss=loss)]
     else:
@@ -186,8 +186,8 @@ def test_longer_users_see_their_last_items_only() -> None:
 
 @pytest.mark.parametrize("candidates", ["in_batch", "catalogue", "sampled"])
 @pytest.mark.parametrize("ranks", [2, 3, 7])
-def test_contributions_of_ranks_add_up(ranks: int, candidates: str) -> None:
-    """Seven ranks and five users: some ranks have no window at all and still take their part."""
+def test_losses_and_gradients_of_ranks_add_up(ranks: int, candidates: str) -> None:
+    """With seven ranks and five users some ranks have no window, and still embed items and join in the gathering."""
     world = SmallWorld()
     loss = LossConfig(alignment=0.3, chunk=5)
     alone, many = build(tiny(), world), build(tiny(), world)

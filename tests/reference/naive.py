@@ -1,7 +1,7 @@
-"""The oracle: ANT written from the spec alone, the slow way.
+"""The oracle: ANT written from docs/spec/ant.md alone, the slow way.
 
 One item at a time, one example a prefix, histories padded to full length with masks, experts in a loop, all logits of an
-example in one row. It takes its parameters under the names of the authors' checkpoints (spec, section 9), the padding row
+example in one row. It takes its parameters under the names of the authors' checkpoints (section 9), the padding row
 of `item_embedding.weight` included, and shares no code with `antdist`. Dropout and routing noise are off.
 """
 
@@ -120,7 +120,7 @@ class NaiveModel:
     # ---- losses (sections 5 and 6)
 
     def in_batch_loss(self, examples: Sequence[Example]) -> Tensor:
-        """Mean over examples; each is told from the other examples' next items, those with the same item masked out."""
+        """Mean over examples; negatives are the other examples' next items, those with the same item masked out."""
         total = torch.zeros(())
         items = [self.item(target) for _, target in examples]
         for i, (history, target) in enumerate(examples):
@@ -140,7 +140,7 @@ class NaiveModel:
         return total / len(examples)
 
     def sampled_loss(self, examples: Sequence[Example], drawn: Sequence[int], expected: Tensor | None = None) -> Tensor:
-        """Each example is told from the drawn items (with repetition) that are not its next item.
+        """Mean over examples; negatives are the drawn items (with repetition) that are not the next item.
 
         `expected[j]` is how often item j was expected among them: log-Q subtracts its logarithm, the target's too.
         """

@@ -1,4 +1,4 @@
-"""A handful of items and users, and the batches that the stream would make of them, by the book."""
+"""A few items and users, and the batches that the stream would make of them, written out."""
 
 from __future__ import annotations
 
@@ -48,15 +48,15 @@ def windows(sequences: Sequence[Sequence[int]], mode: str, length: int) -> list[
 
 
 def make_batch(
-    dealt: Sequence[Sequence[Window]],
+    sharded: Sequence[Sequence[Window]],
     rank: int,
     candidates: str,
     size: int,
     drawn: Sequence[int] = (),
     expected: Tensor | None = None,
 ) -> Batch:
-    """What `rank` gets when `dealt[r]` are the windows of rank r; all its fields as `antdist.batch.Batch` says."""
-    everything = [window for part in dealt for window in part]
+    """Make the batch of `rank`, where `sharded[r]` are the windows of rank r."""
+    everything = [window for part in sharded for window in part]
     following = Counter(target for _, _, targets in everything for target in targets)
     used = {item for items, _, _ in everything for item in items} | set(following) | set(drawn)
     item_ids = list(range(size)) if candidates == "catalogue" else sorted(used)
@@ -71,12 +71,12 @@ def make_batch(
             target_bias = -expected[torch.tensor(chosen[candidates])].log()
             bias = bias + target_bias
     starts, tokens, predict_at, targets = [0], [], [], []
-    for items, at, nexts in dealt[rank]:
+    for items, at, nexts in sharded[rank]:
         tokens += [item_ids.index(item) for item in items]
         predict_at += [starts[-1] + position for position in at]
         targets += [chosen[candidates].index(target) for target in nexts]
         starts.append(starts[-1] + len(items))
-    ranks = len(dealt)
+    ranks = len(sharded)
     share = (len(item_ids) * rank // ranks, len(item_ids) * (rank + 1) // ranks)
     rows = [item_ids.index(item) for item in chosen[candidates]]
     return Batch(
@@ -92,7 +92,7 @@ def make_batch(
         bias=bias,
         target_bias=target_bias,
         predictions=sum(following.values()),
-        longest=max((len(items) for items, _, _ in dealt[rank]), default=0),
+        longest=max((len(items) for items, _, _ in sharded[rank]), default=0),
     )
 
 
@@ -101,7 +101,7 @@ def local_rows(world: SmallWorld, batch: Batch) -> ItemInputs:
 
 
 def on_ranks(ranks: int, run: Callable[[int, Callable[[Tensor], Tensor]], Result]) -> list[Result]:
-    """`run(rank, gather)` on threads, whose gather hands all ranks' rows to each, with gradient."""
+    """Call `run(rank, gather)` on threads; gather gives each rank the rows of all, with gradient."""
     barrier, rows = threading.Barrier(ranks, timeout=30), {}
 
     def gather_of(rank: int) -> Callable[[Tensor], Tensor]:

@@ -1,4 +1,4 @@
-"""Float32 products stay float32, whatever is set around them, and the setting around is left as it was."""
+"""Float32 products are exact under any setting around, which is restored afterwards."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def error() -> float:
 
 @pytest.mark.parametrize("around", ["ieee", "bf16", "none"])
 @pytest.mark.parametrize("exact", [None, False])
-def test_products_are_exact_and_the_setting_comes_back(
+def test_products_are_exact_and_the_setting_is_restored(
     around: str, exact: bool | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if exact is False:  # as on a processor whose oneDNN rounds
@@ -36,8 +36,8 @@ def test_products_are_exact_and_the_setting_comes_back(
         assert inside == "ieee"
 
 
-def test_the_look_finds_rounding(monkeypatch: pytest.MonkeyPatch) -> None:
-    """If products were rounded to bfloat16 the probe would say so."""
+def test_the_probe_detects_rounding(monkeypatch: pytest.MonkeyPatch) -> None:
+    """If products were rounded to bfloat16, the probe would return False."""
     products._onednn_is_exact.cache_clear()
     plain = torch.Tensor.__matmul__
     monkeypatch.setattr(
