@@ -25,8 +25,8 @@ STANDARD_OUTPUT = Path("-")
 THE_MACHINES = (errno.EACCES, errno.EPERM, errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 
 
-class Report(Protocol):
-    """What a verb has to say: lines for people, a document for programs."""
+class Printable(Protocol):
+    """What a verb returns: lines for people, a document for programs."""
 
     def lines(self) -> list[str]: ...
 
@@ -110,7 +110,7 @@ def config_options(command: Callable[..., Any]) -> Callable[..., Any]:
     )(command)
 
 
-def tell(report: Report, json_file: Path | None = None) -> None:
+def tell(report: Printable, json_file: Path | None = None) -> None:
     """Print the report, and write its document where asked."""
     for line in report.lines():
         click.echo(line)

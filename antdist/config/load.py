@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import difflib
 import re
 from collections.abc import Sequence
@@ -43,7 +44,14 @@ def load_config(kind: type[Config], file: Path | None, overrides: Sequence[str] 
     Raises UserError: missing file, no YAML, unknown key, wrong type, contradicting values.
     """
     tree = _read(file) if file is not None else {}
-    where = str(file) if file is not None else "configuration"
+    return resolve_config(kind, tree, overrides, str(file) if file is not None else "configuration")
+
+
+def resolve_config(
+    kind: type[Config], tree: dict[str, Any], overrides: Sequence[str] = (), where: str = "configuration"
+) -> Config:
+    """Apply `key.sub=value` overrides to nested dictionaries, and check. Raises UserError as `load_config`."""
+    tree = copy.deepcopy(tree)
     for override in overrides:
         _set(tree, override)
     return check_config(kind, tree, where)

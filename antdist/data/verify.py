@@ -34,10 +34,11 @@ from antdist.data.writing import training_popularity
 from antdist.errors import UserError
 from antdist.io.files import file_sha256
 from antdist.io.progress import track
+from antdist.report import Report
 
 
-@dataclass(frozen=True)
-class VerifyReport:
+@dataclass(frozen=True, repr=False)
+class VerifyReport(Report):
     """What was checked, and everything that is wrong; each problem names its file, and its key where there is one."""
 
     folder: str

@@ -45,6 +45,7 @@ from antdist.features.table import (
 from antdist.io.files import write_json
 from antdist.io.logs import get_logger
 from antdist.io.progress import track
+from antdist.report import Report
 
 if TYPE_CHECKING:
     from antdist.data.domain import Domain
@@ -81,9 +82,11 @@ class TableReport:
         return self.encoded_items / self.seconds if self.encoded_items and self.seconds > 0 else None
 
 
-@dataclass(frozen=True)
-class FeaturizeReport:
+@dataclass(frozen=True, repr=False)
+class FeaturizeReport(Report):
     """What `featurize` did."""
+
+    table_key = "tables"
 
     tables: list[TableReport]
     seconds: float

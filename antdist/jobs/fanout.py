@@ -26,6 +26,7 @@ from antdist.io.logs import get_logger
 from antdist.jobs.client import POLL_SECONDS, Cluster, Ended, joining, run_of
 from antdist.jobs.submission import Submission, settled, submission_of
 from antdist.jobs.survey import Survey, survey
+from antdist.report import Report
 from antdist.runs.inputs import available_modalities, open_domains
 from antdist.runs.parent import check_parent_named
 from antdist.runs.trials import Trial, strategies_of
@@ -82,8 +83,8 @@ class Jobs(Protocol):
     def ask_to_stop(self, job: str) -> bool: ...
 
 
-@dataclass
-class Fanned:
+@dataclass(repr=False)
+class Fanned(Report):
     """What a fan-out ended with: of each target what its verdict's job told, and what failed."""
 
     targets: list[str]
@@ -130,6 +131,9 @@ class Fanned:
             "left": self.left,
         }
 
+    def records(self) -> list[dict[str, Any]]:
+        return [{"target": target, **asdict(row)} for target, rows in self.rows().items() for row in rows]
+
 
 def _champion(verdict: dict[str, Any]) -> tuple[str, str]:
     """The strategy in whose row it is told, and which version is champion."""
@@ -167,14 +171,19 @@ def read_wanted(
 ) -> Wanted:
     """The configuration with what the command's options say beside it. Raises UserError."""
     config = load_config(RelearnConfig, file, overrides)
-    changes: dict[str, Any] = {"target": None, "strategy": strategies_of(config)}
+    changes: dict[str, Any] = {}
     if strategies is not None:
         changes["strategy"] = read_strategies(strategies)
     if seeds is not None:
         changes["seeds"] = read_seeds(seeds)
     if parent is not None:
         changes["parent"] = parent
-    return Wanted(config.model_copy(update=changes), None if targets.strip() == ALL else read_targets(targets))
+    return wanted_of(config.model_copy(update=changes), None if targets.strip() == ALL else read_targets(targets))
+
+
+def wanted_of(config: RelearnConfig, targets: list[str] | None) -> Wanted:
+    """Build the fan-out of a configuration, whose own `target` does not count. `targets`: None for all."""
+    return Wanted(config.model_copy(update={"target": None, "strategy": strategies_of(config)}), targets)
 
 
 def read_targets(text: str) -> list[str]:

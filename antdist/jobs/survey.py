@@ -8,6 +8,7 @@ from typing import Any
 
 from antdist.config.schema import RelearnConfig
 from antdist.errors import UserError
+from antdist.report import Report
 from antdist.runs.checks import check_strategies
 from antdist.runs.comparison import refuse_other_config
 from antdist.runs.context import CheckReport
@@ -28,8 +29,8 @@ class Found:
     verdict: dict[str, Any] | None
 
 
-@dataclass(frozen=True)
-class Survey:
+@dataclass(frozen=True, repr=False)
+class Survey(Report):
     """`parent`: as a version, since an alias may move while jobs wait."""
 
     parent: str | None
@@ -55,6 +56,12 @@ class Survey:
             for target, found in self.targets.items()
         }
         return {"parent": self.parent, "targets": targets, "notes": self.notes}
+
+    def records(self) -> list[dict[str, Any]]:
+        return [
+            {"target": target, "trials left": len(found.todo), "judged": found.verdict is not None}
+            for target, found in self.targets.items()
+        ]
 
     @staticmethod
     def from_json(told: dict[str, Any], config: RelearnConfig) -> Survey:

@@ -27,6 +27,7 @@ from antdist.planning.costs import (
     windows_of,
     zipf,
 )
+from antdist.report import Report
 
 if TYPE_CHECKING:
     from antdist.data.domain import Domain
@@ -38,9 +39,11 @@ PAPER = (2_293_714, 657_018, 21_420_242)
 LARGE = (1_000_000_000, 100_000_000, 10_000_000_000)
 
 
-@dataclass(frozen=True)
-class PlanReport:
+@dataclass(frozen=True, repr=False)
+class PlanReport(Report):
     """One plan a workload, and what they take for granted."""
+
+    table_key = "plans"
 
     title: str
     plans: list[Plan]

@@ -17,6 +17,7 @@ from antdist.distributed.ray_session import ray_session, run_workers, stoppable
 from antdist.errors import Preempted, UserError
 from antdist.evaluation.significance import metric_of
 from antdist.io.logs import get_logger
+from antdist.report import Report
 from antdist.runs.checks import check_relearn, resolve_trained
 from antdist.runs.comparison import record_config
 from antdist.runs.context import AdaptContext, with_absolute_paths
@@ -37,8 +38,8 @@ from antdist.tracking.run import check_known, start_run, stored_run
 logger = get_logger(__name__)
 
 
-@dataclass(frozen=True)
-class TrainedTrial:
+@dataclass(frozen=True, repr=False)
+class TrainedTrial(Report):
     """A trial that is trained, and not judged yet."""
 
     trial: str

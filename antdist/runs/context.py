@@ -9,6 +9,7 @@ from typing import Any, Generic, TypeVar
 from antdist.config.schema import PretrainConfig, RelearnConfig
 from antdist.data.domain import Domain
 from antdist.io.logs import get_logger
+from antdist.report import Report
 from antdist.runs.folder import RunFolder, absolute
 from antdist.runs.inputs import Inputs
 from antdist.runs.trials import Trial, trials_of
@@ -18,8 +19,8 @@ logger = get_logger(__name__)
 Config = TypeVar("Config", PretrainConfig, RelearnConfig)
 
 
-@dataclass
-class CheckReport:
+@dataclass(repr=False)
+class CheckReport(Report):
     """What was checked, a line each; notes on what is allowed but worth knowing; figures for people to judge."""
 
     checked: list[str] = field(default_factory=list)

@@ -12,6 +12,7 @@ from antdist.distributed.ray_session import ray_session, run_workers, stoppable
 from antdist.errors import Preempted, UserError
 from antdist.io.logs import get_logger
 from antdist.model.io import CARD
+from antdist.report import Report
 from antdist.runs.checks import check_pretrain
 from antdist.runs.comparison import record_config
 from antdist.runs.context import PretrainContext, with_absolute_paths
@@ -32,9 +33,11 @@ from antdist.training.checkpoints.local import PREFIX, steps_in
 logger = get_logger(__name__)
 
 
-@dataclass(frozen=True)
-class PretrainedModel:
+@dataclass(frozen=True, repr=False)
+class PretrainedModel(Report):
     """What a pre-training session ended with. `finished` is None if `training.stop_after` ended it early."""
+
+    table_key = "history"
 
     folder: Path
     model: str  # models:/NAME/VERSION

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import ClassVar
 
 from pydantic import Field
 
@@ -13,6 +14,7 @@ from antdist.evaluation.results import Run, load_ranks, pool
 from antdist.evaluation.significance import Transfer, Verdict, judge
 from antdist.io.files import read_json
 from antdist.io.logs import get_logger
+from antdist.report import Report
 from antdist.runs.context import AdaptContext
 from antdist.runs.records import Record
 from antdist.runs.trials import SPLITS, strategies_of
@@ -22,11 +24,14 @@ logger = get_logger(__name__)
 Runs = Mapping[tuple[Strategy, str], Run]  # by strategy and split, over all seeds
 
 
-class Judgement(Record):
+class Judgement(Record, Report):
     """What the trials of a target show; `verdict.json`.
 
     `rows` are the table of test results. `verdicts` are those on validation, which decide on the choice.
     """
+
+    table_key: ClassVar[str] = "test"
+    __repr__ = Report.__repr__
 
     target: str
     seeds: list[int]

@@ -49,16 +49,38 @@ def make_servable(folder: Path, domain: Domain | None) -> None:
     made_for = None if domain is None else domain.fingerprint
     if _is_made(folder, made_for):
         return
+    if domain is None:
+        (folder / MLMODEL).unlink(missing_ok=True)
+        _write_mlmodel(folder, [WEIGHTS, CARD], None)
+        return
+    from antdist.serving.use import embed_domain
+
+    model, card = load_model(folder)
+    write_servable(folder, embed_domain(model, card, domain), domain.item_ids(), domain.fingerprint)
+
+
+def write_servable(folder: Path, embeddings: Tensor, item_ids: Sequence[str], fingerprint: str | None) -> None:
+    """Add a catalogue to a model's folder, and what MLflow needs to load it. The MLmodel comes last.
+
+    Args:
+        embeddings: (N, d), as the model gives them.
+        fingerprint: of the prepared domain that they were made from.
+    """
+    from safetensors.torch import save_file
+
     (folder / MLMODEL).unlink(missing_ok=True)
-    if domain is not None:
-        _write_catalogue(folder, domain)
-    names = [WEIGHTS, CARD] if domain is None else [WEIGHTS, CARD, EMBEDDINGS, ITEM_IDS]
+    save_file({"embeddings": embeddings.float().contiguous()}, folder / EMBEDDINGS, metadata={"format": "pt"})
+    (folder / ITEM_IDS).write_text(json.dumps(list(item_ids), ensure_ascii=False), encoding="utf-8")
+    _write_mlmodel(folder, [WEIGHTS, CARD, EMBEDDINGS, ITEM_IDS], fingerprint)
+
+
+def _write_mlmodel(folder: Path, names: Sequence[str], fingerprint: str | None) -> None:
     described = {
         "flavors": {
             "python_function": {"loader_module": __name__, "python_version": platform.python_version()},
         },
         "signature": {key: json.dumps(columns) for key, columns in SIGNATURE.items()},
-        "metadata": {"fingerprint": made_for, "sha256": {name: file_sha256(folder / name) for name in names}},
+        "metadata": {"fingerprint": fingerprint, "sha256": {name: file_sha256(folder / name) for name in names}},
     }
     partial = folder / f"{MLMODEL}.tmp"
     partial.write_text(yaml.safe_dump(described, sort_keys=False, width=120), encoding="utf-8")
@@ -82,45 +104,39 @@ def _differing(folder: Path, digests: Mapping[str, str]) -> list[str]:
     return [n for n, path in files.items() if not path.is_file() or file_sha256(path) != digests[n]]
 
 
-def _write_catalogue(folder: Path, domain: Domain) -> None:
-    from safetensors.torch import save_file
-
-    from antdist.serving.use import embed_domain
-
-    model, card = load_model(folder)
-    embeddings = embed_domain(model, card, domain)
-    save_file({"embeddings": embeddings.float().contiguous()}, folder / EMBEDDINGS, metadata={"format": "pt"})
-    (folder / ITEM_IDS).write_text(json.dumps(domain.item_ids(), ensure_ascii=False), encoding="utf-8")
-
-
 # -- what MLflow calls -----------------------------------------------------------------------------------------------
 
 
 def _load_pyfunc(path: str) -> Servable:
-    """The model in the folder that MLflow has brought.
+    """Load the model folder that MLflow has fetched. Raises UserError as `load_catalogue`."""
+    item_ids, embeddings, _ = load_catalogue(Path(path))  # it checks all files
+    return Servable(load_model(path)[0], item_ids, embeddings)
+
+
+def load_catalogue(folder: Path) -> tuple[list[str], Tensor, str | None]:
+    """Load the ids and embeddings (N, d) of a registered model's items, and the fingerprint of the data that they are from.
 
     Raises:
         UserError: a pre-trained model; a file that is missing or not the one that was registered.
     """
     from safetensors.torch import load_file
 
-    folder = Path(path)
     if not (folder / EMBEDDINGS).is_file() and read_card(folder).target is None:
         raise UserError(
-            "a pre-trained model has no catalogue of its own, so it cannot be served",
-            where=path,
+            "a pre-trained model has no catalogue, so it cannot be served",
+            where=folder,
             remedy="re-learn it for a target (`antdist relearn ... from=MODEL`) and load that model, "
             "or rank a prepared domain with it (`antdist recommend MODEL DATA/NAME`)",
         )
-    if differing := _differing(folder, _metadata(folder)["sha256"]):
+    metadata = _metadata(folder)
+    if differing := _differing(folder, metadata["sha256"]):
         raise UserError(
             f"{differing[0]} is not the file that was registered",
-            where=path,
+            where=folder,
             remedy="download the model again; where that does not help, restore its artifacts, or train again",
         )
-    model, _ = load_model(folder)
     item_ids = json.loads((folder / ITEM_IDS).read_text(encoding="utf-8"))
-    return Servable(model, item_ids, load_file(folder / EMBEDDINGS)["embeddings"])
+    return item_ids, load_file(folder / EMBEDDINGS)["embeddings"], metadata["fingerprint"]
 
 
 @dataclass(frozen=True)

@@ -60,31 +60,43 @@ def recommend(
 
 
 def recommend_many(
-    model: Recommender, item_embeddings: Tensor, histories: Sequence[Sequence[int]], wanted: Sequence[int]
+    model: Recommender,
+    item_embeddings: Tensor,
+    histories: Sequence[Sequence[int]],
+    wanted: Sequence[int],
+    *,
+    exclude_history: bool = True,
 ) -> list[list[tuple[int, float]]]:
     """`recommend` for many histories, none of them empty: `wanted[i]` items for the i-th.
 
     Raises:
         UserError: the model's vectors are not finite.
     """
-    from antdist.evaluation.ranking import encode_histories
     from antdist.model.ops.scores import unit_or_fail
     from antdist.serving.top import top_items
 
     found: list[list[tuple[int, float]]] = []
     for first in range(0, len(histories), TOGETHER):
         whole, numbers = histories[first : first + TOGETHER], wanted[first : first + TOGETHER]
-        recent = [history[-model.config.max_length :] for history in whole]
-        offsets = ragged.offsets([len(history) for history in recent])
-        vectors = unit_or_fail(
-            encode_histories(model, item_embeddings, np.concatenate(recent), offsets), "user vectors"
-        )
+        vectors = unit_or_fail(encode_users(model, item_embeddings, whole), "user vectors")
         seen = np.repeat(np.arange(len(whole)), [len(history) for history in whole]), np.concatenate(whole)
-        indices, scores = top_items(vectors, [item_embeddings], max(numbers), seen)
+        indices, scores = top_items(vectors, [item_embeddings], max(numbers), seen if exclude_history else None)
         for row, n in enumerate(numbers):
             there = indices[row, :n] >= 0
             found.append(list(zip(indices[row, :n][there].tolist(), scores[row, :n][there].tolist(), strict=True)))
     return found
+
+
+def encode_users(model: Recommender, item_embeddings: Tensor, histories: Sequence[Sequence[int]]) -> Tensor:
+    """Encode histories of item indices, none of them empty, as preferences (len(histories), d).
+
+    The model reads the last `max_length` items of each.
+    """
+    from antdist.evaluation.ranking import encode_histories
+
+    recent = [history[-model.config.max_length :] for history in histories]
+    offsets = ragged.offsets([len(history) for history in recent])
+    return encode_histories(model, item_embeddings, np.concatenate(recent), offsets)
 
 
 def history_of(domain: Domain, user_id: str) -> list[int]:

@@ -31,6 +31,7 @@ from antdist.features.table import open_optional_table
 from antdist.io.files import file_sha256
 from antdist.io.progress import track
 from antdist.model.io import WEIGHTS
+from antdist.report import Report
 from antdist.serving.output import SUMMARY, Output
 from antdist.serving.recommend import TOGETHER
 from antdist.serving.use import FoundModel, catalogue_for
@@ -75,8 +76,8 @@ class Task:
     threads: int | None
 
 
-@dataclass(frozen=True)
-class ScoreReport:
+@dataclass(frozen=True, repr=False)
+class ScoreReport(Report):
     """What `score` did. `rows` counts (user, item) pairs; `fresh_users` those that this run scored, in `seconds`."""
 
     out: str

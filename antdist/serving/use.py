@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
-from antdist.errors import UserError
+from antdist.errors import UserError, redact
 from antdist.io.logs import get_logger
+from antdist.report import Report
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -37,6 +38,25 @@ class FoundModel:
     card: ModelCard
     folder: Path
     uri: str
+
+
+@dataclass(frozen=True, repr=False)
+class Evaluation(Report):
+    """The metrics of a model on the users of a split, the number of users, and of targets that stood in their history."""
+
+    model: str
+    domain: str
+    split: Literal["validation", "test"]
+    metrics: dict[str, float]
+
+    def lines(self) -> list[str]:
+        return [
+            f"{name:12} {value:.4f}" if "@" in name else f"{name:12} {int(value):,}"
+            for name, value in self.metrics.items()
+        ]
+
+    def to_json(self) -> dict[str, Any]:
+        return {"model": self.model, "domain": redact(self.domain), "split": self.split, **self.metrics}
 
 
 class Shown(NamedTuple):

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from antdist.config.schema import TrackingConfig
 from antdist.errors import UserError
+from antdist.report import Report
 from antdist.tracking.registry import validation_of
 from antdist.tracking.store import check_reachable, connect, redact, sqlite_file, told_clearly, tracking_uri
 
@@ -51,9 +52,11 @@ class Version:
         return "" if self.validation is None else f"{self.validation:.4f}"
 
 
-@dataclass(frozen=True)
-class Overview:
+@dataclass(frozen=True, repr=False)
+class Overview(Report):
     """Versions by name, the newest of each first; `lineage` of each, by uri, from its own data back to the first."""
+
+    table_key = "models"
 
     tracking_uri: str
     versions: Sequence[Version]

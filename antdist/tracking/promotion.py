@@ -8,6 +8,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 from antdist.errors import UserError
+from antdist.report import Report
 from antdist.tracking.registry import alias_holder, find_version, judge
 from antdist.tracking.store import connect, told_clearly
 
@@ -15,8 +16,8 @@ FORCED = "forced."  # + alias: the tag of a version that an alias was forced on,
 MAY_BE_CHAMPION = (None, "ground truth", "positive")  # transfer: of a pre-training, of `scratch`, shown to help
 
 
-@dataclass(frozen=True)
-class Promotion:
+@dataclass(frozen=True, repr=False)
+class Promotion(Report):
     """What became of an alias. `before` and `after` are versions of `name`; `forced` says what spoke against it."""
 
     name: str

@@ -9,13 +9,14 @@ from fnmatch import fnmatchcase
 from typing import Any
 
 from antdist.errors import UserError
+from antdist.report import Report
 from antdist.tracking.overview import Version, registered
 from antdist.tracking.registry import MODEL
 from antdist.tracking.store import StoreAway, connect, in_a_line, moving_files, told_clearly
 
 
-@dataclass(frozen=True)
-class Pruning:
+@dataclass(frozen=True, repr=False)
+class Pruning(Report):
     """What went (or with `dry_run` would go), and what stayed."""
 
     removed: Sequence[Version]
@@ -37,6 +38,10 @@ class Pruning:
             "removed": [version.uri for version in self.removed],
             "kept": [version.uri for version in self.kept],
         }
+
+    def records(self) -> list[dict[str, Any]]:
+        kinds = (("removed", self.removed), ("kept", self.kept))
+        return [{"model": version.uri, "decision": kind} for kind, versions in kinds for version in versions]
 
 
 def prune(uri: str, *, pattern: str = "*", keep: int = 5, dry_run: bool = False) -> Pruning:

@@ -61,6 +61,7 @@ from antdist.data.writing import (
 from antdist.errors import UserError
 from antdist.io.files import flush_to_disk
 from antdist.io.progress import track
+from antdist.report import Report
 
 NOT_COMPARABLE = (
     "evaluation results before and after this append do not compare: an updated user's last interaction is the new test "
@@ -68,8 +69,8 @@ NOT_COMPARABLE = (
 )
 
 
-@dataclass(frozen=True)
-class AppendReport:
+@dataclass(frozen=True, repr=False)
+class AppendReport(Report):
     """What was added, and what was left out or changed meaning (`notes`: kind and count; `examples`: a few of each)."""
 
     domain: str

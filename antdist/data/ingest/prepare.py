@@ -28,10 +28,11 @@ from antdist.data.quarantine import MAX_BAD, QUARANTINE_NAME, Quarantine, write_
 from antdist.data.shards import MIN_INTERACTIONS
 from antdist.data.writing import BLOCK_USERS, ITEMS_PER_SHARD, Histories, check_name, check_target_folder, write_domain
 from antdist.errors import UserError
+from antdist.report import Report
 
 
-@dataclass(frozen=True)
-class PrepareReport:
+@dataclass(frozen=True, repr=False)
+class PrepareReport(Report):
     """What was written, and what was left out (`notes`: kind and count; `examples`: a few of each)."""
 
     domain: str

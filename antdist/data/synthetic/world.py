@@ -24,6 +24,7 @@ from antdist.data.synthetic.drawing import draw_item
 from antdist.data.synthetic.grammar import LONGEST, MIN_INTERACTIONS, SyntheticDomain, generator, make_domain
 from antdist.errors import UserError
 from antdist.io.progress import track
+from antdist.report import Report
 
 TARGET = "workshop"
 AUXILIARIES = ("garden", "kitchen", "toys", "office", "music", "pets", "sports")
@@ -94,9 +95,11 @@ class GeneratedDomain:
     prices: int
 
 
-@dataclass(frozen=True)
-class WorldReport:
+@dataclass(frozen=True, repr=False)
+class WorldReport(Report):
     """What was written, and which domain is meant as the target (the last)."""
+
+    table_key = "domains"
 
     folder: Path
     target: str
