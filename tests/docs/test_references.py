@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import re
 from collections.abc import Iterator
+from configparser import ConfigParser
 from functools import cache
 from pathlib import Path
 from types import ModuleType
@@ -59,6 +60,16 @@ def test_every_fault_names_its_test() -> None:
         entries = [part for part in re.split(r"\n(?=- )", faults) if part.startswith("- ")]
         assert bool(entries) == bool(heading)
         assert not [entry for entry in entries if not TEST.search(entry)], page
+
+
+def test_architecture_shows_the_layers_that_lint_checks() -> None:
+    setup = ConfigParser()
+    setup.read(ROOT / "setup.cfg")
+    layers = setup["importlinter:contract:layers"]["layers"].strip().split("\n")
+    contract = [[name.strip().removeprefix("antdist.") for name in layer.split("|")] for layer in layers]
+    page = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8").partition("## Rooms")[2]
+    rows = [line.split("|")[1] for line in page.split("\n") if line.startswith("| `")]
+    assert [re.findall(r"`(\w+)/?`", row) for row in rows] == contract
 
 
 def test_readme_is_a_front_page() -> None:
