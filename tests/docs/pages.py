@@ -49,7 +49,7 @@ VARYING = [
 
 def pages() -> list[Path]:
     """Every document of the project."""
-    outside = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "examples/README.md")]
+    outside = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "examples/README.md", "benchmarks/RESULTS.md")]
     outside += sorted((ROOT / "cluster").rglob("README.md"))
     return [*outside, *sorted((ROOT / "docs").rglob("*.md"))]
 
