@@ -130,17 +130,17 @@ def train_noting(run: Run, attempt: int) -> None:
     import numpy as np
 
     from antdist.distributed.world import current_world
-    from antdist.training import trainer as loop
+    from antdist.training.trainer import Trainer
 
     world = current_world()
     ledger = run.folder / "ledger" / f"attempt-{attempt:04d}-rank-{world.rank}.jsonl"
     descriptor = os.open(ledger, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
-    step = loop.train_step
+    step = Trainer.step
 
-    def noted(job: loop.Job, step_input: Any) -> Any:
-        losses = step(job, step_input)
-        whole, mine = step_input.whole, list[int]()
-        for micro in step_input.micros:
+    def noted(trainer: Trainer, step_input: Any) -> Any:
+        losses = step(trainer, step_input)
+        whole, mine = step_input.batch, list[int]()
+        for micro in step_input.micro_batches:
             items = micro.batch.item_ids[micro.batch.tokens].numpy()
             mine += _checksums(items, micro.batch.offsets.numpy())
         line: dict[str, Any] = {"step": step_input.step, "epoch": whole.epoch, "time": time.time(), "mine": mine}
@@ -151,8 +151,8 @@ def train_noting(run: Run, attempt: int) -> None:
         os.write(descriptor, (json.dumps(line) + "\n").encode())  # one call: whole, whatever kills us
         return losses
 
-    loop.train_step = noted  # this process does nothing else
-    loop.train(_job(run, world))
+    Trainer.step = noted  # type: ignore[method-assign, assignment]  # this process does nothing else
+    _job(run, world).train()
 
 
 def _checksums(items: Any, offsets: Any) -> list[int]:
@@ -166,7 +166,7 @@ def _job(run: Run, world: Any) -> Any:
     from antdist.model.recommender import build_recommender
     from antdist.training.adaptation import adapt
     from antdist.training.engines.plain import PlainEngine
-    from benchmarks.jobs import make_job
+    from benchmarks.jobs import make_trainer
     from benchmarks.worlds import RandomFeatures
 
     domain = open_domain(run.domain)
@@ -180,7 +180,7 @@ def _job(run: Run, world: Any) -> Any:
         learned = adapt("relearn", model, catalogue.dims, parent=parent) if adapting else fresh
         return PlainEngine(learned, config, world)
 
-    job, _ = make_job(
+    trainer, _ = make_trainer(
         domain,
         catalogue,
         model=model,
@@ -199,10 +199,10 @@ def _job(run: Run, world: Any) -> Any:
     )
 
     def validate() -> dict[str, float]:
-        weight = next(p for p in job.engine.model.parameters() if p.requires_grad)
+        weight = next(p for p in trainer.engine.model.parameters() if p.requires_grad)
         return {"Recall@10": float(weight.detach().abs().mean()), "NDCG@10": float(weight.detach().std())}
 
-    return replace(job, folder=run.folder, validate=validate)
+    return replace(trainer, folder=run.folder, evaluate=validate)
 
 
 # -- what is left of it ----------------------------------------------------------------------------------------------

@@ -28,10 +28,9 @@ from antdist.errors import UserError
 from antdist.model.ops.products import exact_products
 from antdist.planning.calibration import GEMM_SIZES, Sizes, gemm_peak, synchronise
 from antdist.training.engines.plain import PlainEngine
-from antdist.training.trainer import train_step
 from benchmarks.baseline import Baseline
 from benchmarks.flops import useful_flops
-from benchmarks.jobs import EngineOf, make_job
+from benchmarks.jobs import EngineOf, make_trainer
 from benchmarks.report import Line, Options, Report, ratio, taking_turns
 from benchmarks.worlds import AUXILIARY, PAPER_DIMS, TARGET, RandomFeatures, Shape, padded_prefixes, write_world
 
@@ -134,7 +133,7 @@ def _training(
 ) -> Callable[[], float]:
     """Some steps of antdist; gives predictions a second and notes the share of the peak and the memory."""
     loss = LossConfig(negatives="catalogue", alignment=0.0) if adapting else LossConfig()
-    job, inputs = make_job(
+    trainer, inputs = make_trainer(
         domain,
         features,
         model=MODEL,
@@ -152,9 +151,9 @@ def _training(
         start, predictions, batches = time.perf_counter(), 0, []
         for step_input in itertools.islice(inputs, steps):
             with exact_products(device):
-                train_step(job, step_input)
-            predictions += step_input.whole.predictions
-            batches += [micro.batch for micro in step_input.micros]
+                trainer.step(step_input)
+            predictions += step_input.batch.predictions
+            batches += [micro.batch for micro in step_input.micro_batches]
         synchronise(device)
         seconds = time.perf_counter() - start
         operations = sum(useful_flops(batch, MODEL, PAPER_DIMS, aligned=not adapting) for batch in batches)

@@ -35,7 +35,7 @@ from antdist.training.adaptation import adapt
 from antdist.training.checkpoints.local import best_weights
 from antdist.training.engines.plain import PlainEngine
 from antdist.training.feed import Feed
-from antdist.training.trainer import Job, train
+from antdist.training.trainer import Trainer
 from benchmarks.report import Line, Options, Report, ratio
 
 MODEL = ModelConfig(dim=128, experts=4, inner=128, dropout=0.2)
@@ -69,17 +69,17 @@ def fit(target: Domain, epochs: int, seed: int, folder: Path) -> Recommender:
     queries = validation_queries(target.sequences(), MODEL.max_length, limit=800)
     feed = Feed(stream, catalogue, LOSS, target.popularity(), accumulation=1, seed=seed, world=world)
     engine = PlainEngine(model, config, world)
-    job = Job(
+    trainer = Trainer(
         engine,
         feed,
         config,
         world,
         folder,
         seed,
-        validate=lambda: evaluate(model, catalogue, queries),
-        report=lambda metrics, step: None,
+        evaluate=lambda: evaluate(model, catalogue, queries),
+        log_metrics=lambda metrics, step: None,
     )
-    progress = train(job)
+    progress = trainer.train()
     assert progress.best_epoch is not None
     model.load_state_dict(load_file(best_weights(folder, progress.best_epoch)))
     return model

@@ -12,8 +12,8 @@ from pathlib import Path
 from antdist.config.schema import LossConfig, ModelConfig, StreamConfig, TrainingConfig
 from antdist.data.domain import open_domain
 from antdist.features.table import Catalogue
-from antdist.training.trainer import Job
-from benchmarks.jobs import Steps, make_job, rate
+from antdist.training.trainer import Trainer
+from benchmarks.jobs import Steps, make_trainer, rate
 from benchmarks.report import Line, Options, Report, ratio, taking_turns
 from benchmarks.worlds import TARGET, RandomFeatures, Shape, write_world
 
@@ -33,8 +33,8 @@ def _run(options: Options, folder: Path) -> Report:
         catalogue = RandomFeatures(domain.manifest.items, {"text": 384})
     batch, steps = (128, 1) if options.short else (2048, 8)
 
-    def job_of(mode: str) -> tuple[Job, Steps]:
-        return make_job(
+    def job_of(mode: str) -> tuple[Trainer, Steps]:
+        return make_trainer(
             domain,
             catalogue,
             model=model,

@@ -1,6 +1,6 @@
 """What a run loses to logging, progress and checkpoints, and to waiting for data.
 
-The same steps from the same start, taking turns: `antdist.training.trainer.train` with MLflow on SQLite, the live figures for
+The same steps from the same start, taking turns: `antdist.training.trainer.Trainer.train` with MLflow on SQLite, the live figures for
 the driver, `log_every` and `checkpoint_every` at their defaults (a checkpoint an epoch), against the bare
 steps. Validation costs nothing here and always finds a better model, so that its weights are kept each time. Turns differ
 by the machine's noise, so the time between the steps of the full run, other than waiting for data, is told too.
@@ -23,8 +23,8 @@ from antdist.model.ops.products import exact_products
 from antdist.runs.folder import RunFolder
 from antdist.tracking.run import start_run
 from antdist.training.engines.plain import PlainEngine
-from antdist.training.trainer import Job, train, train_step
-from benchmarks.jobs import make_job
+from antdist.training.trainer import Trainer
+from benchmarks.jobs import make_trainer
 from benchmarks.report import Line, Options, Report, ratio
 from benchmarks.worlds import PAPER_DIMS, TARGET, RandomFeatures, Shape, write_world
 
@@ -63,8 +63,8 @@ class Full:
         return sum(self.waits) / len(self.waits)
 
 
-def new_job(domain: Domain, dims: dict[str, int], training: TrainingConfig, batch: int) -> Job:
-    job, _ = make_job(
+def new_job(domain: Domain, dims: dict[str, int], training: TrainingConfig, batch: int) -> Trainer:
+    trainer, _ = make_trainer(
         domain,
         RandomFeatures(domain.manifest.items, dims),
         model=ModelConfig(),
@@ -73,10 +73,10 @@ def new_job(domain: Domain, dims: dict[str, int], training: TrainingConfig, batc
         training=training,
         engine_of=Watched,
     )
-    return job
+    return trainer
 
 
-def full_run(job: Job, folder: Path) -> Full:
+def full_run(trainer: Trainer, folder: Path) -> Full:
     """With everything around it; the run in MLflow is begun before the clock, and delivered within it."""
     tracked = start_run(f"sqlite:///{folder / 'mlflow.db'}", "overhead", "full", folder, config={})
     better: Iterator[int] = iter(range(1, 1 << 30))
@@ -86,31 +86,31 @@ def full_run(job: Job, folder: Path) -> Full:
         tracked.log(metrics, step)
         waits.extend(value for name, value in metrics.items() if name == "train/data_wait")
 
-    assert isinstance(job.engine, Watched)
+    assert isinstance(trainer.engine, Watched)
     recorded = replace(
-        job,
+        trainer,
         folder=folder,
-        validate=lambda: dict.fromkeys(("Recall@10", "NDCG@10"), next(better) / 1e6),
-        report=report,
-        live=RunFolder(folder).write_status,
+        evaluate=lambda: dict.fromkeys(("Recall@10", "NDCG@10"), next(better) / 1e6),
+        log_metrics=report,
+        show_status=RunFolder(folder).write_status,
     )
     start = time.perf_counter()
-    train(recorded)
+    recorded.train()
     tracked.finish()
-    return Full(time.perf_counter() - start, job.engine.stepping, waits)
+    return Full(time.perf_counter() - start, trainer.engine.stepping, waits)
 
 
-def bare_run(job: Job) -> float:
+def bare_run(trainer: Trainer) -> float:
     """Seconds of the same steps, in the matrix products that `train` uses, and nothing else."""
     start = time.perf_counter()
-    with exact_products(job.world.device):
-        for epoch in range(job.config.epochs):
-            for step_input in job.feed.epoch(epoch, 0):
-                train_step(job, step_input)
+    with exact_products(trainer.world.device):
+        for epoch in range(trainer.config.epochs):
+            for step_input in trainer.feed.epoch(epoch, 0):
+                trainer.step(step_input)
     return time.perf_counter() - start
 
 
-def apart(one: Job, other: Job) -> float:
+def apart(one: Trainer, other: Trainer) -> float:
     """The largest difference between the weights of two jobs: 0 if they took the same steps."""
     pairs = zip(one.engine.model.parameters(), other.engine.model.parameters(), strict=True)
     return max(float((a - b).detach().abs().max()) for a, b in pairs)

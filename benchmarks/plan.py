@@ -24,9 +24,9 @@ from antdist.data.domain import Domain, open_domain
 from antdist.model.ops.products import exact_products
 from antdist.planning.calibration import Calibration, calibrate, line_through
 from antdist.planning.costs import MACHINES, Plan, Workload, counted, make_plan, useful_operations
-from antdist.training.memory import forget_peak, peak_bytes, resident_bytes
-from antdist.training.trainer import Job, train_step
-from benchmarks.jobs import Steps, make_job
+from antdist.training.memory import peak_bytes, reset_peak, resident_bytes
+from antdist.training.trainer import Trainer
+from benchmarks.jobs import Steps, make_trainer
 from benchmarks.processes import in_fresh_process
 from benchmarks.report import Line, Options, Report
 from benchmarks.worlds import AUXILIARY, PAPER_DIMS, TARGET, RandomFeatures, Shape, write_world
@@ -124,20 +124,20 @@ def measured(folder: Path, entry: Size, threads: int) -> tuple[float, float, flo
     with exact_products(CPU):
         torch.randn(64, 64) @ torch.randn(64, 64)
     before = resident_bytes()
-    forget_peak()
+    reset_peak()
     config = entry.config
-    job, inputs = make_job(
+    trainer, inputs = make_trainer(
         domain, features, model=config.model, loss=config.loss, stream=config.stream, training=config.training
     )
     with exact_products(CPU):
-        seconds, processor = zip(*itertools.islice(_steps(job, inputs), 1, entry.steps + 1), strict=True)
+        seconds, processor = zip(*itertools.islice(_steps(trainer, inputs), 1, entry.steps + 1), strict=True)
     return min(seconds), min(processor), (peak_bytes() - before) / 1e6
 
 
-def _steps(job: Job, inputs: Steps) -> Iterator[tuple[float, float]]:
+def _steps(trainer: Trainer, inputs: Steps) -> Iterator[tuple[float, float]]:
     """Seconds of each, waiting for data included, and processor seconds of all threads."""
     start, busy = time.perf_counter(), time.process_time()
     for step_input in inputs:
-        train_step(job, step_input)
+        trainer.step(step_input)
         yield time.perf_counter() - start, time.process_time() - busy
         start, busy = time.perf_counter(), time.process_time()

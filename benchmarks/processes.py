@@ -10,7 +10,7 @@ from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from typing import Any, TypeVar
 
-from antdist.training.memory import forget_peak, peak_bytes, resident_bytes
+from antdist.training.memory import peak_bytes, reset_peak, resident_bytes
 
 T = TypeVar("T")
 
@@ -46,7 +46,7 @@ def _on_rank(rank: int, size: int, port: int, function: Callable[..., T], argume
 
 def seconds_and_extra_bytes(work: Callable[[], object]) -> tuple[float, int]:
     """How long a work takes, and how much more memory than before is resident at its peak."""
-    forget_peak()
+    reset_peak()
     before, start = resident_bytes(), time.perf_counter()
     work()
     return time.perf_counter() - start, peak_bytes() - before

@@ -32,7 +32,8 @@ from antdist.training.adaptation import adapt
 from antdist.training.checkpoints.local import best_weights
 from antdist.training.engines.plain import PlainEngine
 from antdist.training.feed import Feed
-from antdist.training.trainer import CHOSEN_BY, Job, train
+from antdist.training.progress import SELECTION_METRIC
+from antdist.training.trainer import Trainer
 from benchmarks.report import Line, Options, Report
 from benchmarks.worlds import RandomFeatures, Shape, write_world
 
@@ -95,16 +96,17 @@ def fit(config: RelearnConfig, domain: Domain, catalogue: Any, seed: int, folder
 
     def validate() -> dict[str, float]:
         found = summary(ranks_of(model, catalogue, watched))
-        best = max([found[CHOSEN_BY], *(value for _, value in curve)])
+        best = max([found[SELECTION_METRIC], *(value for _, value in curve)])
         curve.append((time.perf_counter() - start, best))
         return found
 
     stream = Stream([domain], config.stream, max_length=longest, seed=seed)
     feed = Feed(stream, catalogue, config.loss, domain.popularity(), config.training.accumulation, seed, world)
     engine = PlainEngine(model, config.training, world)
-    progress = train(
-        Job(engine, feed, config.training, world, folder, seed, validate, lambda metrics, step: None, name=folder.name)
+    trainer = Trainer(
+        engine, feed, config.training, world, folder, seed, validate, lambda metrics, step: None, name=folder.name
     )
+    progress = trainer.train()
     assert progress.best_epoch is not None
     model.load_state_dict(load_file(best_weights(folder, progress.best_epoch)))
     return Fit(curve, ranks_of(model, catalogue, test_queries(sequences, longest)))
@@ -120,7 +122,7 @@ def compared(fits: dict[str, list[Fit]]) -> tuple[list[Line], list[str]]:
     for mode, runs in fits.items():
         for metric in TESTED:
             lines.append(Line(f"{mode}: test {metric}", [float(per_user(f.test, metric).mean()) for f in runs], ""))
-        lines.append(Line(f"{mode}: best validation {CHOSEN_BY}", [f.curve[-1][1] for f in runs], ""))
+        lines.append(Line(f"{mode}: best validation {SELECTION_METRIC}", [f.curve[-1][1] for f in runs], ""))
         lines.append(Line(f"{mode}: all epochs", [f.curve[-1][0] for f in runs], "s"))
     slowest = min(f.curve[-1][1] for f in fits["prefix"])
     for mode, runs in fits.items():
@@ -148,7 +150,9 @@ def draw(fits: dict[str, list[Fit]], domain: str, path: Path) -> None:
         for number, one in enumerate(fits[mode]):
             seconds, values = zip(*one.curve, strict=True)
             axes.plot(seconds, values, color=colour, linewidth=1.2, label=None if number else mode)
-    axes.set(xlabel="seconds, training and validation", ylabel=f"best validation {CHOSEN_BY} so far", title=domain)
+    axes.set(
+        xlabel="seconds, training and validation", ylabel=f"best validation {SELECTION_METRIC} so far", title=domain
+    )
     axes.legend()
     axes.grid(alpha=0.3)
     figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None)

@@ -17,9 +17,8 @@ from antdist.config.schema import LossConfig, ModelConfig, StreamConfig, Trainin
 from antdist.data.domain import open_domain
 from antdist.distributed.world import barrier, current_world
 from antdist.model.ops.products import exact_products
-from antdist.training.trainer import train_step
 from benchmarks.flops import useful_flops
-from benchmarks.jobs import make_job, rate
+from benchmarks.jobs import make_trainer, rate
 from benchmarks.processes import on_ranks
 from benchmarks.report import Line, Options, Report, ratio
 from benchmarks.worlds import AUXILIARY, PAPER_DIMS, TARGET, RandomFeatures, Shape, write_world
@@ -34,7 +33,7 @@ def rates(rank: int, folder: Path, loss: LossConfig, batch: int, steps: int) -> 
     """By this rank's clock, after two steps that warm up: predictions a second of all ranks together, and the useful
     operations a second of this rank's matrix products (`benchmarks.flops.useful_flops`)."""
     domain, world = open_domain(folder), current_world()
-    job, inputs = make_job(
+    trainer, inputs = make_trainer(
         domain,
         RandomFeatures(domain.manifest.items, PAPER_DIMS),
         model=ModelConfig(),
@@ -43,15 +42,15 @@ def rates(rank: int, folder: Path, loss: LossConfig, batch: int, steps: int) -> 
         training=TrainingConfig(engine="plain"),
         world=world,
     )
-    rate(job, inputs, 2)
+    rate(trainer, inputs, 2)
     barrier(world)
     batches: list[Batch] = []
     predictions, start = 0, time.perf_counter()
     with exact_products(world.device):
         for step_input in itertools.islice(inputs, steps):
-            train_step(job, step_input)
-            predictions += step_input.whole.predictions
-            batches += [micro.batch for micro in step_input.micros]
+            trainer.step(step_input)
+            predictions += step_input.batch.predictions
+            batches += [micro.batch for micro in step_input.micro_batches]
     seconds = time.perf_counter() - start
     operations = sum(useful_flops(b, ModelConfig(), PAPER_DIMS, aligned=loss.alignment > 0) for b in batches)
     return predictions / seconds, operations / seconds

@@ -141,7 +141,7 @@ def _soak(options: Options, folder: Path) -> Report:
         click.echo(told, err=True)
     # to the end of the epoch after the one that it stands in, which may have no steps left; and as far without faults
     standing = load_latest(faulty.checkpoints)
-    epochs = (standing.progress["progress"]["epoch"] if standing else 0) + 2
+    epochs = (standing.document["progress"]["epoch"] if standing else 0) + 2
     faulty = replace(faulty, epochs=epochs)
     _to_the_end(faulty, len(struck))
     faulted, begun = time.time() - begun, time.time()

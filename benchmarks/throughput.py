@@ -22,10 +22,9 @@ from antdist.config.schema import LossConfig, ModelConfig, StreamConfig, Trainin
 from antdist.data.domain import open_domain
 from antdist.model.ops.products import exact_products
 from antdist.planning.calibration import GEMM_SIZES, Sizes, gemm_peak
-from antdist.training.trainer import train_step
 from benchmarks.baseline import Baseline
 from benchmarks.flops import padded_flops, useful_flops
-from benchmarks.jobs import make_job
+from benchmarks.jobs import make_trainer
 from benchmarks.report import Line, Options, Report, ratio, taking_turns
 from benchmarks.worlds import (
     AUXILIARY,
@@ -87,7 +86,7 @@ def _compare(case: Case, options: Options) -> list[Line]:
         features = RandomFeatures(domain.manifest.items, PAPER_DIMS)
         examples = padded_prefixes(domain, MODEL.max_length, 8 if options.short else EXAMPLES)
         stream = StreamConfig(batch_size=128 if options.short else StreamConfig().batch_size)
-        job, inputs = make_job(
+        trainer, inputs = make_trainer(
             domain, features, model=MODEL, loss=case.loss, stream=stream, training=TrainingConfig(engine="plain")
         )
         in_batch = case.loss.negatives == "in_batch"
@@ -99,9 +98,9 @@ def _compare(case: Case, options: Options) -> list[Line]:
             batches: list[Batch] = []
             for step_input in itertools.islice(inputs, case.steps):
                 with exact_products(CPU):
-                    train_step(job, step_input)
-                predictions += step_input.whole.predictions
-                batches += [micro.batch for micro in step_input.micros]
+                    trainer.step(step_input)
+                predictions += step_input.batch.predictions
+                batches += [micro.batch for micro in step_input.micro_batches]
             seconds = time.perf_counter() - start
             operations = sum(useful_flops(batch, MODEL, PAPER_DIMS, aligned=in_batch) for batch in batches)
             speeds.append(operations / seconds)

@@ -34,7 +34,7 @@ AUXILIARY = Shape(55_000, 28_800, 14.4)  # as four public domains together
 
 
 class RandomFeatures:
-    """Features of all items in memory, in place of a domain's feature tables (`antdist.training.feed.Features`)."""
+    """Features of all items in memory, in place of a domain's feature tables (`antdist.training.feed.FeatureSource`)."""
 
     def __init__(self, items: int, dims: dict[str, int], seed: int = 0) -> None:
         random = torch.Generator().manual_seed(seed)

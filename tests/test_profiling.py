@@ -12,7 +12,7 @@ import pytest
 
 from antdist import profiling
 from tests.ranks import on_ranks
-from tests.training.test_trainer import NAMES, run
+from tests.training.runs import NAMES, run
 from tests.worlds import make_domains
 
 PARTS = {"wait for data", "copy to device", "forward", "backward", "update", "checkpoint"}

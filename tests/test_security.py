@@ -106,10 +106,10 @@ def test_configuration_names_no_code(tmp_path: Path, text: str) -> None:
 
 def test_deepspeeds_section_imports_nothing() -> None:
     """DeepSpeed imports the modules that this list names."""
-    from antdist.training.engines.deepspeed import check_passthrough
+    from antdist.training.engines.deepspeed import check_reserved_keys
 
-    with pytest.raises(UserError, match=r"training\.deepspeed\.torch_autocast: this is decided elsewhere"):
-        check_passthrough({"torch_autocast": {"lower_precision_safe_modules": ["antigravity.x"]}})
+    with pytest.raises(UserError, match=r"training\.deepspeed\.torch_autocast: this key is set by training.precision"):
+        check_reserved_keys({"torch_autocast": {"lower_precision_safe_modules": ["antigravity.x"]}})
 
 
 SECRET = "http://someone:hush-hush@host:5000/x?token=hush-hush"

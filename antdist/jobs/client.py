@@ -20,7 +20,7 @@ from antdist.errors import Preempted, UserError
 from antdist.io.logs import get_logger
 from antdist.jobs.submission import Submission, again, stage
 from antdist.runs.folder import RunFolder
-from antdist.training.status import Live
+from antdist.training.status import Status
 
 logger = get_logger(__name__)
 
@@ -278,7 +278,7 @@ def _row(info: Any) -> tuple[str, ...]:
     )  # fmt: skip
 
 
-def _live(folder: Path, info: Any) -> Live | None:
+def _live(folder: Path, info: Any) -> Status | None:
     """How the run goes, if this job has said so: its folder may hold what an earlier one said."""
     file = RunFolder(folder).status_file
     with contextlib.suppress(OSError, UserError, TypeError):  # nothing, or nothing whole

@@ -33,7 +33,7 @@ from antdist.planning.costs import (
     update_bytes,
     useful_operations,
 )
-from antdist.training.memory import forget_peak, keep_memory, peak_bytes, resident_bytes
+from antdist.training.memory import keep_freed_memory, peak_bytes, reset_peak, resident_bytes
 
 if TYPE_CHECKING:
     import torch
@@ -247,8 +247,8 @@ def _begin_memory(device: torch.device) -> int:
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         return torch.cuda.memory_reserved(device)
-    keep_memory()  # as `train` does
-    forget_peak()
+    keep_freed_memory()  # as `train` does
+    reset_peak()
     return resident_bytes()
 
 

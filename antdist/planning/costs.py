@@ -27,7 +27,7 @@ Config = PretrainConfig | RelearnConfig
 FLOAT = 4
 SHORTEST = 3  # interactions of a user in a prepared domain, of which two are held out
 READ_AHEAD = 4  # steps whose inputs lie in the host's memory: two waiting, one at work, one in the making
-HELD_SHARE = 0.2  # of a GPU's memory, for features (antdist.training.feed)
+CACHE_SHARE = 0.2  # of a GPU's memory, for features (antdist.training.feed)
 BUCKET = 500_000_000  # gradients in DeepSpeed's buffer of stages 1 and 2, if `reduce_bucket_size` is not set
 PAGE = 4096
 RANKS = 20_000  # places at which a law of popularity is evaluated
@@ -372,11 +372,11 @@ def gathered_width(work: Work, model: ModelConfig) -> int:
 
 
 def held_features(data: Workload, loss: LossConfig, ranks: int, machine: Machine) -> float:
-    """Bytes of features that stay with the rank between steps (`antdist.training.feed.Feed.held`): 0 if a step brings its own."""
+    """Bytes of features that stay with the rank between steps (`antdist.training.feed.Feed.cached_features`): 0 if a step brings its own."""
     row = sum(FLOAT * width + 1 for width in data.dims.values()) + 8
     same_items = loss.negatives == "catalogue"
     held = row * (data.items / ranks if same_items else data.items)
-    fits = machine.gpu and held <= HELD_SHARE * machine.memory
+    fits = machine.gpu and held <= CACHE_SHARE * machine.memory
     return held if same_items or fits else 0.0
 
 
@@ -384,7 +384,7 @@ def memory_of(config: Config, data: Workload, step: Step, ranks: int, machine: M
     """Of one rank, at the peak of a step."""
     parameters = parameters_of(config.model, data.dims, data.items)
     held = held_features(data, config.loss, ranks, machine)
-    on_device = machine.gpu and held <= HELD_SHARE * machine.memory
+    on_device = machine.gpu and held <= CACHE_SHARE * machine.memory
     device = {"process": machine.overhead, **state_memory(config, parameters, ranks)}
     if "DeepSpeed's buffer" in device and not machine.gpu:  # a CPU gives memory only where it is written
         device["DeepSpeed's buffer"] = min(device["DeepSpeed's buffer"], device["weights"])

@@ -11,8 +11,8 @@ from antdist.config.schema import RelearnConfig
 from antdist.errors import UserError
 from antdist.planning.calibration import DIMS, Calibration
 from antdist.planning.costs import (
+    CACHE_SHARE,
     GIB,
-    HELD_SHARE,
     MACHINES,
     QUANTILES,
     Config,
@@ -275,7 +275,7 @@ def _assumptions(config: Config, machine: Machine, calibration: Calibration | No
         f"{_bytes(machine.lookup)}/s a rank, storage {_bytes(machine.storage)}/s a node",
         f"popularity where no data say it: (rank + 10) ** -{EXPONENT}; users' lengths log-normal above the shortest, "
         f"{mean.tokens / max(mean.predictions, 1e-9):.2f} tokens a prediction in the paper's data",
-        f"features stay on a GPU where they take at most {100 * HELD_SHARE:.0f} % of it; data are brought while a step computes, "
+        f"features stay on a GPU where they take at most {100 * CACHE_SHARE:.0f} % of it; data are brought while a step computes, "
         "exchange between ranks is not hidden; validations, start and failures are not counted",
     ]
 

@@ -61,7 +61,7 @@ def check_continues(config: PretrainConfig, state: ResolvedModel, inputs: Inputs
 def compare_data(state: ResolvedModel, domains: Sequence[Domain]) -> dict[str, str]:
     """Describe for each domain how its data changed since the training state was saved."""
     found = last_checkpoint(state.folder)
-    then = dict(found.progress["stream"]["order"]["domains"])
+    then = dict(found.document["stream"]["order"]["domains"])
     changes = {}
     for domain in domains:
         before, now = then.get(domain.name), domain.fingerprint

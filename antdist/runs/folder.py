@@ -34,7 +34,7 @@ from antdist.config.schema import PretrainConfig, RayConfig, RelearnConfig, Stra
 from antdist.io.files import read_json, write_json
 from antdist.io.storage import is_uri
 from antdist.runs.records import PretrainResult, RunRecord, Source, TrialResult
-from antdist.training.status import Live
+from antdist.training.status import Status
 
 if TYPE_CHECKING:
     from antdist.training.checkpoints.remote import Remote
@@ -128,11 +128,11 @@ class RunFolder:
         sources = self.read_sources() | {model: source}
         write_json(self.sources_file, {model: each.to_json() for model, each in sources.items()})
 
-    def read_status(self) -> Live | None:
+    def read_status(self) -> Status | None:
         content = read_json(self.status_file)
-        return None if content is None else Live(**content)
+        return None if content is None else Status(**content)
 
-    def write_status(self, status: Live) -> None:
+    def write_status(self, status: Status) -> None:
         write_json(self.status_file, asdict(status), lasting=False)
 
     def open_copy(self) -> Remote | None:

@@ -12,7 +12,7 @@ from antdist.io.logs import get_logger, log_to_file
 from antdist.io.progress import QUIET_SECONDS
 from antdist.runs.folder import RunFolder
 from antdist.runs.locks import lock_leader
-from antdist.training.status import Live
+from antdist.training.status import Status
 
 logger = get_logger(__name__)
 POLL_SECONDS = 0.3
@@ -39,8 +39,8 @@ def follow(folder: RunFolder) -> Iterator[None]:
     start = folder.log_file.stat().st_size
     folder.status_file.unlink(missing_ok=True)
 
-    def poll(show: Callable[[Live], None]) -> None:
-        shown: Live | None = None
+    def poll(show: Callable[[Status], None]) -> None:
+        shown: Status | None = None
         with folder.log_file.open(encoding="utf-8") as lines:
             lines.seek(start)
             while True:
@@ -66,10 +66,10 @@ def follow(folder: RunFolder) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _show_lines() -> Iterator[Callable[[Live], None]]:
+def _show_lines() -> Iterator[Callable[[Status], None]]:
     last = -QUIET_SECONDS
 
-    def show(status: Live) -> None:
+    def show(status: Status) -> None:
         nonlocal last
         if time.monotonic() - last >= QUIET_SECONDS:
             last = time.monotonic()
@@ -79,7 +79,7 @@ def _show_lines() -> Iterator[Callable[[Live], None]]:
 
 
 @contextlib.contextmanager
-def _show_bar() -> Iterator[Callable[[Live], None]]:
+def _show_bar() -> Iterator[Callable[[Status], None]]:
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn
 
@@ -88,7 +88,7 @@ def _show_bar() -> Iterator[Callable[[Live], None]]:
     with Progress(*columns, console=Console(stderr=True), transient=True, redirect_stderr=True) as progress:
         task = progress.add_task("starting the workers", total=None, figures="")
 
-        def show(status: Live) -> None:
+        def show(status: Status) -> None:
             figures = (
                 f"{status.step}/{status.steps}  loss {status.loss:.4f}  {status.rate:,.0f} predictions/s  "
                 f"data wait {status.wait:.1%}  {status.left / 60:.1f} min left"

@@ -1,4 +1,7 @@
-"""Adaptation strategies as a table: what each takes from the pre-trained model, and what it learns (spec, section 6)."""
+"""Adaptation strategies: what each inherits from the pre-trained model and what it trains.
+
+Section 6 of the spec.
+"""
 
 from __future__ import annotations
 
@@ -17,10 +20,10 @@ from antdist.model.recommender import Recommender, build_recommender, parameter_
 
 @dataclass(frozen=True)
 class Treatment:
-    """Of one parameter group: whether its values come from the parent, and whether they are learned."""
+    """How a strategy treats one parameter group."""
 
-    inherited: bool
-    learned: bool
+    inherited: bool  # initial values come from the parent
+    trained: bool
 
 
 FRESH, KEPT, FROZEN = Treatment(False, True), Treatment(True, True), Treatment(True, False)
@@ -35,12 +38,11 @@ _TABLE: dict[Strategy, tuple[Treatment, Treatment, Treatment]] = {
 
 
 def treatments(strategy: Strategy, variants: Collection[Variant] = ()) -> dict[str, Treatment]:
-    """Of each group of `parameter_groups`, under a strategy and the reference's variants of it.
+    """Map each group of `parameter_groups` to its treatment under a strategy and its variants.
 
-    PHI holds the transformer and the input LayerNorm; price biases go with THETA; the items' own embeddings (ANT_t)
-    are always fresh, as the parent knows other items. The variants: `learn_input_norm`: the input LayerNorm of a frozen
-    transformer keeps learning; `keep_price_bias`: `relearn` keeps the parent's c_k; `redraw_positions`: `finetune`
-    draws P afresh, and learns it.
+    PHI is the transformer and the input LayerNorm; price biases belong to THETA; item embeddings (ANT_t) are always
+    fresh, as the parent has other items. The variants: `learn_input_norm` trains the input LayerNorm of a frozen
+    transformer; `keep_price_bias` lets `relearn` inherit c_k; `redraw_positions` lets `finetune` train a fresh P.
     """
     theta, positions, phi = _TABLE[strategy]
     table = {
@@ -61,7 +63,7 @@ def treatments(strategy: Strategy, variants: Collection[Variant] = ()) -> dict[s
 
 
 def needs_parent(strategy: Strategy) -> bool:
-    """Whether anything is inherited."""
+    """Whether the strategy inherits any group."""
     return any(treatment.inherited for treatment in treatments(strategy).values())
 
 
@@ -76,17 +78,17 @@ def adapt(
     means: dict[str, Tensor] | None = None,
     seed: int = 0,
 ) -> Recommender:
-    """The model that a strategy starts from: fresh groups drawn by `seed`, others the parent's, frozen ones not learned.
+    """Build a strategy's initial model: fresh groups initialised by `seed`, the others inherited.
 
     Dropout stays active in a frozen transformer, as in the reference.
 
     Args:
-        dims: of the target's features; where THETA is inherited, the parent's.
-        parent: the pre-trained model; not looked at by `scratch`.
-        means: of the target's features, to centre a fresh item tower with; None leaves its shifts at zero.
+        dims: feature dimensions of the target; of the parent if THETA is inherited.
+        parent: the pre-trained model; `scratch` ignores it.
+        means: feature means of the target, to centre a fresh item tower; None leaves its shifts at zero.
 
     Raises:
-        UserError: no parent where one is needed, or one that was built otherwise than the configuration asks for.
+        UserError: a parent is missing, or was built with another configuration.
     """
     if needs_parent(strategy) and parent is None:
         raise UserError(
@@ -109,7 +111,7 @@ def adapt(
             parameter = model.get_parameter(name)
             if treatment.inherited:
                 _inherit(parameter, inherited.get(name), name)
-            parameter.requires_grad_(treatment.learned)
+            parameter.requires_grad_(treatment.trained)
     return model
 
 
@@ -119,7 +121,7 @@ def _check_same_build(config: ModelConfig, parent: ModelConfig, table: dict[str,
             there, here = getattr(parent, key), getattr(config, key)
             if there != here and (key != "experts" or config.mixture):
                 raise UserError(
-                    f"the parent's is {there}, the configuration asks for {here}",
+                    f"the parent has {there}, the configuration {here}",
                     where=f"model.{key}",
                     remedy=f"set model.{key}={str(there).lower()}, as in the parent's pre-training",
                 )
@@ -127,9 +129,9 @@ def _check_same_build(config: ModelConfig, parent: ModelConfig, table: dict[str,
 
 def _inherit(parameter: torch.nn.Parameter, source: torch.Tensor | None, name: str) -> None:
     if source is None or source.shape != parameter.shape:
-        there = "absent" if source is None else f"of shape {tuple(source.shape)}"
+        there = "missing" if source is None else f"of shape {tuple(source.shape)}"
         raise UserError(
-            f"the parent's {name} is {there}, the configuration asks for {tuple(parameter.shape)}",
+            f"the parent's {name} is {there}; the configuration needs shape {tuple(parameter.shape)}",
             where="from",
             remedy="adapt a parent with the modalities and feature dimensions of the target",
         )

@@ -1,4 +1,4 @@
-"""Dropout and routing noise as a function of (seed, step, micro-batch, rank): no random state to save or to restore."""
+"""Dropout and routing noise as a function of (seed, step, micro-batch, rank): no state to save."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 def seed_noise(seed: int, step: int, micro: int = 0, rank: int = 0) -> None:
     """Seed torch's generators (CPU and GPU) for one micro-batch of one rank.
 
-    A run that is killed and resumed thus draws the very noise that the uninterrupted run drew (law 3).
+    A resumed run thus draws the same noise as an uninterrupted one (law 3).
     """
     digest = hashlib.blake2b(f"{seed}/{step}/{micro}/{rank}".encode(), digest_size=8).digest()
     torch.manual_seed(int.from_bytes(digest, "little") >> 1)

@@ -8,10 +8,10 @@ from antdist.config.schema import ScheduleConfig
 
 
 def learning_rate(config: ScheduleConfig, base: float, step: int, steps_per_epoch: int, epochs: int) -> float:
-    """The learning rate of global step `step` (from 0), with `base` the configured one.
+    """Return the learning rate of global step `step` (from 0); `base` is the configured one.
 
-    `decay` is the reference's: times `factor` after each epoch (spec, sections 5 and 6). A warm-up of `warmup_steps`,
-    linear from 0, precedes any kind.
+    `decay` is the reference's: times `factor` after each epoch (spec, sections 5 and 6). Every kind starts with a
+    linear warm-up of `warmup_steps`.
     """
     if step < config.warmup_steps:
         return base * (step + 1) / config.warmup_steps

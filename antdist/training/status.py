@@ -1,34 +1,54 @@
-"""How a run goes right now: what a bar or a line of a log shows."""
+"""The status of a run while it trains: what a progress bar or a log line shows."""
 
 from __future__ import annotations
 
+import time
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from antdist.io.logs import get_logger
 
 logger = get_logger(__name__)
 
+INTERVAL_SECONDS = 1.0
+
 
 @dataclass(frozen=True)
-class Live:
-    """How a run goes right now: `rate` in predictions a second, `wait` the share of time spent waiting for data, `left` in
-    seconds."""
+class Status:
+    """A run's step, loss and speed at one moment."""
 
     name: str
     step: int
     steps: int
     loss: float
-    rate: float
-    wait: float
-    left: float
+    rate: float  # predictions a second
+    wait: float  # the share of time spent waiting for data
+    left: float  # seconds
 
     def line(self) -> str:
+        """Format the status as one line of a log."""
         return (
-            f"{self.name}: step {self.step} of {self.steps}, loss {self.loss:.4f}, {self.rate:,.0f} predictions/s, "
-            f"waited {self.wait:.1%} for data, {self.left / 60:.1f} min left"
+            f"{self.name}: step {self.step}/{self.steps}  loss {self.loss:.4f}  {self.rate:,.0f} predictions/s  "
+            f"data wait {self.wait:.1%}  {self.left / 60:.1f} min left"
         )
 
 
-def log_line(live: Live) -> None:
-    """The plain way to show how a run goes."""
-    logger.info(live.line())
+def log_status(status: Status) -> None:
+    """Log the status as a line."""
+    logger.info(status.line())
+
+
+class StatusReporter:
+    """Shows a run's status, at most once a second; estimates the time left from the steps of this process."""
+
+    def __init__(self, name: str, show: Callable[[Status], None], first_step: int, steps: int) -> None:
+        self._name, self._show, self._first_step, self._steps = name, show, first_step, steps
+        self._begun = self._shown = time.perf_counter()
+
+    def report(self, step: int, loss: float, rate: float, wait: float) -> None:
+        now = time.perf_counter()
+        if now - self._shown < INTERVAL_SECONDS:
+            return
+        self._shown = now
+        left = (self._steps - step) * (now - self._begun) / (step - self._first_step)
+        self._show(Status(self._name, step, self._steps, loss, rate, wait, left))

@@ -165,7 +165,7 @@ def drain(cluster: Any, seconds: int) -> None:
 
 def restarts(run: Path) -> list[tuple[int, int]]:
     """From which step the run went on, and with how many workers."""
-    told = re.findall(r"goes on at step (\d+), .* (\d+) workers?, from", (run / "log.txt").read_text())
+    told = re.findall(r"resumes at step (\d+), .* (\d+) workers?, from", (run / "log.txt").read_text())
     return [(int(step), int(workers)) for step, workers in told]
 
 

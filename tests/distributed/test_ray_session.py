@@ -247,7 +247,7 @@ def test_a_signal_ends_a_run_in_order(sign: int, tmp_path: Path) -> None:
     process.send_signal(sign)
     assert process.wait(timeout=30) == {signal.SIGINT: 130, signal.SIGTERM: 75}[sign]
     told = (tmp_path / "said").read_text()
-    last = {signal.SIGINT: "stopped", signal.SIGTERM: "as asked; the same command goes on"}[sign]
+    last = {signal.SIGINT: "stopped", signal.SIGTERM: "run the same command to continue"}[sign]
     assert told.rstrip().endswith(last) and "Traceback" not in told
     left = psutil.wait_procs(started, timeout=20)[1]
     assert not left, left

@@ -104,7 +104,9 @@ def test_a_job_is_submitted_listed_stopped_with_its_last_step_saved_and_resumed_
 
     stopped = antdist(head, "stop", job)
     assert stopped.returncode == 0, stopped.stderr
-    found = re.search(rf"{job}: stopped\nit said last: shop: stopped after step (\d+), as asked", stopped.stdout)
+    found = re.search(
+        rf"{job}: stopped\nit said last: shop: stopped after step (\d+); run the same command", stopped.stdout
+    )
     assert found, stopped.stdout
     step = int(found[1])
     assert (run / f"checkpoints/step-{step:08d}/COMPLETE.json").is_file()
@@ -113,12 +115,12 @@ def test_a_job_is_submitted_listed_stopped_with_its_last_step_saved_and_resumed_
 
     resumed = antdist(head, "resume", job, "--wait")
     assert resumed.returncode == 0, resumed.stdout + resumed.stderr
-    assert f"goes on at step {step}" in resumed.stdout and "registered models:/shop/1" in resumed.stdout
+    assert f"resumes at step {step}" in resumed.stdout and "registered models:/shop/1" in resumed.stdout
     again = re.match(r"job (\S+)\n", resumed.stdout)
     assert again and again[1] != job
     states = [line.split()[:2] for line in antdist(head, "jobs", "--all").stdout.splitlines()[1:]]
     assert states == [[job, "stopped"], [again[1], "done"]]
-    assert f"goes on at step {step}" in antdist(head, "logs", again[1]).stdout
+    assert f"resumes at step {step}" in antdist(head, "logs", again[1]).stdout
     known = json.loads((run / "run.json").read_text())["run_id"]
     assert connect(f"sqlite:///{world}/runs/mlflow.db").get_run(known).info.status == "FINISHED"
 

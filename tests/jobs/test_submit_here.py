@@ -98,9 +98,11 @@ def test_ctrl_c_stops_the_job_in_order_and_the_same_command_goes_on(tmp_path: Pa
     process.send_signal(signal.SIGINT)
     assert process.wait(timeout=200) == 130, said.read_text()
     text = said.read_text()
-    found = re.search(r"stopping (pretrain-shop-\w+)\n(?:.*\n)*shop: stopped after step (\d+), as asked", text)
+    found = re.search(
+        r"stopping (pretrain-shop-\w+)\n(?:.*\n)*shop: stopped after step (\d+); run the same command", text
+    )
     assert found, text
-    assert text.rstrip().endswith("stopped") and "Traceback" not in text and "the same command goes on" in text
+    assert text.rstrip().endswith("stopped") and "Traceback" not in text and "run the same command to continue" in text
     step = int(found[2])
     assert (run / f"checkpoints/step-{step:08d}/COMPLETE.json").is_file()
     until(lambda: not alive(started), lambda: str(alive(started)), 30)
@@ -108,7 +110,7 @@ def test_ctrl_c_stops_the_job_in_order_and_the_same_command_goes_on(tmp_path: Pa
 
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert f"goes on at step {step}" in done.stdout and "registered models:/shop/1" in done.stdout
+    assert f"resumes at step {step}" in done.stdout and "registered models:/shop/1" in done.stdout
 
 
 @pytest.fixture(scope="module")
@@ -148,7 +150,7 @@ def test_trials_that_were_stopped_go_on_after_a_resume_and_end_with_the_same_fig
     assert stopped.returncode == 0 and f"{job}: stopped" in stopped.stdout, stopped.stderr
     resumed = antdist(head, "resume", job, "--wait")
     assert resumed.returncode == 0, resumed.stdout + resumed.stderr
-    assert "goes on at step" in resumed.stdout
+    assert "resumes at step" in resumed.stdout
     whole = antdist(head, *relearn("whole", tmp_path), "--wait")
     assert whole.returncode == 0, whole.stdout + whole.stderr
     for seed in (0, 1):

@@ -98,7 +98,7 @@ def test_an_inherited_tower_has_only_the_modalities_that_are_named(world: Path) 
         ({"tracking": {"registered_model": "a/b"}}, "tracking.registered_model: 'a/b' cannot name a registered model"),
         (
             {"training": {"deepspeed": {"zero_optimization": 3}}},
-            "training.deepspeed.zero_optimization: is a section of keys, not 3",
+            "training.deepspeed.zero_optimization: must be a section of keys, not 3",
         ),
         (
             {"ray": {"remote_storage": "file:///proc/no/such"}},
@@ -116,7 +116,7 @@ def test_an_inherited_tower_has_only_the_modalities_that_are_named(world: Path) 
         ),
         (
             {"training": {"deepspeed": {"wall_clock_brekdown": True}}},
-            "training.deepspeed.wall_clock_brekdown: DeepSpeed knows no such key; did you mean wall_clock_breakdown?",
+            "training.deepspeed.wall_clock_brekdown: DeepSpeed has no such key; did you mean wall_clock_breakdown?",
         ),
     ],
 )

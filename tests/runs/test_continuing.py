@@ -140,7 +140,7 @@ def test_it_begins_with_weights_and_moments_and_learns_the_grown_data_from_their
         assert torch.equal(weight, by_hand[name]), name
     found = load_latest(tmp_path / "run" / "checkpoints")
     assert found is not None
-    assert found.progress["progress"]["step"] == inputs.stream.steps_per_epoch
+    assert found.document["progress"]["step"] == inputs.stream.steps_per_epoch
     assert found.state.updates == updates + inputs.stream.steps_per_epoch
     assert read_card(tmp_path / "run" / "model").made["parent"] == "models:/parent/1"
 

@@ -109,7 +109,7 @@ def test_a_driver_that_is_killed_while_its_workers_train_starts_again_and_ends_w
     assert driver.wait() == -signal.SIGKILL
     again = start(head, world, name, *more)
     assert again.wait(timeout=300) == 0, said.read_text()
-    (step,) = re.findall(r"goes on at step (\d+), epoch \d+, 2 workers", (run / "log.txt").read_text())
+    (step,) = re.findall(r"resumes at step (\d+), epoch \d+, 2 workers", (run / "log.txt").read_text())
     assert 10 < int(step) < last_step(world / "runs" / "straight")
     assert_same_end(world, name)
 

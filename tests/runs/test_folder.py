@@ -16,7 +16,7 @@ from antdist.runs.mlflow_runs import restore_record
 from antdist.runs.records import PretrainResult, RunRecord, TrialResult
 from antdist.runs.trials import trials_of
 from antdist.runs.verdict import AdaptedModel, read_judgement
-from antdist.training.status import Live
+from antdist.training.status import Status
 
 KEPT = Path(__file__).parents[1] / "golden" / "kept"
 
@@ -66,7 +66,7 @@ def test_records_of_other_versions_keep_what_is_known(tmp_path: Path) -> None:
 
 
 def test_status_round_trips(tmp_path: Path) -> None:
-    folder, status = RunFolder(tmp_path), Live("a", 1, 2, 0.5, 10.0, 0.1, 3.0)
+    folder, status = RunFolder(tmp_path), Status("a", 1, 2, 0.5, 10.0, 0.1, 3.0)
     assert folder.read_status() is None
     folder.write_status(status)
     assert folder.read_status() == status

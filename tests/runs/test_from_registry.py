@@ -136,7 +136,7 @@ def test_a_job_on_an_empty_machine_goes_on_from_the_registry_and_equals_the_unin
         shutil.rmtree(world / left, ignore_errors=True)
 
     resumed = submit(head, "name=shop", "resume=models:/shop/latest", *places(world, "elsewhere", served))
-    assert f"goes on at step {HALF}" in resumed and "registered models:/shop/2" in resumed
+    assert f"resumes at step {HALF}" in resumed and "registered models:/shop/2" in resumed
     same(final(straight), final(world / "elsewhere/shop"))
     # the same MLflow run, each point once, as if nothing had been
     known = json.loads((world / "elsewhere/shop/run.json").read_text())["run_id"]

@@ -28,7 +28,7 @@ from antdist.tracking.registry import Lineage, ResolvedModel, register, resolve
 from antdist.tracking.run import start_run
 from antdist.tracking.store import tracking_uri
 from antdist.training.checkpoints.local import save_checkpoint
-from antdist.training.engines.plain import EngineState
+from antdist.training.engines.base import EngineState
 from tests.ranks import free_port
 from tests.tracking.server import FakeServer, listening
 from tests.worlds import make_domains

@@ -236,7 +236,7 @@ def test_a_finished_run_is_not_trained_again(
 ) -> None:
     again = pretrain(pretrain_config(world, "straight"))
     assert again.model == pretrained.model and curve(again) == curve(pretrained)
-    assert "straight: is finished (all epochs done, step" in capsys.readouterr().err
+    assert "straight: already finished (all epochs done, step" in capsys.readouterr().err
 
 
 def test_folders_may_be_relative_to_where_the_command_runs(world: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -250,7 +250,7 @@ def test_folders_may_be_relative_to_where_the_command_runs(world: Path, monkeypa
 def test_a_diverged_run_says_so_and_goes_on_as_advised(world: Path) -> None:
     with pytest.raises(
         UserError,
-        match=r"the loss or its gradient is no number since step \d+.*[Ll]ower training.learning_rate.*start again",
+        match=r"the loss or its gradient is NaN or Inf since step \d+.*[Ll]ower training.learning_rate.*start again",
     ):
         pretrain(pretrain_config(world, "diverged", training={"learning_rate": 1e30}))
     again = pretrain(pretrain_config(world, "diverged", training={"learning_rate": 1e-3}))
@@ -274,7 +274,7 @@ def test_a_killed_worker_costs_nothing(world: Path, tmp_path: Path) -> None:
     killer.start()
     killed = pretrain(config)
     killer.join()
-    assert "goes on at step" in (folder / "log.txt").read_text()
+    assert "resumes at step" in (folder / "log.txt").read_text()
     for name, weight in weights(straight.folder / "model").items():
         np.testing.assert_array_equal(weights(killed.folder / "model")[name], weight, err_msg=name)
 
@@ -285,7 +285,7 @@ def test_a_terminated_command_saves_and_the_same_command_goes_on(world: Path, pr
     config = pretrain_config(world, "terminated")
     terminator = threading.Thread(target=terminate_once, args=(folder / "lock",))
     terminator.start()
-    with pytest.raises(Preempted, match=r"terminated: stopped after step \d+, as asked; the same command goes on"):
+    with pytest.raises(Preempted, match=r"terminated: stopped after step \d+; run the same command to continue"):
         pretrain(config)
     terminator.join()
     assert not (folder / "stop").exists()
@@ -319,7 +319,7 @@ def test_runs_whose_folders_are_gone_go_on_from_remote_storage(
     first = pretrain(copied(pretrain_config(world, "copied", training={"stop_after": 4})))
     shutil.rmtree(first.folder)
     done = pretrain(copied(pretrain_config(world, "copied")))
-    assert "the checkpoint of step 4 was brought from" in capsys.readouterr().err
+    assert "fetched the checkpoint of step 4 from" in capsys.readouterr().err
     assert done.run_id == first.run_id and curve(done) == curve(pretrained)
     for name, weight in weights(pretrained.folder / "model").items():
         np.testing.assert_array_equal(weights(done.folder / "model")[name], weight, err_msg=name)
@@ -328,7 +328,7 @@ def test_runs_whose_folders_are_gone_go_on_from_remote_storage(
     before = weights(trial / "model")
     shutil.rmtree(trial.parent)
     relearn(config)
-    assert "target scratch seed 0: is finished (all epochs done" in capsys.readouterr().err
+    assert "target scratch seed 0: already finished (all epochs done" in capsys.readouterr().err
     for name, weight in before.items():
         np.testing.assert_array_equal(weights(trial / "model")[name], weight, err_msg=name)
 
@@ -337,7 +337,7 @@ def test_a_relearning_that_is_terminated_goes_on_with_its_trial(world: Path) -> 
     config = relearn_config(world, name="parted", strategy="scratch")
     terminator = threading.Thread(target=terminate_once, args=(world / "runs" / "parted" / "target" / "lock",))
     terminator.start()
-    with pytest.raises(Preempted, match=r"target scratch seed 0: stopped after step \d+, as asked"):
+    with pytest.raises(Preempted, match=r"target scratch seed 0: stopped after step \d+; run the same command"):
         relearn(config)
     terminator.join()
     done = relearn(config)

@@ -1,4 +1,4 @@
-"""What each strategy takes from its parent and what it learns, against the table of the spec, section 6."""
+"""What each strategy inherits and trains, against the table of the spec, section 6."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from antdist.training.adaptation import adapt
 CONFIG = ModelConfig(dim=8, experts=2, inner=8, max_length=5)
 DIMS = {"text": 6, "image": 5, "price": 4}
 
-# group -> (from the parent, learned), written out from the spec once more
+# group -> (inherited, trained), copied from the spec
 EXPECTED = {
     "scratch": {"theta": (False, True), "positions": (False, True), "phi": (False, True)},
     "finetune": {"theta": (True, True), "positions": (True, False), "phi": (True, False)},
@@ -34,22 +34,22 @@ def parent() -> torch.nn.Module:
 
 
 @pytest.mark.parametrize("strategy", list(EXPECTED))
-def test_each_group_comes_from_where_the_table_says(strategy: str) -> None:
+def test_groups_are_inherited_and_trained_by_the_table(strategy: str) -> None:
     source = parent()
     model = adapt(strategy, CONFIG, DIMS, parent=source, seed=2)
     fresh = build_recommender(CONFIG, DIMS, seed=2)
     expected = EXPECTED[strategy]
     for group, names in parameter_groups(model).items():
-        inherited, learned = (
+        inherited, trained = (
             expected[{"price_bias": "theta", "input_norm": "phi"}.get(group, group)] if names else (0, 0)
         )
         for name in names:
             origin = source if inherited else fresh
             assert torch.equal(model.get_parameter(name), origin.get_parameter(name)), name
-            assert model.get_parameter(name).requires_grad is learned, name
+            assert model.get_parameter(name).requires_grad is trained, name
 
 
-def test_the_reference_variants_move_one_group_each() -> None:
+def test_reference_variants_change_one_group_each() -> None:
     source = parent()
     norm = adapt("relearn", CONFIG, DIMS, parent=source, variants=["learn_input_norm"])
     assert norm.get_parameter("encoder.input_norm.weight").requires_grad
@@ -61,7 +61,7 @@ def test_the_reference_variants_move_one_group_each() -> None:
     assert positions.positions.weight.requires_grad
 
 
-def test_the_reference_initialisation_redraws_experts_for_relearning_alone() -> None:
+def test_reference_initialisation_redraws_experts_of_relearn() -> None:
     config = CONFIG.model_copy(update={"initialisation": "reference"})
     scratch = adapt("scratch", config, DIMS, parent=None, seed=3)
     relearn = adapt("relearn", config, DIMS, parent=parent(), seed=3)
@@ -71,19 +71,19 @@ def test_the_reference_initialisation_redraws_experts_for_relearning_alone() -> 
     assert torch.equal(ours.get_parameter("tower.text.weight"), scratch.get_parameter("tower.text.weight"))
 
 
-def test_item_embeddings_are_fresh_and_learned() -> None:
+def test_item_embeddings_are_fresh_and_trained() -> None:
     config = CONFIG.model_copy(update={"item_embeddings": True})
     model = adapt("relearn", config, DIMS, parent=parent(), catalogue_size=7)
     assert model.item_embeddings is not None and model.item_embeddings.weight.shape == (7, 8)
     assert model.item_embeddings.weight.requires_grad
 
 
-def test_a_missing_or_misfitting_parent_is_told() -> None:
+def test_missing_or_mismatched_parent_is_reported() -> None:
     with pytest.raises(
         UserError, match=r"from: strategy relearn starts from a pre-trained model.*from=models:/NAME/latest"
     ):
         adapt("relearn", CONFIG, DIMS, parent=None)
-    with pytest.raises(UserError, match=r"from: the parent's tower.text.* absent.*Adapt a parent with the modalities"):
+    with pytest.raises(UserError, match=r"from: the parent's tower.text.* missing.*Adapt a parent with the modalities"):
         image_only = build_recommender(CONFIG, {"image": 5}, seed=1)
         adapt("finetune", CONFIG, DIMS, parent=image_only)
 
@@ -92,27 +92,27 @@ def test_a_missing_or_misfitting_parent_is_told() -> None:
     ("strategy", "key", "value"),
     [
         ("relearn", "heads", 4),  # the same shapes, another transformer
-        ("relearn", "layers", 1),  # every shape that is asked for is there
+        ("relearn", "layers", 1),  # all required shapes exist
         ("relearn", "inner", 16),
         ("finetune", "max_length", 4),
         ("finetune", "mixture", False),
         ("finetune", "missing", "reference"),
     ],
 )
-def test_a_parent_of_another_build_is_told_by_its_key(strategy: Any, key: str, value: Any) -> None:
+def test_parent_of_another_configuration_names_the_key(strategy: Any, key: str, value: Any) -> None:
     other = CONFIG.model_copy(update={key: value})
     was = str(getattr(CONFIG, key))
-    with pytest.raises(UserError, match=f"model.{key}: the parent's is {was}, .* Set model.{key}={was.lower()}"):
+    with pytest.raises(UserError, match=f"model.{key}: the parent has {was}, .* Set model.{key}={was.lower()}"):
         adapt(strategy, other, DIMS, parent=parent())
 
 
-def test_what_is_drawn_afresh_may_be_of_another_build() -> None:
+def test_fresh_groups_may_differ_from_the_parent() -> None:
     other = CONFIG.model_copy(update={"experts": 3, "max_length": 4, "missing": "reference", "temperature": 0.1})
     assert adapt("relearn", other, DIMS, parent=parent()).positions.weight.shape == (4, 8)
 
 
 @pytest.mark.parametrize("mixture", [True, False])
-def test_a_centred_tower_gives_nothing_for_the_mean_item(mixture: bool) -> None:
+def test_centred_tower_maps_the_mean_item_to_zero(mixture: bool) -> None:
     config = CONFIG.model_copy(update={"mixture": mixture})
     means = {m: torch.randn(d) for m, d in DIMS.items()}
     model = adapt("scratch", config, DIMS, parent=None, means=means).eval()
@@ -123,7 +123,7 @@ def test_a_centred_tower_gives_nothing_for_the_mean_item(mixture: bool) -> None:
     assert plain.embed_items(features).item.abs().max() > 1e-3
 
 
-def test_an_inherited_tower_is_not_centred() -> None:
+def test_inherited_tower_is_not_centred() -> None:
     source = parent()
     model = adapt("finetune", CONFIG, DIMS, parent=source, means={m: torch.ones(d) for m, d in DIMS.items()})
     for name in parameter_groups(model)["theta"]:

@@ -1,4 +1,4 @@
-"""A copy of the data that is damaged on one rank alone: that rank names the file, and no other waits for it."""
+"""Data damaged on one rank only: that rank names the file, and the others end with it."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from antdist.features.table import Catalogue
 from antdist.model.recommender import build_recommender
 from antdist.training.engines.plain import PlainEngine
 from antdist.training.feed import Feed
-from antdist.training.trainer import Job, train
+from antdist.training.trainer import Trainer
 from tests.ranks import on_ranks
 from tests.worlds import make_domain
 
 
 def learn(folder: Path) -> tuple[list[int], str, float]:
-    """On a rank: train on its own copy of the data; the steps that were reported, how it ended, and after how long."""
+    """Train on the rank's copy of the data; return the reported steps, the outcome and the seconds."""
     world = current_world()
     config = ModelConfig(dim=8, experts=2, inner=8, max_length=6)
     training = TrainingConfig(epochs=2, log_every=1)
@@ -42,17 +42,17 @@ def learn(folder: Path) -> tuple[list[int], str, float]:
             0,
             world,
         )
-        job = Job(
+        trainer = Trainer(
             engine=PlainEngine(build_recommender(config, catalogue.dims, seed=0), training, world),
             feed=feed,
             config=training,
             world=world,
             folder=folder / "run",
             seed=0,
-            validate=lambda: {"Recall@10": 0.1, "NDCG@10": 0.1},
-            report=lambda metrics, step: steps.append(step),
+            evaluate=lambda: {"Recall@10": 0.1, "NDCG@10": 0.1},
+            log_metrics=lambda metrics, step: steps.append(step),
         )
-        train(job)
+        trainer.train()
     except UserError as error:
         return steps, f"UserError {error}", time.monotonic() - begin
     except RuntimeError as error:
@@ -67,7 +67,7 @@ def copies(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_a_shard_damaged_on_one_rank_ends_all_ranks_in_mid_epoch(copies: Path) -> None:
+def test_shard_damaged_on_one_rank_ends_all_ranks(copies: Path) -> None:
     domain = open_domain(copies / "rank1" / "d")
     shards = [shard.name for shard in domain.manifest.sequence_shards]
     last = shards[int(permutation(len(shards), domain.fingerprint, 0, 0, "shards")[-1])]  # in the order of epoch 0
@@ -82,13 +82,13 @@ def test_a_shard_damaged_on_one_rank_ends_all_ranks_in_mid_epoch(copies: Path) -
     assert waited < 60, "the survivor hung until a time limit"
 
 
-def test_two_sound_copies_train_to_the_end(copies: Path) -> None:
+def test_intact_copies_train_to_the_end(copies: Path) -> None:
     results = on_ranks(2, learn, copies)
     assert [how for _, how, _ in results] == ["finished", "finished"]
     assert max(results[0][0]) > 20
 
 
-def test_a_table_cut_short_on_one_rank_ends_all_ranks(copies: Path) -> None:
+def test_truncated_table_on_one_rank_ends_all_ranks(copies: Path) -> None:
     path = copies / "rank1" / "d" / "features" / "text-00000.npy"
     path.write_bytes(path.read_bytes()[:-4])
     (_, survivor, waited), (_, victim, _) = on_ranks(2, learn, copies)

@@ -1,4 +1,4 @@
-"""One run on a number of ranks that changes from start to start: the same global batches (law 1), the same losses (law 2)."""
+"""One run resumed on other numbers of ranks: the same global batches (law 1), the same losses (law 2)."""
 
 from __future__ import annotations
 
@@ -9,15 +9,7 @@ import numpy as np
 import pytest
 
 from tests.ranks import on_ranks
-from tests.training.test_trainer import NAMES, assert_same, run
-from tests.worlds import make_domains
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("data")
-    make_domains(folder, NAMES)
-    return folder
+from tests.training.runs import assert_same, run
 
 
 def _run(data: Path, folder: Path, options: dict[str, Any]) -> dict[str, Any]:
@@ -25,10 +17,10 @@ def _run(data: Path, folder: Path, options: dict[str, Any]) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize(("engine", "sizes"), [("plain", (2, 1, 2, 3)), ("deepspeed", (2, 1, 3))])
-def test_a_run_shrinks_and_grows_with_the_same_batches_and_losses(
+def test_resume_on_other_world_sizes_keeps_batches_and_losses(
     data: Path, tmp_path: Path, engine: str, sizes: tuple[int, ...]
 ) -> None:
-    """Under DeepSpeed with the optimizer dealt to the ranks (ZeRO 1): nothing is converted between two starts."""
+    """DeepSpeed partitions the optimizer (ZeRO 1); nothing is converted between two starts."""
     straight = _run(data, tmp_path / "straight", {})
     parts = []
     for place, size in enumerate(sizes):

@@ -1,4 +1,4 @@
-"""The DeepSpeed engine and the plain one are twins: same weights after the same steps, at any stage; their state moves freely."""
+"""The engines: equal weights after equal steps at every ZeRO stage, and a common state."""
 
 from __future__ import annotations
 
@@ -11,13 +11,14 @@ import torch
 from antdist.config.schema import TrainingConfig
 from antdist.distributed.world import current_world, row_gather, row_ranges
 from antdist.errors import UserError
+from antdist.training.engines.base import EngineState
 from antdist.training.engines.deepspeed import (
     DeepSpeedEngine,
-    check_passthrough,
+    check_reserved_keys,
     check_with_deepspeed,
     deepspeed_config,
 )
-from antdist.training.engines.plain import EngineState, PlainEngine
+from antdist.training.engines.plain import PlainEngine
 from tests.ranks import on_ranks
 
 STEPS = 4
@@ -26,7 +27,7 @@ STEPS = 4
 def small_model() -> torch.nn.Module:
     torch.manual_seed(5)
     model = torch.nn.Sequential(torch.nn.Linear(6, 8), torch.nn.GELU(), torch.nn.Linear(8, 8), torch.nn.Linear(8, 1))
-    model[2].requires_grad_(False)  # as the frozen transformer of re-learning
+    model[2].requires_grad_(False)  # like the frozen transformer of relearn
     return model
 
 
@@ -81,7 +82,7 @@ def close(a: dict[str, Any], b: dict[str, Any], tolerance: float) -> None:
 
 
 def everything(stage: int) -> list[dict[str, Any]]:
-    """In one process group, to start processes once: plain, DeepSpeed straight, DeepSpeed in two halves."""
+    """Run plain, uninterrupted DeepSpeed, and DeepSpeed in two halves; return their states."""
     plain = run("plain", 0, 0, STEPS, None, 0.1)
     straight = run("deepspeed", stage, 0, STEPS, None, 0.1)
     half = run("deepspeed", stage, 0, STEPS // 2, None, 0.1)
@@ -89,16 +90,15 @@ def everything(stage: int) -> list[dict[str, Any]]:
     return [plain, straight, half, resumed]
 
 
-@pytest.mark.parametrize("stage", [0, 1, 2, 3])
-def test_deepspeed_equals_plain_and_its_state_is_whole(stage: int) -> None:
+@pytest.mark.parametrize("stage", [0, 1, 2, 3], ids="zero{}".format)
+def test_deepspeed_equals_plain_and_resume_is_exact(stage: int) -> None:
     plain, straight, half, resumed = on_ranks(2, everything, stage)[0]
     one_rank = run("plain", 0, 0, STEPS, None, 0.1)
     close(straight, plain, 1e-6)
     close(one_rank, plain, 1e-6)
-    close(run("plain", 0, STEPS // 2, STEPS, half, 0.1), plain, 1e-6)  # two ranks' state goes on in one
-    for kind in ("weights",):
-        for name in straight[kind]:
-            np.testing.assert_array_equal(resumed[kind][name], straight[kind][name], err_msg=name)
+    close(run("plain", 0, STEPS // 2, STEPS, half, 0.1), plain, 1e-6)  # a state of two ranks resumes on one
+    for name, weight in straight["weights"].items():
+        np.testing.assert_array_equal(resumed["weights"][name], weight, err_msg=name)
     for moment in straight["moments"]:
         for name in straight["moments"][moment]:
             np.testing.assert_array_equal(resumed["moments"][moment][name], straight["moments"][moment][name])
@@ -116,7 +116,7 @@ def gathered_gradient() -> tuple[np.ndarray, np.ndarray]:
 
 
 @pytest.mark.parametrize("size", [2, 3])
-def test_rows_are_gathered_with_their_gradient(size: int) -> None:
+def test_row_gather_sums_gradients(size: int) -> None:
     whole = np.arange(15.0).reshape(5, 3)
     results = on_ranks(size, gathered_gradient)
     for rows, _ in results:
@@ -125,14 +125,14 @@ def test_rows_are_gathered_with_their_gradient(size: int) -> None:
     np.testing.assert_allclose(np.concatenate([gradient for _, gradient in results]), 2 * whole * factor)
 
 
-def test_a_passed_through_key_that_we_decide_is_refused() -> None:
+def test_reserved_deepspeed_keys_are_refused() -> None:
     with pytest.raises(UserError, match=r"training.deepspeed.optimizer: .*Remove it and set training.learning_rate"):
-        check_passthrough({"optimizer": {"type": "Adam"}})
+        check_reserved_keys({"optimizer": {"type": "Adam"}})
     with pytest.raises(UserError, match=r"training\.zero_stage"):
-        check_passthrough({"zero_optimization": {"stage": 3}})
+        check_reserved_keys({"zero_optimization": {"stage": 3}})
 
 
-def test_the_deepspeed_section_is_merged() -> None:
+def test_deepspeed_section_is_merged() -> None:
     config = TrainingConfig(
         zero_stage=2, deepspeed={"zero_optimization": {"overlap_comm": False}, "wall_clock_breakdown": True}
     )
@@ -142,26 +142,26 @@ def test_the_deepspeed_section_is_merged() -> None:
 
 
 @pytest.mark.parametrize(
-    ("section", "told"),
+    ("section", "message"),
     [
         (
             {"wall_clock_brekdown": True},
-            "wall_clock_brekdown: DeepSpeed knows no such key; did you mean wall_clock_breakdown?",
+            "wall_clock_brekdown: DeepSpeed has no such key; did you mean wall_clock_breakdown?",
         ),
-        ({"zzz": 1, "compile": {}}, "training.deepspeed.zzz: DeepSpeed knows no such key. Correct it"),
-        ({"zero_optimization": {"overlap_com": True}}, "training.deepspeed: DeepSpeed refuses it: "),
-        ({"zero_optimization": {"reduce_bucket_size": "many"}}, "training.deepspeed: DeepSpeed refuses it: "),
-        ({"checkpoint": 3}, "training.deepspeed: DeepSpeed refuses it: "),
+        ({"zzz": 1, "compile": {}}, "training.deepspeed.zzz: DeepSpeed has no such key. Correct it"),
+        ({"zero_optimization": {"overlap_com": True}}, "training.deepspeed: DeepSpeed rejects it: "),
+        ({"zero_optimization": {"reduce_bucket_size": "many"}}, "training.deepspeed: DeepSpeed rejects it: "),
+        ({"checkpoint": 3}, "training.deepspeed: DeepSpeed rejects it: "),
     ],
 )
-def test_what_deepspeed_does_not_know_is_told_before_a_run(section: dict[str, Any], told: str) -> None:
-    """Of an unknown key at the top it would say nothing."""
-    with pytest.raises(UserError) as error:
+def test_invalid_deepspeed_keys_are_reported(section: dict[str, Any], message: str) -> None:
+    """DeepSpeed itself ignores unknown keys at the top level."""
+    with pytest.raises(UserError) as caught:
         check_with_deepspeed(TrainingConfig(deepspeed=section))
-    assert told in str(error.value)
+    assert message in str(caught.value)
 
 
-def test_what_deepspeed_knows_passes() -> None:
+def test_valid_deepspeed_keys_pass() -> None:
     sections = {
         "activation_checkpointing": {"partition_activations": False},
         "aio": {"queue_depth": 8},
@@ -191,13 +191,13 @@ def test_what_deepspeed_knows_passes() -> None:
         {"deepspeed": {"zero_optimization": {"offload_optimizer": {"device": "cpu"}}}},
     ],
 )
-def test_deepspeed_computes_the_norm_where_something_needs_it(needs_it: dict[str, Any]) -> None:
-    """Elsewhere it would look at it in each step, on the host."""
+def test_deepspeed_computes_the_gradient_norm_if_needed(needs_it: dict[str, Any]) -> None:
+    """Otherwise it would read it on the host in each step for nothing."""
     assert "compute_grad_norm" not in deepspeed_config(TrainingConfig(**needs_it))["zero_optimization"]
 
 
 @pytest.mark.parametrize("kind", ["plain", "deepspeed"])
-def test_a_state_is_a_copy_and_its_memory_is_used_again(kind: str) -> None:
+def test_engine_state_is_a_copy_in_reused_memory(kind: str) -> None:
     on_ranks(1, _states, kind)
 
 

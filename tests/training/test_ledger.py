@@ -1,5 +1,4 @@
-"""Nothing is lost: killed at any moment and resumed, a run is trained on the same users in the same steps and ends bit for
-bit as one that was left alone (law 3)."""
+"""Kills at any moment: the resumed run sees the same users and ends bit for bit alike (law 3)."""
 
 from __future__ import annotations
 
@@ -25,12 +24,12 @@ def domain(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def drill(run: Run, ranks: int, attempts: list[list[Fault]]) -> list[list[int]]:
-    """Start the run as often as there are attempts, then once more without faults. The exit codes of each start."""
+    """Start the run per attempt with its faults, then once without; return the exit codes."""
     return [finish(start(run, ranks, number, wanted)) for number, wanted in enumerate([*attempts, []])]
 
 
 def assert_nothing_lost(run: Run, straight: Run) -> None:
-    """Bit for bit the end of the other run, and by the ledger the same steps; each user in each epoch exactly once."""
+    """Check the final state bit for bit, and by the ledger the steps and each epoch's users."""
     mine, theirs = end_state(run), end_state(straight)
     assert mine.keys() == theirs.keys()
     for name, content in theirs.items():
@@ -43,8 +42,7 @@ def assert_nothing_lost(run: Run, straight: Run) -> None:
 
 
 def assert_each_user_once(run: Run) -> None:
-    """In each epoch each user makes as many predictions as the history has targets, and the ranks together were dealt
-    each window of each global batch, and none twice."""
+    """Check that each epoch predicts every target once, and that the ranks partition each batch."""
     lengths = np.diff(open_domain(run.domain).sequences().offsets)
     wanted = {user: int(length) - 3 for user, length in enumerate(lengths) if length > 3}
     epochs: dict[int, Counter[int]] = {}
@@ -62,9 +60,7 @@ def assert_each_user_once(run: Run) -> None:
 @pytest.mark.parametrize(
     ("kind", "ranks"), [("pretraining", 1), ("pretraining", 2), ("pretraining", 3), ("adaptation", 2)]
 )
-def test_killed_again_and_again_at_any_moment_nobody_is_seen_twice_or_skipped(
-    domain: Path, tmp_path: Path, kind: Any, ranks: int
-) -> None:
+def test_resume_after_kills_sees_every_user_exactly_once(domain: Path, tmp_path: Path, kind: Any, ranks: int) -> None:
     straight = Run(domain, tmp_path / "straight", kind)
     assert drill(straight, ranks, []) == [[0] * ranks]
     total = len(counted(straight))
@@ -83,5 +79,5 @@ def test_killed_again_and_again_at_any_moment_nobody_is_seen_twice_or_skipped(
         assert ended[faults[0].get("rank", 0)] == -9, (faults, ended)
     assert codes[-1] == [0] * ranks
     repeated = len(list(lines(run))) - sum(map(len, counted(run).values()))
-    assert repeated > 0, "no step was undone: the kills were harmless"
+    assert repeated > 0, "no step was undone: the kills had no effect"
     assert_nothing_lost(run, straight)

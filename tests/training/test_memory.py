@@ -1,4 +1,4 @@
-"""Memory that the allocator keeps between a step's tensors goes back to the system."""
+"""The allocator: freed memory is kept for the next step, and trimmed."""
 
 from __future__ import annotations
 
@@ -16,21 +16,21 @@ def resident() -> int:
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="malloc_trim is glibc's")
-def test_freed_blocks_below_live_ones_are_returned(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_trim_returns_freed_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(memory, "_last", 0.0)
-    blocks = [bytearray(100_000) for _ in range(2000)]  # below glibc's limit for blocks of their own
+    blocks = [bytearray(100_000) for _ in range(2000)]  # below glibc's threshold for separate mappings
     kept = blocks[::50]
     full = resident()
     del blocks
-    memory.release_now_and_then()
+    memory.trim_periodically()
     assert len(kept) == 40 and full - resident() > 100_000_000
 
 
 FAULTS = """
 import resource, sys, torch
-from antdist.training.memory import keep_memory
+from antdist.training.memory import keep_freed_memory
 if sys.argv[1] == "keep":
-    keep_memory()
+    keep_freed_memory()
 def faults():
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 def use():
@@ -46,8 +46,8 @@ print(faults() - before)
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="glibc's allocator is Linux's")
-def test_memory_that_is_kept_is_not_asked_for_again() -> None:
-    """Tensors of 40 and 48 MB, made again and again: page faults in a process that keeps and in one that does not."""
+def test_kept_memory_avoids_page_faults() -> None:
+    """Page faults of repeated tensors of 40 and 48 MB, with and without `keep_freed_memory`."""
     kept, given_back = (
         int(subprocess.run([sys.executable, "-c", FAULTS, how], check=True, capture_output=True, text=True).stdout)
         for how in ("keep", "give back")

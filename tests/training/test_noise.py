@@ -1,4 +1,4 @@
-"""Noise is drawn anew for each seed, step, micro-batch and rank, and is the same whenever that comes again."""
+"""Noise is a function of seed, step, micro-batch and rank."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ def draw(*place: int) -> tuple[float, ...]:
     return tuple(torch.rand(4).tolist())
 
 
-def test_noise_is_a_function_of_seed_step_micro_batch_and_rank() -> None:
+def test_noise_depends_on_seed_step_micro_batch_and_rank() -> None:
     places = [(3, 5, 1, 2), (4, 5, 1, 2), (3, 6, 1, 2), (3, 5, 2, 2), (3, 5, 1, 3), (3, 51, 2), (35, 1, 2)]
     first = [draw(*place) for place in places]
-    torch.rand(100)  # whatever was drawn in between
+    torch.rand(100)  # draws in between do not matter
     assert [draw(*place) for place in places] == first
     assert len(set(first)) == len(places)

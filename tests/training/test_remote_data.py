@@ -1,4 +1,4 @@
-"""Training on data under a URI, larger than the node's cache: bit for bit as on the folder, each shard fetched once a pass."""
+"""Training on data at a URI, larger than the cache: bit for bit as on a folder."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from antdist.features.table import Catalogue
 from antdist.model.recommender import build_recommender
 from antdist.training.engines.plain import PlainEngine
 from antdist.training.feed import Feed, StepInput
-from antdist.training.trainer import Job, train
+from antdist.training.trainer import Trainer
 from tests.features.test_parts import give_parts
 from tests.noted import LOG, SLOW, opened
 from tests.ranks import on_ranks
@@ -44,7 +44,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def learn(root: str, cache: Path, bound: int, trouble: bool, environment: dict[str, str]) -> dict[str, Any]:
-    """On a rank: train, with `trouble` under all that may befall the cache; the weights, and the users of each step."""
+    """Train, with `trouble` under damage to the cache; return the weights and the users of each step."""
     os.environ.update(environment)
     cached.WAITS = (0.01, 0.01)
     world = current_world()
@@ -57,30 +57,30 @@ def learn(root: str, cache: Path, bound: int, trouble: bool, environment: dict[s
     catalogue.reserve_cache(stream.working_set_bytes())
     users: list[list[int]] = []
 
-    class Noting(Feed):
+    class RecordingFeed(Feed):
         def inputs(self, batch: GlobalBatch) -> StepInput:
             if trouble and world.leader:
-                _befall(cache, batch.index)
+                _damage_cache(cache, batch.index)
             users.append(batch.users.tolist())
             return super().inputs(batch)
 
     popularity = np.concatenate([domain.popularity() for domain in domains])
-    job = Job(
+    trainer = Trainer(
         engine=PlainEngine(build_recommender(config, catalogue.dims, seed=0), training, world),
-        feed=Noting(stream, catalogue, LossConfig(negatives="in_batch"), popularity, 1, 0, world),
+        feed=RecordingFeed(stream, catalogue, LossConfig(negatives="in_batch"), popularity, 1, 0, world),
         config=training,
         world=world,
         folder=cache.parent / "run",
         seed=0,
-        validate=lambda: {"Recall@10": 0.1, "NDCG@10": 0.1},
-        report=lambda metrics, step: None,
+        evaluate=lambda: {"Recall@10": 0.1, "NDCG@10": 0.1},
+        log_metrics=lambda metrics, step: None,
     )
-    train(job)
-    return {"users": users, "weights": {n: w.numpy() for n, w in job.engine.state().weights.items()}}
+    trainer.train()
+    return {"users": users, "weights": {n: w.numpy() for n, w in trainer.engine.state().weights.items()}}
 
 
-def _befall(cache: Path, index: int) -> None:
-    """What may happen to the cache at any step: it goes, its files are damaged."""
+def _damage_cache(cache: Path, index: int) -> None:
+    """Delete the cache, or damage its files, at some steps."""
     if index % 5 == 3:
         shutil.rmtree(cache, ignore_errors=True)
     elif index % 5 == 4 and cache.is_dir():
@@ -106,7 +106,7 @@ def near(data: Path, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str,
 
 
 def same(left: list[dict[str, Any]], right: list[dict[str, Any]]) -> None:
-    assert left[0]["weights"], "the leader has them"
+    assert left[0]["weights"], "the leader has no weights"
     for a, b in zip(left, right, strict=True):
         assert a["users"] == b["users"] and len(a["users"]) > 3 * EPOCHS
         assert a["weights"].keys() == b["weights"].keys()
@@ -119,15 +119,13 @@ def shards_of(data: Path) -> Iterator[Any]:
         yield from open_domain(data / name).manifest.sequence_shards
 
 
-def test_two_ranks_train_on_more_than_the_cache_holds_to_the_very_same_weights(
-    data: Path, tmp_path: Path, near: list[dict[str, Any]]
-) -> None:
+def test_data_larger_than_the_cache_gives_equal_weights(data: Path, tmp_path: Path, near: list[dict[str, Any]]) -> None:
     sizes = [shard.bytes for shard in shards_of(data)]
     features = sum(
         table.bytes for table in Catalogue([open_domain(data / n) for n in ("one", "three")], list(DIMS))._all_tables()
     )
     bound = 6 * max(sizes) + features
-    assert sum(sizes) > 2 * bound > 0, "nothing would have to go"
+    assert sum(sizes) > 2 * bound > 0, "the data fit the cache"
     far = on_ranks(2, learn, f"noted://{data}", tmp_path / "cache", bound, False, {LOG: str(tmp_path / "log")})
     same(near, far)
     fetched = opened(tmp_path / "log")
@@ -138,10 +136,10 @@ def test_two_ranks_train_on_more_than_the_cache_holds_to_the_very_same_weights(
     assert sum(sizes) / 4 < taken <= bound
 
 
-def test_what_befalls_the_cache_in_mid_run_costs_time_alone(
+def test_cache_loss_and_damage_do_not_change_the_weights(
     data: Path, tmp_path: Path, near: list[dict[str, Any]]
 ) -> None:
-    """Deleted, its files damaged, the storage slow, while features do not fit and are fetched as needed."""
+    """The cache is deleted and damaged, the storage slow; features do not fit the cache."""
     bound = 10 * max(shard.bytes for shard in shards_of(data))
     environment = {LOG: str(tmp_path / "log"), SLOW: "0.01"}
     far = on_ranks(2, learn, f"noted://{data}", tmp_path / "cache", bound, True, environment)

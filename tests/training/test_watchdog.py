@@ -1,32 +1,24 @@
-"""A rank that stalls is found within its limit; all ranks end with their stacks written down, and the run goes on from there."""
+"""The watchdog: a stalled rank and its peers end within the limit, with their stacks."""
 
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pytest
 
 from antdist.config.schema import HangConfig
 from antdist.training.checkpoints.local import steps_in
 from antdist.training.watchdog import HUNG
 from tests.ranks import on_ranks, start_ranks
-from tests.training.test_trainer import NAMES, run
-from tests.worlds import make_domains
+from tests.training.runs import run, run_with
 
 PROJECT = Path(__file__).resolve().parents[2]
 PATIENT = 10.0  # minutes
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("data")
-    make_domains(folder, NAMES)
-    return folder
 
 
 def limits(**minutes: float) -> HangConfig:
@@ -36,13 +28,13 @@ def limits(**minutes: float) -> HangConfig:
 def start(
     size: int, data: Path, folder: Path, options: dict[str, Any], fault: dict[str, Any], errors: Path | None = None
 ) -> tuple[list[Any], Any]:
-    """Ranks that train together, one of which stalls."""
+    """Start ranks that train together, one of which stalls."""
     faults = {"ANTDIST_FAULTS": json.dumps([{"fault": "stall", **fault}])}
     return start_ranks(size, _train, data, folder, options, environment=faults, errors=errors)
 
 
 def statuses(started: tuple[list[Any], Any]) -> list[int | None]:
-    """How they ended."""
+    """Wait for the ranks; return their exit codes."""
     ranks, _ = started
     for process in ranks:
         process.join(120)
@@ -53,29 +45,24 @@ def statuses(started: tuple[list[Any], Any]) -> list[int | None]:
     return [process.exitcode for process in ranks]
 
 
-def test_a_rank_that_stalls_ends_all_with_their_stacks_and_the_run_goes_on(data: Path, tmp_path: Path) -> None:
+def test_stalled_rank_dumps_stacks_and_resume_is_exact(data: Path, tmp_path: Path) -> None:
     options: dict[str, Any] = {"noise": True, "epochs": 1, "checkpoint_every": 2}
     folder, errors = tmp_path / "stalled", tmp_path / "errors"
     stalling = start(2, data, folder, {**options, "hang": limits(step=0.03)}, {"rank": 1, "step": 5}, errors)
-    straight = on_ranks(2, _run, data, tmp_path / "straight", options)[0]  # meanwhile
+    straight = on_ranks(2, run_with, data, tmp_path / "straight", options)[0]  # at the same time
     assert statuses(stalling) == [HUNG, HUNG]
-    told = errors.read_text()
-    assert "training: rank 1 made no progress for 0.03 minutes (training.hang.step_minutes): it ends" in told
+    assert "rank 1 made no progress for 0.03 minutes (training.hang.step_minutes): exiting" in errors.read_text()
     stalled, waiting = ((folder / "hang" / f"rank-{rank}.txt").read_text() for rank in (1, 0))
-    assert "rank 1, phase step" in stalled and "in _happen" in stalled  # where the injector sleeps
-    assert "in train_step" in waiting and "in _happen" not in waiting
-    resumed = on_ranks(2, _run, data, folder, options)[0]
+    assert "rank 1, phase step" in stalled and "in _happen" in stalled  # where the fault sleeps
+    assert re.search(r"trainer\.py\", line \d+ in step\n", waiting) and "in _happen" not in waiting
+    resumed = on_ranks(2, run_with, data, folder, options)[0]
     assert [step for step, _ in resumed["curve"]] == [step for step, _ in straight["curve"]][4:]
     for name, weight in straight["weights"].items():
         np.testing.assert_array_equal(resumed["weights"][name], weight, err_msg=name)
 
 
-def _run(data: Path, folder: Path, options: dict[str, Any]) -> dict[str, Any]:
-    return run(data, folder, **options)
-
-
 def _train(data: Path, folder: Path, options: dict[str, Any]) -> None:
-    """Without a result, which would wait in the queue for somebody to take it."""
+    """Train without a result, which would block in the queue until it is read."""
     run(data, folder, **options)
 
 
@@ -85,7 +72,7 @@ def test_each_phase_has_its_own_limit(data: Path, tmp_path: Path) -> None:
         ("checkpoint", {"at": "validate"}),
         ("checkpoint", {"at": "save", "file": "moments.safetensors"}),  # in the background: the next one waits for it
     ]
-    runs = [  # side by side
+    runs = [  # in parallel
         start(1, data, tmp_path / str(number), {"epochs": 1, "hang": limits(**{phase: 0.03})}, fault)
         for number, (phase, fault) in enumerate(stalls)
     ]
@@ -94,8 +81,8 @@ def test_each_phase_has_its_own_limit(data: Path, tmp_path: Path) -> None:
         assert f"rank 0, phase {phase}" in (tmp_path / str(number) / "hang" / "rank-0.txt").read_text()
 
 
-def test_the_first_step_of_a_later_epoch_has_a_steps_limit(data: Path, tmp_path: Path) -> None:
-    """It begins with the checkpoint of the epoch before, whose limit is not its own."""
+def test_first_step_of_a_later_epoch_has_the_step_limit(data: Path, tmp_path: Path) -> None:
+    """It starts after the checkpoint of the previous epoch, whose limit must not apply to it."""
     first = len(run(data, tmp_path / "one", epochs=1)["curve"])
     options = {"epochs": 2, "hang": limits(step=0.03)}
     assert statuses(start(1, data, tmp_path / "two", options, {"at": "step", "step": first})) == [HUNG]
@@ -113,8 +100,8 @@ with Watchdog(Path(sys.argv[1]), 0, "full", HangConfig(start_minutes=0.01, step_
 """
 
 
-def test_a_rank_that_can_write_no_stacks_ends_all_the_same(tmp_path: Path) -> None:
-    (tmp_path / "hang").touch()  # where the folder would be: as on a full disk
+def test_stalled_rank_exits_if_stacks_cannot_be_written(tmp_path: Path) -> None:
+    (tmp_path / "hang").touch()  # in place of the folder: as on a full disk
     done = subprocess.run(
         [sys.executable, "-c", FULL, str(tmp_path)], cwd=PROJECT, capture_output=True, text=True, timeout=50
     )
@@ -127,19 +114,20 @@ from pathlib import Path
 from antdist.config.schema import HangConfig
 from antdist.training.watchdog import Watchdog
 
-with Watchdog(Path(sys.argv[1]), 0, "stuck", HangConfig(start_minutes=0.01, step_minutes=0.01, checkpoint_minutes=0.01)):
-    ctypes.PyDLL(None).sleep(60)  # keeps the interpreter's lock
+limits = HangConfig(start_minutes=0.01, step_minutes=0.01, checkpoint_minutes=0.01)
+with Watchdog(Path(sys.argv[1]), 0, "stuck", limits):
+    ctypes.PyDLL(None).sleep(60)  # holds the interpreter's lock
 """
 
 
-def test_an_interpreter_that_is_stuck_ends_too(tmp_path: Path) -> None:
+def test_stuck_interpreter_is_ended(tmp_path: Path) -> None:
     done = subprocess.run(
         [sys.executable, "-c", STUCK, str(tmp_path)], cwd=PROJECT, capture_output=True, text=True, timeout=50
     )
-    assert done.returncode == 1 and "Timeout" in done.stderr and 'File "<string>", line 8' in done.stderr
+    assert done.returncode == 1 and "Timeout" in done.stderr and 'File "<string>", line 9' in done.stderr
 
 
-def test_a_run_that_gets_on_is_left_alone(data: Path, tmp_path: Path) -> None:
+def test_progressing_run_is_not_ended(data: Path, tmp_path: Path) -> None:
     """An epoch twice as long as a step's limit, each step far below it."""
     limit = limits(step=0.0175)
     slow = {"at": "step", "seconds": 0.4}

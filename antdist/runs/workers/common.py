@@ -20,9 +20,13 @@ from antdist.runs.inputs import Inputs
 from antdist.runs.records import ErrorRecord
 from antdist.tracking.run import TrackedRun
 from antdist.training.checkpoints.local import Checkpoint, load_best, load_latest
-from antdist.training.engines.plain import Engine, PlainEngine
+from antdist.training.divergence import Diverged
+from antdist.training.engines.base import Engine
+from antdist.training.engines.plain import PlainEngine
 from antdist.training.feed import Feed
-from antdist.training.trainer import Asked, Diverged, Job, Metrics, Progress, train
+from antdist.training.progress import Metrics, Progress
+from antdist.training.signals import Signal
+from antdist.training.trainer import Trainer
 
 
 def make_engine(model: Recommender, config: TrainingConfig, world: World) -> Engine:
@@ -58,9 +62,9 @@ def learn(
     engine = make_engine(model, training, world)
 
     def validate() -> Metrics:
-        whole: Any = engine.whole_model()
-        whole.eval()
-        return evaluate(whole)
+        full: Any = engine.full_model()
+        full.eval()
+        return evaluate(full)
 
     def report(metrics: Metrics, step: int) -> None:
         if tracked is not None:
@@ -68,7 +72,7 @@ def learn(
 
     saved = False
 
-    def asked() -> Asked:
+    def poll_signal() -> Signal | None:
         nonlocal saved
         if world.leader and control.stop_file.exists():
             return "stop"
@@ -77,23 +81,23 @@ def learn(
         saved = True
         return "save"
 
-    job = Job(
+    trainer = Trainer(
         engine=engine,
         feed=Feed(inputs.stream, inputs.catalogue, config.loss, inputs.popularity, training.accumulation, seed, world),
         config=training,
         world=world,
         folder=folder.path,
         seed=seed,
-        validate=validate,
-        report=report,
-        live=control.write_status,
-        asked=asked,
+        evaluate=validate,
+        log_metrics=report,
+        show_status=control.write_status,
+        poll_signal=poll_signal,
         name=name,
         start=start,
         remote=folder.open_copy() if world.leader else None,
         profile=config.profile,
     )
-    progress = train(job)
+    progress = trainer.train()
     if tracked is not None and config.profile and folder.profile.is_dir():
         tracked.log_artifacts(folder.profile, folder.profile.name)
     return progress

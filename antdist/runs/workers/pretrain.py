@@ -23,7 +23,8 @@ from antdist.runs.parent import last_checkpoint
 from antdist.runs.records import PretrainResult
 from antdist.runs.workers.common import best_model, check_features, lead_if_leader, learn, save_best, track_result
 from antdist.tracking.run import TrackedRun
-from antdist.training.trainer import Metrics, beginning_with
+from antdist.training.progress import Metrics
+from antdist.training.resuming import restart_from
 
 
 @dataclass(frozen=True)
@@ -73,7 +74,7 @@ def train_model(
         centre_tower(model.tower, inputs.catalogue.means())
     start = last_checkpoint(settings.state) if settings.state is not None and world.leader else None
     if start is not None and config.parent is not None:
-        start = beginning_with(start, inputs.stream)
+        start = restart_from(start, inputs.stream)
     progress = learn(
         model,
         inputs,

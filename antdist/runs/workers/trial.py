@@ -26,7 +26,7 @@ from antdist.runs.workers.common import best_model, check_features, lead_if_lead
 from antdist.tracking.registry import ResolvedModel
 from antdist.tracking.run import TrackedRun
 from antdist.training.adaptation import adapt
-from antdist.training.trainer import Metrics
+from antdist.training.progress import Metrics
 
 
 @dataclass(frozen=True)

@@ -1,15 +1,15 @@
-"""Checkpoints: a folder that counts once its marker is there (law 6).
+"""Checkpoints on disk: a folder is one once its marker exists, which is written last (law 6).
 
     step-00000120/
       weights.safetensors    float32, by parameter name
       moments.safetensors    Adam's, as `exp_avg/NAME`
-      progress.json          step, epoch, stream position, metrics so far, updates, loss scale; `best`: which weights
-                             were the best so far, their size and sha256
-      COMPLETE.json          written last: size and sha256 of each of the others
+      progress.json          step, epoch, stream position, metrics so far, updates, loss scale; `best`: the epoch of the
+                             best weights so far, and their file's size and sha256
+      COMPLETE.json          the marker: size and sha256 of each of the others
     ../best/
-      epoch-00003.safetensors   the best weights so far, by parameter name: checkpoints share them
+      epoch-00003.safetensors   the best weights so far, by parameter name, shared by the checkpoints
 
-Nothing in it knows ranks, ZeRO stages or engines, and nothing in it is a pickle.
+Checkpoints depend neither on ranks nor on ZeRO stages or engines, and none of their files is a pickle.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from antdist import faults
 from antdist.errors import UserError
 from antdist.io.files import file_sha256, flush_to_disk
 from antdist.io.logs import get_logger
-from antdist.training.engines.plain import MOMENTS, EngineState
+from antdist.training.engines.base import EngineState, empty_moments
 
 logger = get_logger(__name__)
 
@@ -40,36 +40,44 @@ PREFIX = "step-"
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint that was read and found whole."""
+    """A complete checkpoint in memory; `document` is its `progress.json`, without `engine`."""
 
     folder: Path
     state: EngineState
-    progress: dict[str, Any]
+    document: dict[str, Any]
 
 
 def save_checkpoint(
     parent: Path,
     step: int,
     state: EngineState,
-    progress: dict[str, Any],
+    document: dict[str, Any],
     keep: int,
     keep_every: int | None = None,
-    held: Collection[int] = (),
+    in_use: Collection[int] = (),
 ) -> Path:
-    """Write `parent/step-N` whole or not at all, then drop all but the newest `keep`, those that `keep_every` keeps for
-    good, and the steps `held`. Called by the leader alone."""
-    assert keep >= 2, "one checkpoint is none while it is replaced"
+    """Write `parent/step-N` atomically, then apply the retention. Called by the leader alone.
+
+    Every file is flushed before the marker, and the marker before the folder gets its final name: after a crash or
+    power cut at any point, a folder with that name holds a complete checkpoint.
+
+    Args:
+        keep: the number of newest checkpoints to keep.
+        keep_every: keep the first checkpoint at or after each multiple of this many steps, too.
+        in_use: steps that must not be removed yet.
+    """
+    assert keep >= 2, "with a single checkpoint there is none while it is replaced"
     parent.mkdir(parents=True, exist_ok=True)
     final, folder = parent / f"{PREFIX}{step:08d}", parent / f".writing-{PREFIX}{step:08d}"
-    for left in parent.glob(f".writing-{PREFIX}*"):  # by one that was killed
-        shutil.rmtree(left, ignore_errors=True)
+    for leftover in parent.glob(f".writing-{PREFIX}*"):  # of a process that was killed
+        shutil.rmtree(leftover, ignore_errors=True)
     folder.mkdir()
     faults.at("save", rank=0, step=step, file="weights.safetensors")
     write_tensors(folder / "weights.safetensors", state.weights)
-    flat = {f"{moment}/{name}": value for moment, kept in state.moments.items() for name, value in kept.items()}
+    flat = {f"{moment}/{name}": value for moment, values in state.moments.items() for name, value in values.items()}
     faults.at("save", rank=0, step=step, file="moments.safetensors")
     write_tensors(folder / "moments.safetensors", flat)
-    document = {**progress, "engine": {"updates": state.updates, "scale": state.scale}}
+    document = {**document, "engine": {"updates": state.updates, "scale": state.scale}}
     faults.at("save", rank=0, step=step, file="progress.json")
     (folder / "progress.json").write_text(json.dumps(document, indent=1, allow_nan=False))
     flush_to_disk(folder / "progress.json")
@@ -84,82 +92,85 @@ def save_checkpoint(
     flush_to_disk(parent)
     faults.at("save", rank=0, step=step, file="prune")
     steps = steps_in(parent)
-    for old in set(steps[:-keep]) - kept_for_good(steps, keep_every) - {*held}:
+    for old in set(steps[:-keep]) - permanent_steps(steps, keep_every) - {*in_use}:
         shutil.rmtree(parent / f"{PREFIX}{old:08d}", ignore_errors=True)
     return final
 
 
-def kept_for_good(steps: Sequence[int], every: int | None) -> set[int]:
-    """Of increasing `steps` the first at or after each multiple of `every`, from the first multiple on."""
+def permanent_steps(steps: Sequence[int], every: int | None) -> set[int]:
+    """Return the first of increasing `steps` at or after each multiple of `every`."""
     first = {step // every: step for step in reversed(steps) if step >= every} if every else {}
     return set(first.values())
 
 
 def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
-    """A safetensors file, whole or not at all, down to the disk. Raises OSError, with the file's name, where that fails."""
+    """Write a safetensors file atomically and flush it to disk. Raises OSError, with the file's name."""
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     partial = path.with_suffix(".partial")
     try:
         save_file({name: value.contiguous() for name, value in tensors.items()}, partial)
-    except SafetensorError as error:  # what the system said is in its text alone
+    except SafetensorError as error:  # the system's error is only in its text
         raise OSError(errno.EIO, str(error).removeprefix("Error while serializing: "), str(path)) from error
     flush_to_disk(partial)
     partial.rename(path)
 
 
 def steps_in(parent: Path) -> list[int]:
-    """Steps of the checkpoints below `parent` that have a marker, oldest first."""
+    """List the steps of the checkpoints below `parent` that have a marker, oldest first."""
     if not parent.is_dir():
         return []
     names = [path.parent.name for path in parent.glob(f"{PREFIX}*/{MARKER}")]
     return sorted(int(name.removeprefix(PREFIX)) for name in names if name.removeprefix(PREFIX).isdigit())
 
 
-def progress_of_all(parent: Path) -> list[dict[str, Any]]:
-    """What the `progress.json` of each checkpoint below `parent` says, oldest first; a damaged one, which cannot be loaded
-    either, is left out."""
-    found = []
+def read_documents(parent: Path) -> list[dict[str, Any]]:
+    """Read the `progress.json` of each checkpoint below `parent`, oldest first, without damaged ones."""
+    documents = []
     for step in steps_in(parent):
         folder = parent / f"{PREFIX}{step:08d}"
         with contextlib.suppress(OSError, ValueError, UserError):
             _check_file(folder / "progress.json", json.loads((folder / MARKER).read_text()).get("progress.json"))
-            found.append(json.loads((folder / "progress.json").read_text()))
-    return found
+            documents.append(json.loads((folder / "progress.json").read_text()))
+    return documents
 
 
-def known_best(parent: Path, epoch: int, before: int | None = None) -> dict[str, Any] | None:
-    """The best weights of `epoch` as the newest checkpoint that names them describes them (of those before step `before`):
-    what damages the file later must not pass for it. None if there is none."""
-    for kept in reversed(progress_of_all(parent)):
-        best = kept.get("best")
-        if best and best["epoch"] == epoch and (before is None or kept["progress"]["step"] < before):
+def recorded_best(parent: Path, epoch: int, before: int | None = None) -> dict[str, Any] | None:
+    """Return how the newest checkpoint (before step `before`) describes the best weights of `epoch`.
+
+    Size and digest are taken once, when the file is written: computed again later, they would hide damage to it.
+    """
+    for document in reversed(read_documents(parent)):
+        best = document.get("best")
+        if best and best["epoch"] == epoch and (before is None or document["progress"]["step"] < before):
             return dict(best)
     return None
 
 
 def load_best(folder: Path, epoch: int) -> dict[str, Tensor]:
-    """A run's best weights, those of `epoch`, by parameter name. Raises UserError if they are not as they were saved."""
+    """Load a run's best weights, those of `epoch`, by name. Raises UserError if they are damaged."""
     from safetensors.torch import load_file
 
-    known = known_best(folder / "checkpoints", epoch)
+    recorded = recorded_best(folder / "checkpoints", epoch)
     path = best_weights(folder, epoch)
-    _check_file(path, known["file"] if known else None)
+    _check_file(path, recorded["file"] if recorded else None)
     return load_file(path)
 
 
-def drop_newer(parent: Path, folder: Path) -> None:
-    """Remove the checkpoints below `parent` that were passed over for `folder`: kept as the newest, they would push out the
-    whole ones. Nothing is done if `folder` lies elsewhere."""
+def remove_newer(parent: Path, folder: Path) -> None:
+    """Remove checkpoints newer than `folder`; does nothing if `folder` is not below `parent`.
+
+    They are damaged, and the retention would count them among the newest in place of complete ones.
+    """
     if folder.parent == parent:
         for step in steps_in(parent):
             if step > int(folder.name.removeprefix(PREFIX)):
                 shutil.rmtree(parent / f"{PREFIX}{step:08d}")
 
 
-def newest_whole(parent: Path) -> int | None:
-    """The step of the checkpoint that `load_latest` would load, None if there is none."""
+def newest_complete(parent: Path) -> int | None:
+    """Return the step of the checkpoint that `load_latest` would load, None if there is none."""
     for step in reversed(steps_in(parent)):
         with contextlib.suppress(UserError):
             check_checkpoint(parent / f"{PREFIX}{step:08d}")
@@ -168,33 +179,36 @@ def newest_whole(parent: Path) -> int | None:
 
 
 def load_latest(parent: Path) -> Checkpoint | None:
-    """The newest whole checkpoint below `parent`, None if it holds none. One that is damaged is named, and the one before it
-    is tried. Raises UserError if all are damaged: beginning anew, as if there had been nothing, is for the user to decide."""
+    """Load the newest complete checkpoint below `parent`, None if it has none; report damaged ones.
+
+    Raises:
+        UserError: all are damaged. Whether to begin anew then is for the user to decide.
+    """
     steps = steps_in(parent)
     for step in reversed(steps):
         folder = parent / f"{PREFIX}{step:08d}"
         try:
             return load_checkpoint(folder)
         except UserError as damage:
-            logger.warning(f"checkpoint passed over: {damage}")
+            logger.warning(f"skipped a damaged checkpoint: {damage}")
             last = damage
     if not steps:
         return None
     raise UserError(
         f"all checkpoints are damaged, the oldest too: {last.where}: {last.what}",
         where=parent,
-        remedy="bring a whole one back from a copy; to begin anew, remove the folder",
+        remedy="restore a complete one from a copy, or remove the folder to begin anew",
     )
 
 
 def load_checkpoint(folder: Path) -> Checkpoint:
-    """Read one checkpoint. Raises UserError, naming the file, if it is not there or not whole, or its best weights are not."""
+    """Load one checkpoint. Raises UserError, naming a file of it that is missing or damaged."""
     from safetensors.torch import load_file
 
     check_checkpoint(folder)
     document = json.loads((folder / "progress.json").read_text())
     engine = document.pop("engine")
-    moments: dict[str, dict[str, Any]] = {moment: {} for moment in MOMENTS}
+    moments = empty_moments()
     for key, value in load_file(folder / "moments.safetensors").items():
         moment, name = key.split("/", 1)
         moments[moment][name] = value
@@ -203,11 +217,10 @@ def load_checkpoint(folder: Path) -> Checkpoint:
 
 
 def check_checkpoint(folder: Path) -> None:
-    """Compare every file with the marker, and the best weights with what the checkpoint says of them. Raises UserError at
-    the first that differs."""
+    """Check every file against the marker, and the best weights against `progress.json`. Raises UserError."""
     marker = folder / MARKER
     if not marker.is_file():
-        raise UserError(f"not a checkpoint: there is no {MARKER}", where=folder, remedy="name a folder that has one")
+        raise UserError(f"not a checkpoint: no {MARKER}", where=folder, remedy="give a folder that has one")
     try:
         files: dict[str, dict[str, Any]] = json.loads(marker.read_text())
     except ValueError as error:
@@ -222,14 +235,14 @@ def check_checkpoint(folder: Path) -> None:
 
 def _check_file(path: Path, described: dict[str, Any] | None) -> None:
     if not path.is_file() or describe(path) != described:
-        raise UserError("missing, cut short or altered", where=path, remedy="use an older checkpoint")
+        raise UserError("missing, truncated or modified", where=path, remedy="use an older checkpoint")
 
 
 def best_weights(folder: Path, epoch: int) -> Path:
-    """Where a run's weights after `epoch` (counted from 1), the best on validation so far, are kept."""
+    """Return the path of a run's weights after `epoch` (from 1), the best on validation so far."""
     return folder / "best" / f"epoch-{epoch:05d}.safetensors"
 
 
 def describe(path: Path) -> dict[str, Any]:
-    """A file's size and digest."""
+    """Return a file's size and digest."""
     return {"bytes": path.stat().st_size, "sha256": file_sha256(path)}

@@ -1,11 +1,12 @@
-"""A run's checkpoints on storage that outlives the run's folder: any that fsspec reaches (`ray.remote_storage`).
+"""Checkpoints on remote storage (`ray.remote_storage`), any that fsspec supports.
 
 URI/NAME/                   the layout of the run's folder
-  config.yaml, run.json     what the run is, for a start that finds no folder
-  checkpoints/step-N/       a checkpoint as on disk; it counts once its marker is there, which is written last
-  best/                     the best weights, there before the marker of a checkpoint that names them
+  config.yaml, run.json     the run's configuration and record, for a start without its folder
+  checkpoints/step-N/       as on disk; a checkpoint is one once its marker exists, which is written last
+  best/                     the best weights, uploaded before the marker of a checkpoint that names them
 
-A marker is written whole: under another name first where there are folders, in one request where there are none.
+A marker is written atomically: if the storage has folders, under a temporary name that is then renamed; else in one
+request.
 """
 
 from __future__ import annotations
@@ -33,28 +34,28 @@ from antdist.training.checkpoints.local import (
     best_weights,
     check_checkpoint,
     describe,
-    kept_for_good,
-    newest_whole,
+    newest_complete,
+    permanent_steps,
 )
 
 logger = get_logger(__name__)
 
 KEY = "ray.remote_storage"
-# what has buckets and no folders: to make a folder there may make a bucket, and a write is whole or not at all
+# object stores: they have no folders (creating one may create a bucket), and each write is atomic
 BUCKETS = {"s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "oci", "oss"}
-# of a file on its way to S3 or from there: s3fs by itself holds half a gigabyte, and more, of a checkpoint in memory
-PIECE_BYTES, PIECES_AT_ONCE, MOST_PIECES = 16 * 2**20, 4, 5000
+# parts of a file in transfer to or from S3; with its own defaults s3fs keeps half a gigabyte and more in memory
+PART_BYTES, CONCURRENT_PARTS, MAX_PARTS = 16 * 2**20, 4, 5000
 PROBE_SECONDS = 60.0
-WAITS = (1.0, 5.0, 15.0)  # seconds between trials at a resume, which cannot go on without
+WAITS = (1.0, 5.0, 15.0)  # seconds between attempts at a resume, which depends on the storage
 
 T = TypeVar("T")
 
 
 class Remote:
-    """One run's folder at `uri`. Used by the leader alone, and by the driver before the workers start.
+    """One run's folder at `uri`. Used by the leader, and by the driver before the workers start.
 
     Raises:
-        UserError: fsspec knows no such storage, or its package is missing.
+        UserError: fsspec does not support the storage, or its package is missing.
     """
 
     def __init__(self, uri: str) -> None:
@@ -63,18 +64,17 @@ class Remote:
         protocols = self._files.protocol
         kinds = {protocols} if isinstance(protocols, str) else {*protocols}
         self._has_folders, self._is_s3 = BUCKETS.isdisjoint(kinds), "s3" in kinds
-        self._best_sent: dict[str, Any] | None = None  # as a checkpoint describes it, by this process
-        self._best_named: dict[int, str | None] = {}  # by the checkpoint of each step
-
-    # -- a run --------------------------------------------------------------------------------------------------------
+        self._uploaded_best: dict[str, Any] | None = None  # by this process, as a checkpoint describes it
+        self._best_names: dict[int, str | None] = {}  # the file that the checkpoint of each step names
 
     def upload(self, folder: Path, step: int, keep: int, keep_every: int | None) -> None:
-        """Copy the checkpoint of `step`, and the best weights that it names before its marker; then apply the retention of
-        `save_checkpoint`, by which newer ones, which a restart has undone, go too. Nothing is copied twice.
+        """Upload the checkpoint of `step` and its best weights; retain as `save_checkpoint` does.
+
+        Newer checkpoints, from before a restart, are removed too. Nothing is uploaded twice.
 
         Raises:
             Unreachable: try again.
-            UserError: it is damaged here.
+            UserError: the local files are damaged.
         """
         name = f"{PREFIX}{step:08d}"
         local = folder / "checkpoints" / name
@@ -82,13 +82,13 @@ class Remote:
         marker = (local / MARKER).read_bytes()
         if self.read(f"checkpoints/{name}/{MARKER}") != marker:
             self._remove(f"checkpoints/{name}/{MARKER}")
-            self._best_named.pop(step, None)
+            self._best_names.pop(step, None)
             best = json.loads((local / "progress.json").read_text()).get("best")
-            if best and best != self._best_sent:
+            if best and best != self._uploaded_best:
                 path = best_weights(folder, best["epoch"])
                 faults.at("upload", rank=0, step=step, file="best")
                 self._put(path, f"best/{path.name}")
-                self._best_sent = best
+                self._uploaded_best = best
             for file in FILES:
                 faults.at("upload", rank=0, step=step, file=file)
                 self._put(local / file, f"checkpoints/{name}/{file}")
@@ -98,38 +98,39 @@ class Remote:
         self._prune(step, keep, keep_every)
 
     def _prune(self, newest: int, keep: int, keep_every: int | None) -> None:
-        whole = [step for step in self.steps() if step <= newest]
-        kept = {*whole[-keep:], *kept_for_good(whole, keep_every)}
-        for name in self._names("checkpoints"):
-            if name not in {f"{PREFIX}{step:08d}" for step in kept}:  # what a killed upload left, too
-                self._drop(name)
-        needed = {self._best_of(step) for step in kept}
-        for name in self._names("best"):
+        complete = [step for step in self.steps() if step <= newest]
+        kept = {*complete[-keep:], *permanent_steps(complete, keep_every)}
+        for name in self._list("checkpoints"):
+            if name not in {f"{PREFIX}{step:08d}" for step in kept}:  # also what a killed upload left
+                self._remove_checkpoint(name)
+        needed = {self._best_name(step) for step in kept}
+        for name in self._list("best"):
             if name not in needed:
                 self._remove(f"best/{name}")
 
-    def _best_of(self, step: int) -> str | None:
-        """The name of the best weights that a checkpoint needs; of a damaged one, which cannot be loaded either, none."""
-        if step not in self._best_named:
+    def _best_name(self, step: int) -> str | None:
+        """The file name of the best weights that a checkpoint needs; None if it is damaged."""
+        if step not in self._best_names:
             best = None
             with contextlib.suppress(ValueError):
                 best = json.loads(self.read(f"checkpoints/{PREFIX}{step:08d}/progress.json") or b"{}").get("best")
-            self._best_named[step] = best_weights(Path(), best["epoch"]).name if best else None
-        return self._best_named[step]
+            self._best_names[step] = best_weights(Path(), best["epoch"]).name if best else None
+        return self._best_names[step]
 
-    def _drop(self, name: str) -> None:
-        """Remove a checkpoint, its marker first: it must not count while it is half there."""
+    def _remove_checkpoint(self, name: str) -> None:
+        """Remove a checkpoint, its marker first: a partly removed one must not pass for complete."""
         self._remove(f"checkpoints/{name}/{MARKER}")
         self._remove(f"checkpoints/{name}")
 
-    def bring(self, folder: Path) -> None:
-        """If the newest whole checkpoint here is newer than that of `folder`, put it there, with the best weights that it
-        names. Damaged ones are named and passed over, and go once there is another to go on from.
+    def fetch_newest(self, folder: Path) -> None:
+        """Fetch the newest complete checkpoint and its best weights, if it is newer than that of `folder`.
+
+        Damaged ones are reported and skipped; they are removed once there is one to resume from.
 
         Raises:
-            UserError: the storage is away, or holds damaged ones alone, and `folder` has no whole one.
+            UserError: the storage is unreachable or has damaged ones only, and `folder` has no complete one.
         """
-        here, damaged = newest_whole(folder / "checkpoints"), dict[int, UserError]()
+        here, damaged = newest_complete(folder / "checkpoints"), dict[int, UserError]()
         try:
             for step in reversed(_patiently(self.steps)):
                 if here is not None and step <= here:
@@ -139,37 +140,37 @@ class Remote:
                 except Unreachable:
                     raise
                 except UserError as damage:
-                    logger.warning(f"the checkpoint of step {step} is passed over: {damage}")
+                    logger.warning(f"skipped the damaged checkpoint of step {step}: {damage}")
                     damaged[step], oldest = damage, damage
                     continue
                 here = step
-                logger.info(f"the checkpoint of step {step} was brought from {self.uri}")
+                logger.info(f"fetched the checkpoint of step {step} from {self.uri}")
                 break
             for step in damaged if here is not None else ():
-                self._drop(f"{PREFIX}{step:08d}")
+                self._remove_checkpoint(f"{PREFIX}{step:08d}")
         except Unreachable as error:
             if here is None:
                 raise UserError(
-                    f"{error.what}, and there may be checkpoints to go on from",
+                    f"{error.what}; it may have checkpoints to resume from",
                     where=f"{KEY} {self.uri}",
-                    remedy="mend the connection and give the same command again; without the key nobody looks there",
+                    remedy="restore the connection and run the same command again, or remove the key to ignore them",
                 ) from error
-            logger.warning(f"{error} The run goes on from its own folder")
+            logger.warning(f"{error} The run resumes from its own folder")
         if damaged and here is None:
             raise UserError(
                 f"all checkpoints are damaged, the oldest too: {oldest.where}: {oldest.what}",
                 where=f"{self.uri}/checkpoints",
-                remedy="bring a whole one back from a copy; to begin anew, remove the folder",
+                remedy="restore a complete one from a copy, or remove the folder to begin anew",
             )
 
     def _fetch(self, folder: Path, step: int) -> None:
-        """Put one checkpoint into `folder`, whole or not at all. Raises UserError where it is damaged, naming the file."""
+        """Fetch one checkpoint into `folder`, atomically. Raises UserError if it is damaged, naming the file."""
         parent, name = folder / "checkpoints", f"{PREFIX}{step:08d}"
         there = f"checkpoints/{name}"
         parent.mkdir(parents=True, exist_ok=True)
-        for left in parent.glob(f".bringing-{PREFIX}*"):
-            shutil.rmtree(left)
-        partial = parent / f".bringing-{name}"
+        for leftover in parent.glob(f".fetching-{PREFIX}*"):
+            shutil.rmtree(leftover)
+        partial = parent / f".fetching-{name}"
         partial.mkdir()
         marker = self.read(f"{there}/{MARKER}") or b""
         try:
@@ -189,40 +190,45 @@ class Remote:
                 fetched.rename(path)
                 flush_to_disk(path.parent)
         flush_to_disk(partial)
-        shutil.rmtree(parent / name, ignore_errors=True)  # damaged, or we would not have asked
+        shutil.rmtree(parent / name, ignore_errors=True)  # a damaged one, else there would be no need to fetch
         partial.rename(parent / name)
         flush_to_disk(parent)
 
     def _get(self, there: str, here: Path, described: dict[str, Any] | None) -> None:
-        """One file, down to the disk. Raises UserError if it is not as it was described."""
+        """Fetch one file and flush it to disk. Raises UserError if its size or digest differs."""
         try:
             with asking(self.uri):
-                self._files.get_file(self._path(there), str(here), **self._pieces())
+                self._files.get_file(self._path(there), str(here), **self._part_options())
         except FileNotFoundError:
             here.unlink(missing_ok=True)
         if not here.is_file() or describe(here) != described:
-            raise _damage(f"{self.uri}/{there}", "missing, cut short or altered")
+            raise _damage(f"{self.uri}/{there}", "missing, truncated or modified")
         flush_to_disk(here)
 
     def steps(self) -> list[int]:
-        """Steps of the checkpoints that have a marker, oldest first. Raises Unreachable."""
-        numbers = [name.removeprefix(PREFIX) for name in self._names("checkpoints") if name.startswith(PREFIX)]
+        """List the steps of the checkpoints that have a marker, oldest first. Raises Unreachable."""
+        numbers = [name.removeprefix(PREFIX) for name in self._list("checkpoints") if name.startswith(PREFIX)]
         steps = sorted(int(number) for number in numbers if number.isdigit())
-        return [step for step in steps if MARKER in self._names(f"checkpoints/{PREFIX}{step:08d}")]
+        return [step for step in steps if MARKER in self._list(f"checkpoints/{PREFIX}{step:08d}")]
 
     def check(self) -> None:
-        """Write something small and remove it. Raises UserError where that fails, or takes longer than a minute; and of
-        storage that ends with the process."""
+        """Check that the storage can be written within a minute and outlives the process.
+
+        Raises:
+            UserError: it cannot, or does not.
+        """
         if self.uri.startswith("memory:"):
             raise UserError(
-                "it is seen by one process alone, and ends with it", where=f"{KEY} {self.uri}", remedy="give another"
+                "this storage is private to one process and ends with it",
+                where=f"{KEY} {self.uri}",
+                remedy="use another",
             )
         name = f".probe-{uuid.uuid4().hex}"
 
         def probe() -> None:
-            self.write(name, b"antdist looks whether it may write here")
+            self.write(name, b"antdist checks whether it can write here")
             if self.read(name) is None:
-                raise Unreachable(self.uri, "what was written is not there")
+                raise Unreachable(self.uri, "a file that was written cannot be read back")
             self._remove(name)
 
         try:
@@ -230,15 +236,13 @@ class Remote:
         except (Unreachable, TimeoutError) as error:
             what = error.what if isinstance(error, Unreachable) else f"no answer in {PROBE_SECONDS:g} seconds"
             raise UserError(
-                f"it cannot be written: {what}",
+                f"the storage cannot be written: {what}",
                 where=f"{KEY} {self.uri}",
-                remedy="correct the address or the permissions, or leave the key out",
+                remedy="correct the address or the permissions, or remove the key",
             ) from error
 
-    # -- the storage --------------------------------------------------------------------------------------------------
-
     def read(self, path: str) -> bytes | None:
-        """A small file, None if there is none. Raises Unreachable."""
+        """Read a small file, None if it does not exist. Raises Unreachable."""
         try:
             with asking(self.uri):
                 return bytes(self._files.cat_file(self._path(path)))
@@ -246,20 +250,20 @@ class Remote:
             return None
 
     def write(self, path: str, content: bytes) -> None:
-        """A small file, whole or not at all. Raises Unreachable."""
-        self._whole(path, lambda place: self._files.pipe_file(place, content))
+        """Write a small file atomically. Raises Unreachable."""
+        self._write_atomically(path, lambda place: self._files.pipe_file(place, content))
 
     def _put(self, here: Path, path: str) -> None:
-        pieces = self._pieces(here.stat().st_size)
-        self._whole(path, lambda place: self._files.put_file(str(here), place, **pieces))
+        options = self._part_options(here.stat().st_size)
+        self._write_atomically(path, lambda place: self._files.put_file(str(here), place, **options))
 
-    def _pieces(self, size: int = 0) -> dict[str, int]:
-        """How a file is cut on its way; one of so many bytes that is sent, into no more pieces than S3 takes."""
-        piece = max(PIECE_BYTES, math.ceil(size / MOST_PIECES))
-        return {"chunksize": piece, "max_concurrency": PIECES_AT_ONCE} if self._is_s3 else {}
+    def _part_options(self, size: int = 0) -> dict[str, int]:
+        """Options that split a transfer into parts, an upload of `size` bytes into no more than S3 accepts."""
+        part = max(PART_BYTES, math.ceil(size / MAX_PARTS))
+        return {"chunksize": part, "max_concurrency": CONCURRENT_PARTS} if self._is_s3 else {}
 
-    def _whole(self, path: str, write: Callable[[str], Any]) -> None:
-        """`write` to the place of `path` so that nobody sees half of it."""
+    def _write_atomically(self, path: str, write: Callable[[str], Any]) -> None:
+        """Call `write` with the place of `path`, or with a temporary name that is then renamed to it."""
         place = self._path(path)
         try:
             with asking(self.uri):
@@ -273,12 +277,12 @@ class Remote:
             raise Unreachable(self.uri, error) from error
 
     def _remove(self, path: str) -> None:
-        """A file or folder; it may be gone."""
+        """Remove a file or folder, if it exists."""
         with contextlib.suppress(FileNotFoundError), asking(self.uri):
             self._files.rm(self._path(path), recursive=True)
 
-    def _names(self, path: str) -> list[str]:
-        """What a folder holds; nothing if there is none."""
+    def _list(self, path: str) -> list[str]:
+        """List the names in a folder; empty if it does not exist."""
         try:
             with asking(self.uri):
                 self._files.invalidate_cache()
@@ -299,7 +303,7 @@ def _patiently(ask: Callable[[], T]) -> T:
 
 
 def _within(seconds: float, work: Callable[[], None]) -> None:
-    """Raises TimeoutError if it takes longer, and leaves it behind."""
+    """Run `work`; after `seconds` raise TimeoutError and leave its thread running."""
     done: Future[None] = Future()
 
     def run() -> None:

@@ -1,4 +1,4 @@
-"""A checkpoint is a snapshot, written in the background: of its own step, in order, whole or not at all, never failing in silence."""
+"""Background saves: snapshots of their own step, in order, atomic; every failure is raised."""
 
 from __future__ import annotations
 
@@ -12,45 +12,38 @@ from typing import Any
 import numpy as np
 import pytest
 
+from antdist.config.schema import TrainingConfig
 from antdist.errors import UserError
-from antdist.training import trainer as loop
+from antdist.training.checkpoints import saver as saver_module
 from antdist.training.checkpoints.local import best_weights, load_latest, steps_in
 from antdist.training.checkpoints.saver import Saver
+from antdist.training.feed import StepInput
+from antdist.training.trainer import Trainer
 from tests.ranks import on_ranks
-from tests.training.test_trainer import NAMES, assert_same, run
-from tests.worlds import make_domains
+from tests.training.runs import assert_same, run
 
 PROJECT = Path(__file__).resolve().parents[3]
 
 
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("data")
-    make_domains(folder, NAMES)
-    return folder
-
-
-def test_training_goes_on_while_a_save_stalls_and_what_is_saved_is_the_snapshots_step(
-    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The save of step 2 begins to write only once step 4 is done: its files are those of a run that stopped at step 2."""
+def test_training_continues_while_a_save_stalls(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The save of step 2 is written only after step 4; its files are those of a run stopped at 2."""
     options: dict[str, Any] = {"noise": True, "epochs": 1, "checkpoint_every": 2, "keep_checkpoints": 20}
     run(data, tmp_path / "stopped", **options, stop_after=2)
     fourth = threading.Event()
-    save, step = loop.save_checkpoint, loop.train_step
+    save, step = saver_module.save_checkpoint, Trainer.step
 
     def late(parent: Path, at: int, *arguments: Any) -> Path:
         assert fourth.wait(60), "training waits for the save"
         return save(parent, at, *arguments)
 
-    def told(job: loop.Job, step_input: Any) -> Any:
-        losses = step(job, step_input)
+    def report(trainer: Trainer, step_input: StepInput) -> Any:
+        losses = step(trainer, step_input)
         if step_input.step == 3:
             fourth.set()
         return losses
 
-    monkeypatch.setattr(loop, "save_checkpoint", late)
-    monkeypatch.setattr(loop, "train_step", told)
+    monkeypatch.setattr(saver_module, "save_checkpoint", late)
+    monkeypatch.setattr(Trainer, "step", report)
     run(data, tmp_path / "straight", **options)
     for name in ("weights.safetensors", "moments.safetensors"):
         mine, theirs = (
@@ -62,12 +55,12 @@ def test_training_goes_on_while_a_save_stalls_and_what_is_saved_is_the_snapshots
     assert fourths != (tmp_path / "straight" / "checkpoints" / "step-00000002" / "weights.safetensors").read_bytes()
 
 
-def test_the_best_weights_are_on_disk_before_the_checkpoint_that_names_them(
+def test_best_weights_are_saved_before_their_checkpoint(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    save, seen = loop.save_checkpoint, []
+    save, seen = saver_module.save_checkpoint, []
 
-    def looking(parent: Path, step: int, state: Any, document: dict[str, Any], *keep: int | None) -> Path:
+    def check(parent: Path, step: int, state: Any, document: dict[str, Any], *keep: int | None) -> Path:
         best = document["progress"]["best_epoch"]
         seen.append(best)
         assert best is None or best_weights(parent.parent, best).is_file()
@@ -75,14 +68,14 @@ def test_the_best_weights_are_on_disk_before_the_checkpoint_that_names_them(
         assert best is None or best_weights(parent.parent, best).is_file()
         return folder
 
-    monkeypatch.setattr(loop, "save_checkpoint", looking)
+    monkeypatch.setattr(saver_module, "save_checkpoint", check)
     run(data, tmp_path / "a", epochs=3, recalls=[0.1, 0.05, 0.2], checkpoint_every=2)
     assert set(seen) == {None, 1, 3}
     kept = {path.name for path in (tmp_path / "a" / "best").iterdir()}
     assert "epoch-00003.safetensors" in kept
 
 
-def test_the_best_weights_are_those_of_their_epoch(data: Path, tmp_path: Path) -> None:
+def test_best_weights_are_those_of_their_epoch(data: Path, tmp_path: Path) -> None:
     from safetensors.numpy import load_file
 
     after_one = run(data, tmp_path / "a", noise=True, epochs=1)
@@ -93,16 +86,14 @@ def test_the_best_weights_are_those_of_their_epoch(data: Path, tmp_path: Path) -
         np.testing.assert_array_equal(best[name], value, err_msg=name)
 
 
-def test_what_was_begun_is_finished_when_an_error_ends_the_training(
-    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    save = loop.save_checkpoint
+def test_pending_save_completes_after_an_error(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save = saver_module.save_checkpoint
 
     def slow(*arguments: Any) -> Path:
         time.sleep(0.5)
         return save(*arguments)
 
-    monkeypatch.setattr(loop, "save_checkpoint", slow)
+    monkeypatch.setattr(saver_module, "save_checkpoint", slow)
     with pytest.raises(StopIteration):
         run(data, tmp_path / "a", recalls=[], checkpoint_every=2)
     found = load_latest(tmp_path / "a" / "checkpoints")
@@ -111,7 +102,7 @@ def test_what_was_begun_is_finished_when_an_error_ends_the_training(
 
 
 def full_disk(data: Path, folder: Path, **options: Any) -> tuple[str, list[int]]:
-    """A run on a disk that has room for small files alone. What it raised, and the checkpoints that are whole."""
+    """Run on a disk with space for small files only; return the error and the complete checkpoints."""
     import resource
 
     run(data, folder, stop_after=2, epochs=2, keep_checkpoints=9)
@@ -126,33 +117,31 @@ def full_disk(data: Path, folder: Path, **options: Any) -> tuple[str, list[int]]
 
 
 @pytest.mark.parametrize("when", ["at the next save", "at the end"])
-def test_a_full_disk_is_told_on_all_ranks_and_costs_no_earlier_checkpoint(
-    data: Path, tmp_path: Path, when: str
-) -> None:
+def test_full_disk_raises_on_all_ranks_and_keeps_checkpoints(data: Path, tmp_path: Path, when: str) -> None:
     options = {"checkpoint_every": 1} if when == "at the next save" else {"stop_after": 1}
-    for told, steps in on_ranks(2, _full_disk, data, tmp_path / "a", options):
-        assert "checkpoints/.writing-step-00000003/weights.safetensors: a checkpoint cannot be written" in told
-        assert "File too large" in told and "goes on from the last whole checkpoint" in told
+    for message, steps in on_ranks(2, _full_disk, data, tmp_path / "a", options):
+        assert "checkpoints/.writing-step-00000003/weights.safetensors: a checkpoint cannot be written" in message
+        assert "File too large" in message and "resumes from the last complete checkpoint" in message
         assert steps == [2]
     resumed, straight = run(data, tmp_path / "a", epochs=2), run(data, tmp_path / "b", epochs=2)
     assert_same({**straight, "curve": straight["curve"][2:]}, resumed, 1e-5)
-    assert not list((tmp_path / "a" / "checkpoints").glob(".writing-*")), "left behind"
+    assert not list((tmp_path / "a" / "checkpoints").glob(".writing-*")), "not removed"
 
 
 def _full_disk(data: Path, folder: Path, options: dict[str, Any]) -> tuple[str, list[int]]:
     return full_disk(data, folder, **options)
 
 
-# the arguments: data, folder, and at which of a save's five flushes (weights, moments, progress, marker, folder) to die
+# arguments: data, folder, and the flush of a save (weights, moments, progress, marker, folder) at which to die
 KILLED = """
 import os, signal, sys, threading
 from pathlib import Path
 from antdist.training.checkpoints import local as checkpoint
-from tests.training.test_trainer import run
+from tests.training.runs import run
 
 flush, flushed, fatal = checkpoint.flush_to_disk, [], int(sys.argv[3])
 
-def deadly(path):
+def flush_or_die(path):
     if ".writing-step-00000005" in str(path):
         assert threading.current_thread() is not threading.main_thread(), "not in the background"
         flushed.append(path)
@@ -160,14 +149,14 @@ def deadly(path):
             os.kill(os.getpid(), signal.SIGKILL)
     flush(path)
 
-checkpoint.flush_to_disk = deadly
+checkpoint.flush_to_disk = flush_or_die
 run(Path(sys.argv[1]), Path(sys.argv[2]), noise=True, checkpoint_every=1)
 """
 
 
 @pytest.mark.parametrize("flush", [2, 5])
-def test_killed_in_the_middle_of_a_save_the_run_goes_on_bit_for_bit(data: Path, tmp_path: Path, flush: int) -> None:
-    """Law 3 and law 6; the fifth step is saved while the sixth runs."""
+def test_resume_after_kill_during_save_is_bit_for_bit(data: Path, tmp_path: Path, flush: int) -> None:
+    """Laws 3 and 6; the fifth step is saved while the sixth runs."""
     straight = run(data, tmp_path / "straight", noise=True, checkpoint_every=1)
     done = subprocess.run(
         [sys.executable, "-c", KILLED, data, tmp_path / "killed", str(flush)],
@@ -184,26 +173,27 @@ def test_killed_in_the_middle_of_a_save_the_run_goes_on_bit_for_bit(data: Path, 
     assert resumed["history"] == straight["history"]
 
 
-def test_a_failure_is_told_once_and_a_mistake_of_ours_is_no_users_error(tmp_path: Path) -> None:
+def test_save_failure_is_reported_once_and_bugs_are_raised(tmp_path: Path) -> None:
     def full() -> None:
         raise OSError(28, "No space left on device", str(tmp_path / "w"))
 
-    with Saver(tmp_path) as saver:
+    with Saver(tmp_path, TrainingConfig()) as saver:
         saver.begin(full)
-        told = saver.wait()
-        assert str(told).startswith(f"{tmp_path / 'w'}: a checkpoint cannot be written (No space left on device).")
+        assert str(saver.wait()).startswith(
+            f"{tmp_path / 'w'}: a checkpoint cannot be written (No space left on device)."
+        )
         assert saver.wait() is None
-    with pytest.raises(UserError, match="No space left"), Saver(tmp_path) as saver:
+    with pytest.raises(UserError, match="No space left"), Saver(tmp_path, TrainingConfig()) as saver:
         saver.begin(full)
-    with pytest.raises(ZeroDivisionError), Saver(tmp_path) as saver:
+    with pytest.raises(ZeroDivisionError), Saver(tmp_path, TrainingConfig()) as saver:
         saver.begin(lambda: print(1 / 0))
 
 
-def test_a_failure_does_not_hide_what_ended_the_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_save_failure_does_not_hide_the_original_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     def full() -> None:
         raise OSError(28, "No space left on device", str(tmp_path / "w"))
 
-    with pytest.raises(KeyboardInterrupt), Saver(tmp_path) as saver:
+    with pytest.raises(KeyboardInterrupt), Saver(tmp_path, TrainingConfig()) as saver:
         saver.begin(full)
         raise KeyboardInterrupt
-    assert "besides: " in capsys.readouterr().err
+    assert "another failure: " in capsys.readouterr().err

@@ -1,8 +1,9 @@
-"""Copies to other storage: training never waits for them, failures are told and made up for, the last one is waited for."""
+"""Background uploads: training does not wait, failures are retried, the last one is awaited."""
 
 from __future__ import annotations
 
 import json
+import re
 import threading
 import uuid
 from collections.abc import Iterator
@@ -14,25 +15,18 @@ import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 
 from antdist import faults
-from antdist.training import trainer as loop
 from antdist.training.checkpoints import uploads
 from antdist.training.checkpoints.local import steps_in
 from antdist.training.checkpoints.remote import Remote
 from antdist.training.checkpoints.uploads import Uploads
+from antdist.training.feed import StepInput
+from antdist.training.trainer import Trainer
 from tests.training.checkpoints.test_remote import save
-from tests.training.test_trainer import NAMES, assert_same, run
-from tests.worlds import make_domains
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("data")
-    make_domains(folder, NAMES)
-    return folder
+from tests.training.runs import assert_same, run
 
 
 class Flaky(MemoryFileSystem):
-    """Memory whose writes fail as often as `failures` says, and wait until it is opened."""
+    """A memory file system whose writes fail `failures` times, and wait for `gate`."""
 
     protocol = "flaky"
     store: ClassVar[dict[str, Any]] = {}
@@ -57,7 +51,7 @@ class Flaky(MemoryFileSystem):
 
 @pytest.fixture
 def flaky(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """A URI of it."""
+    """Return a URI of a `Flaky` file system."""
     fsspec.register_implementation("flaky", Flaky, clobber=True)
     monkeypatch.setattr(uploads, "FIRST_PAUSE", 0.01)
     Flaky.failed.clear()
@@ -67,7 +61,7 @@ def flaky(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     Flaky.gate.set()
 
 
-def test_copies_that_fail_cost_training_nothing_and_a_later_one_arrives(
+def test_failed_uploads_do_not_affect_training(
     data: Path, tmp_path: Path, flaky: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     options: dict[str, Any] = {"noise": True, "checkpoint_every": 1}
@@ -79,49 +73,48 @@ def test_copies_that_fail_cost_training_nothing_and_a_later_one_arrives(
     assert len(Flaky.failed) == 3
     last = steps_in(tmp_path / "a" / "checkpoints")[-1]
     assert last == len(straight["curve"]) == Remote(flaky).steps()[-1]
-    told = capsys.readouterr().err
-    assert told.count("is not copied yet, training goes on: ") == 3 and "(the network is down)" in told
-    assert f"has reached {flaky}" in told
+    log = capsys.readouterr().err
+    assert log.count("is not uploaded yet, training continues: ") == 3 and "(the network is down)" in log
+    assert re.search(rf"uploaded the checkpoint of step \d+ to {flaky}", log)
 
 
-def test_training_goes_on_while_a_copy_stalls_whose_files_stay_and_then_the_newest_is_copied(
+def test_stalled_upload_keeps_its_files_until_done(
     data: Path, tmp_path: Path, flaky: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The first copy begins to write once the last step is done; meanwhile its checkpoint is far from the newest two."""
-    step, seen = loop.train_step, list[list[int]]()
+    """The first upload is written after the last step, when newer checkpoints exist."""
+    step, seen = Trainer.step, list[list[int]]()
 
-    def told(job: loop.Job, step_input: Any) -> Any:
+    def check(trainer: Trainer, step_input: StepInput) -> Any:
         if step_input.step == 2:
             assert Flaky.entered.wait(60)
         if step_input.step == 6:
             seen.append(steps_in(tmp_path / "a" / "checkpoints"))
             Flaky.gate.set()
-        return step(job, step_input)
+        return step(trainer, step_input)
 
     Flaky.gate.clear()
     Flaky.entered.clear()
-    monkeypatch.setattr(loop, "train_step", told)
+    monkeypatch.setattr(Trainer, "step", check)
     run(data, tmp_path / "a", checkpoint_every=1, stop_after=7, remote=flaky)
-    ((copying, *newest),) = seen
-    assert copying in (1, 2) and newest[-2:] in ([4, 5], [5, 6]), seen
+    ((uploading, *newest),) = seen
+    assert uploading in (1, 2) and newest[-2:] in ([4, 5], [5, 6]), seen
     assert Remote(flaky).steps()[-1] == 7
     run(data, tmp_path / "a", checkpoint_every=1, stop_after=2, remote=flaky)
-    assert copying not in steps_in(tmp_path / "a" / "checkpoints"), "held for ever"
+    assert uploading not in steps_in(tmp_path / "a" / "checkpoints"), "never removed"
 
 
-def test_the_end_waits_for_the_last_copy_no_longer_than_it_may_and_the_same_command_makes_up_for_it(
+def test_last_upload_times_out_and_the_next_run_repeats_it(
     data: Path, tmp_path: Path, flaky: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     Flaky.failures = 10**9
     hang = {"start_minutes": 0.05, "step_minutes": 1.0, "checkpoint_minutes": 1.0}
     progress = run(data, tmp_path / "a", epochs=1, hang=hang, remote=flaky)["progress"]
     assert progress.finished == "all epochs done"
-    told = capsys.readouterr().err
-    assert (
-        f"the last checkpoint did not reach {flaky} in 0.025 minutes; it is whole in {tmp_path}/a/checkpoints" in told
-    )
+    log = capsys.readouterr().err
+    assert f"the last checkpoint was not uploaded to {flaky} within 0.025 minutes" in log
+    assert f"it is complete in {tmp_path}/a/checkpoints" in log
     for thread in threading.enumerate():
-        if thread.name == "uploads":  # it gives up too
+        if thread.name == "uploads":  # it ends soon, too
             thread.join(60)
     Flaky.failures = 0
     assert Remote(flaky).steps() == []
@@ -129,7 +122,7 @@ def test_the_end_waits_for_the_last_copy_no_longer_than_it_may_and_the_same_comm
     assert Remote(flaky).steps() == [progress.step]
 
 
-def test_the_end_waits_for_the_last_copy(tmp_path: Path, flaky: str) -> None:
+def test_exit_waits_for_the_last_upload(tmp_path: Path, flaky: str) -> None:
     save(tmp_path, 2)
     Flaky.gate.clear()
     with Uploads(Remote(flaky), tmp_path, 2, None, 60.0):
@@ -137,7 +130,7 @@ def test_the_end_waits_for_the_last_copy(tmp_path: Path, flaky: str) -> None:
     assert Remote(flaky).steps() == [2]
 
 
-def test_a_drill_may_fail_a_copy(
+def test_injected_fault_fails_an_upload(
     tmp_path: Path, flaky: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     wanted = [{"fault": "full", "at": "upload", "step": 2, "file": "COMPLETE.json", "once": str(tmp_path / "once")}]
@@ -146,17 +139,17 @@ def test_a_drill_may_fail_a_copy(
     with Uploads(Remote(flaky), tmp_path, 2, None, 60.0):
         pass
     assert Remote(flaky).steps() == [2]
-    assert "the checkpoint of step 2 is not copied yet, training goes on: [Errno 28]" in capsys.readouterr().err
+    assert "the checkpoint of step 2 is not uploaded yet, training continues: [Errno 28]" in capsys.readouterr().err
 
 
-def test_the_last_copy_is_waited_for_when_an_error_ends_the_training(data: Path, tmp_path: Path, flaky: str) -> None:
+def test_exit_waits_for_the_last_upload_after_an_error(data: Path, tmp_path: Path, flaky: str) -> None:
     with pytest.raises(StopIteration):
         run(data, tmp_path / "a", recalls=[], checkpoint_every=2, remote=flaky)
     assert Remote(flaky).steps()[-1] == steps_in(tmp_path / "a" / "checkpoints")[-1]
     assert not [thread for thread in threading.enumerate() if thread.name == "uploads"]
 
 
-def test_a_mistake_of_ours_is_raised_at_the_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_upload_bug_is_raised_at_exit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     remote = Remote(str(tmp_path / "there"))
     monkeypatch.setattr(remote, "upload", lambda *_: 1 / 0)
     save(tmp_path, 2)
