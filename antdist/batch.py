@@ -25,7 +25,7 @@ ROWS = 128
 
 @dataclass(frozen=True)
 class GlobalBatch:
-    """The predictions of one step over all ranks: a function of (fingerprint, seed, epoch, index) alone (law 1).
+    """The predictions of one step over all ranks: a function of (fingerprint, seed, epoch, index).
 
     A *window* is a run of one user's items, oldest first, read in one causal pass; a *prediction* reads the state at one
     token and targets the item that came next. In `prefix` mode a window makes one prediction, at its last token; in

@@ -33,7 +33,7 @@ def per_user(ranks: Ranks, metric: str) -> FloatArray:
 
 
 def summary(ranks: Ranks) -> dict[str, float]:
-    """Average `METRICS` over users; `users` and `seen` count the users and the targets that are in the history."""
+    """Average `METRICS` over users; count `users`, and those whose target is in the history (`seen`)."""
     assert len(ranks.ranks), "no users to average over"
     means = {metric: float(per_user(ranks, metric).mean()) for metric in METRICS}
     return means | {"users": len(ranks.ranks), "seen": int(ranks.seen.sum())}

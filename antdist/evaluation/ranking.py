@@ -71,7 +71,7 @@ class Queries:
 
 @dataclass(frozen=True)
 class Ranks:
-    """The rank of each user's target: 1 is the top. A target in the history is a miss, at catalogue size + 1."""
+    """Ranks of the users' targets: 1 is the top, catalogue size + 1 a target in the history."""
 
     users: IntArray  # (U,) as in the queries
     ranks: IntArray  # (U,)
@@ -120,7 +120,7 @@ def _queries(sequences: Sequences, max_length: int, from_end: int, limit: int | 
 
 @contextmanager
 def evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """Evaluate without gradients and with exact products; then restore each module's mode (parts may be frozen)."""
+    """Switch to evaluation without gradients, with exact products; then restore each module's mode."""
     device = next(model.parameters()).device
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
@@ -157,7 +157,7 @@ def embed_catalogue(
 
 
 def encode_histories(model: Recommender, item_embeddings: Tensor, items: IntArray, offsets: IntArray) -> Tensor:
-    """Compute each history's preference vector (U, d): the state at its last item (docs/spec/ant.md, section 4)."""
+    """Compute each history's preference vector (U, d): the state at its last item."""
     device = item_embeddings.device
     bounds = torch.from_numpy(offsets).to(device)
     with evaluation_mode(model):
@@ -209,7 +209,7 @@ def rank_in_ranges(
     chunk_users: int = 512,
     chunk_items: int = 4096,
 ) -> Ranks:
-    """Embed a run of a catalogue's items and rank targets among them, in ranges, so that any number of items fits.
+    """Embed a run of a catalogue's items, range by range, and rank targets among all of them.
 
     Args:
         model: embeds the items and encodes the histories.

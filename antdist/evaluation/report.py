@@ -42,9 +42,9 @@ def read_row(document: Mapping[str, Any]) -> Row:
 
 
 def results_table(rows: Sequence[Row], metric: str = "Recall@10") -> str:
-    """Format a target's strategies: metrics (± deviation over seeds), difference of `metric` to scratch, p-value, verdict.
+    """Format a target's strategies: metrics, difference to scratch, p-value, verdict.
 
-    Lines below the table say why a verdict is unknown.
+    Metrics are means ± deviation over seeds; `metric` is the one whose difference to scratch is shown. Lines below the table say why a verdict is unknown.
     """
     head = ["strategy", *METRICS, f"{metric} to scratch", "p-value", "transfer"]
     cells = [[row.strategy, *_metrics(row), *_transfer(row.verdict)] for row in rows]
@@ -52,7 +52,7 @@ def results_table(rows: Sequence[Row], metric: str = "Recall@10") -> str:
 
 
 def transfer_table(targets: Mapping[str, Sequence[Row]], champions: Mapping[str, tuple[str, str]]) -> str:
-    """Format several targets' strategies: the columns of `results_table` with fewer metrics, and the champion.
+    """Format several targets' strategies: fewer metrics than `results_table`, and the champion.
 
     Args:
         targets: the rows of each target's strategies.

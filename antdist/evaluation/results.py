@@ -55,7 +55,7 @@ class Run:
 
 
 def budget_digest(config: RelearnConfig) -> str:
-    """Digest what a strategy was given to learn with: the keys of model, loss, stream, training that trials must share."""
+    """Digest what a strategy learns with: the keys that trials must share to be compared."""
     sections = comparable(config)
     sections |= sections.pop("data")  # flat, as in the digests of all earlier results
     return hashlib.sha256(json.dumps(sections, sort_keys=True).encode()).hexdigest()
@@ -86,7 +86,7 @@ def _seed(pair: tuple[int, Ranks]) -> int:
 
 
 def save_ranks(path: str | Path, run: Run) -> None:
-    """Write `run` as an .npz file (no pickle): `ranks` (S, U), `users` and `seen` (U,), `key` as JSON text."""
+    """Write an .npz file (no pickle): `ranks` (S, U), `users` and `seen` (U,), `key` as JSON text."""
     first, path = run.ranks[0], Path(path)
     assert len(run.ranks) == len(run.key.seeds)
     assert all(np.array_equal(r.users, first.users) and np.array_equal(r.seen, first.seen) for r in run.ranks)

@@ -1,4 +1,4 @@
-"""Verdicts on transfer: is an adapted model better than one trained from scratch (docs/spec/ant.md, section 7)?"""
+"""Verdicts: is an adapted model better than one from scratch (docs/spec/ant.md, section 7)?"""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def compare(metric_a: FloatArray, metric_b: FloatArray) -> Comparison:
 
 
 def decide_transfer(comparison: Comparison | None) -> Transfer:
-    """Decide the direction of the transfer: "none" if the difference may be chance, "unknown" without a comparison."""
+    """Decide the direction: "none" if the difference may be chance, "unknown" without a comparison."""
     if comparison is None:
         return "unknown"
     if not comparison.significant:

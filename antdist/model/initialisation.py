@@ -15,9 +15,9 @@ DEVIATION = 0.02  # of linear and embedding weights
 
 
 def initialise(model: nn.Module, experts: Literal["normal", "xavier"], seed: int) -> None:
-    """Set all weights in place: norms to identity, linear and embedding weights to N(0, 0.02), all else to zero.
+    """Set all weights in place.
 
-    The weights are a function of `seed` and each parameter's name alone: configurations that add or remove a parameter
+    Norms become the identity, linear and embedding weights N(0, 0.02), all else zero. The weights are a function of `seed` and each parameter's name alone: configurations that add or remove a parameter
     leave the others unchanged. The global random state is not touched.
 
     Args:
@@ -39,9 +39,9 @@ def initialise(model: nn.Module, experts: Literal["normal", "xavier"], seed: int
 
 
 def redraw_experts(model: nn.Module, seed: int) -> None:
-    """Draw the weights W_k of all modalities again, in place, Xavier-normal as the reference's re-learning does.
+    """Draw the weights W_k of all modalities again, in place, Xavier-normal.
 
-    Shifts, biases and routing stay.
+    The reference does so in re-learning. Shifts, biases and routing stay.
     """
     for name, parameter in model.named_parameters():
         if name.startswith("tower.") and name.endswith(".weight"):

@@ -48,7 +48,7 @@ def alignment_loss(
     mask_missing: bool,
     chunk: int,
 ) -> Tensor:
-    """Mean over the next items with an image of -log softmax_j(cos(image, text_j) / temperature) at its own text.
+    """Mean over next items of -log softmax_j(cos(image, text_j) / temperature) at the own text.
 
     An item without an image contributes no term, but its text is a negative. An item without text is left out with
     `mask_missing`: its transformed text is zero, which would be a negative as near to one image as to any other.
@@ -86,7 +86,7 @@ def alignment_loss(
 def image_to_text_loss(
     images: Tensor, texts: Tensor, targets: Tensor, counts: Tensor, weights: Tensor, *, temperature: float, chunk: int
 ) -> Tensor:
-    """Sum over images of weight * -log softmax_j(cos(image, text_j) / temperature) at the image's own text.
+    """Sum over images of weight * -log softmax_j(cos(image, text_j) / temperature) at the own text.
 
     Text j stands `counts[j]` times in the softmax, as if the batch's next items were listed with repetition and repeats
     not masked: log(counts[j]) is added to its logit. One of the own text's copies is right, not all of them, which adds

@@ -1,4 +1,7 @@
-"""The recommender: item tower, positions, sequence encoder and losses in one module (docs/spec/ant.md, sections 3 to 6)."""
+"""The recommender: item tower, positions, sequence encoder and losses in one module.
+
+Sections are those of docs/spec/ant.md.
+"""
 
 from __future__ import annotations
 
@@ -75,7 +78,7 @@ class Recommender(nn.Module):
     def forward(
         self, inputs: ItemInputs, batch: Batch, gather: Gather | None = None, loss: LossConfig = PRETRAINING_LOSS
     ) -> Losses:
-        """Compute this rank's part of the losses of a global batch: recommendation + weight * alignment (section 5).
+        """Compute this rank's part of the loss: recommendation + weight * alignment (section 5).
 
         Args:
             inputs: of this rank's rows of `batch.item_ids`, `batch.share`; more may follow and play no part.
@@ -109,9 +112,9 @@ class Recommender(nn.Module):
 
 
 def _gather_items(own: ItemEmbeddings, gather: Gather | None, aligned: bool) -> ItemEmbeddings:
-    """Gather the item embeddings of all ranks and, if `aligned`, their texts and presence (floating), in one call.
+    """Gather the item embeddings of all ranks and, if `aligned`, texts and presence, in one call.
 
-    Images are not gathered: each rank aligns its own.
+    Presence becomes floating. Images are not gathered: each rank aligns its own.
     """
     if not aligned or own.text is None:
         return own._replace(item=own.item if gather is None else gather(own.item), text=None, image=None)
@@ -140,13 +143,13 @@ def build_recommender(
 
 
 def blank_recommender(config: ModelConfig, dims: dict[str, int], catalogue_size: int | None = None) -> Recommender:
-    """Build a recommender whose parameters have shapes but no memory yet (torch's meta device), for loading weights."""
+    """Build a recommender on torch's meta device, without memory, for weights to be loaded into."""
     with torch.device("meta"):
         return Recommender(config, dims, catalogue_size)
 
 
 def parameter_groups(model: Recommender) -> dict[str, list[str]]:
-    """Name the parameters of each group, the rows of the table in section 6; each parameter is in exactly one.
+    """Name the parameters of each group (section 6); each parameter is in exactly one.
 
     `theta` is the item tower without `price_bias`, which the reference treats apart; `phi` is the transformer without
     its `input_norm`, likewise; `positions` and `item_embeddings` (ANT_t) are tables. A group may be empty.

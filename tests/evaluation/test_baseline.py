@@ -35,7 +35,7 @@ def test_popularity_ranks_equal_a_loop_over_items(seed: int, users: int, items: 
 
 
 def test_repeated_test_items_in_scientific_match_the_spec(shared_data: Path) -> None:
-    """0.6 % of the users of Scientific have the test item in their history; popularity finds few of the rest."""
+    """0.6 % of the users have the test item in their history; popularity finds few of the rest."""
     frame = pd.read_csv(shared_data / "scientific" / "interactions.csv.gz")
     frame = frame.sort_values(["user_id", "timestamp"], kind="stable")
     items = frame["item_id"].rank(method="dense").to_numpy().astype(np.int64) - 1

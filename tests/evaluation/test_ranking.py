@@ -1,4 +1,4 @@
-"""Ranks by counting against an oracle that sorts the masked score matrix; queries against a loop over users."""
+"""Ranks against an oracle that sorts the masked scores; queries against a loop over users."""
 
 from __future__ import annotations
 
@@ -222,7 +222,7 @@ def test_scores_stay_float32_under_autocast() -> None:
 
 
 def test_batched_ranks_equal_one_user_at_a_time() -> None:
-    """Ranks in batches equal ranks from each user's own forward pass, alone, with dropout configured but off."""
+    """Each user alone in a forward pass gives the same ranks; dropout is configured but off."""
     rng = np.random.default_rng(3)
     config = ModelConfig(modalities=["text"], dim=16, inner=16, experts=2, max_length=8)
     model = build_recommender(config, {"text": 6}, seed=1).train()
@@ -243,7 +243,7 @@ def test_batched_ranks_equal_one_user_at_a_time() -> None:
 
 @pytest.mark.parametrize("range_items", [1, 7, 20, 39, 40])
 def test_ranks_in_ranges_equal_ranks_at_once(range_items: int) -> None:
-    """Of the second of two domains; with ties in other ranges, repeats in histories, targets that were seen."""
+    """For the second of two domains, with ties across ranges, repeats in histories, seen targets."""
     rng = np.random.default_rng(5)
     values = torch.from_numpy(rng.normal(size=(52, 6))).float() * 20
     values[[12, 13, 30, 51]] = values[44].clone()

@@ -1,4 +1,4 @@
-"""Checkpoints with the authors' names: items, users and scores equal the oracle's, which reads these names itself."""
+"""Imported checkpoints: items, users and scores equal the oracle's, which reads their names itself."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Models on disk: they come back as they were, and a folder that is no whole model is refused with a remedy."""
+"""Models on disk: the round trip, and incomplete or damaged folders, refused with a remedy."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The recommender against the oracle of `tests/reference`: items, users, losses and gradients to 1e-5 in float32."""
+"""The recommender against `tests/reference`: items, users, losses and gradients to 1e-5 in float32."""
 
 from __future__ import annotations
 
@@ -187,7 +187,7 @@ def test_longer_users_see_their_last_items_only() -> None:
 @pytest.mark.parametrize("candidates", ["in_batch", "catalogue", "sampled"])
 @pytest.mark.parametrize("ranks", [2, 3, 7])
 def test_losses_and_gradients_of_ranks_add_up(ranks: int, candidates: str) -> None:
-    """With seven ranks and five users some ranks have no window, and still embed items and join in the gathering."""
+    """Of seven ranks with five users some have no window; they still embed and gather items."""
     world = SmallWorld()
     loss = LossConfig(alignment=0.3, chunk=5)
     alone, many = build(tiny(), world), build(tiny(), world)

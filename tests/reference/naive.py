@@ -23,7 +23,7 @@ def prefixes(sequence: Sequence[int]) -> list[Example]:
 
 
 class NaiveModel:
-    """Items are numbered from 0; `features[m]` (n, d_m) and `present[m]` (n,) are those of the whole world."""
+    """The model over all n items, numbered from 0: `features[m]` (n, d_m), `present[m]` (n,)."""
 
     def __init__(
         self,
@@ -120,7 +120,7 @@ class NaiveModel:
     # ---- losses (sections 5 and 6)
 
     def in_batch_loss(self, examples: Sequence[Example]) -> Tensor:
-        """Mean over examples; negatives are the other examples' next items, those with the same item masked out."""
+        """Mean over examples; negatives are the other examples' next items that are another item."""
         total = torch.zeros(())
         items = [self.item(target) for _, target in examples]
         for i, (history, target) in enumerate(examples):

@@ -1,4 +1,4 @@
-"""Parameters of an antdist recommender under the names of the authors' checkpoints, values or gradients alike."""
+"""Rename a recommender's parameters, or their gradients, to the names of the authors' checkpoints."""
 
 from __future__ import annotations
 

@@ -38,7 +38,7 @@ class SmallWorld:
 
 
 def windows(sequences: Sequence[Sequence[int]], mode: str, length: int) -> list[Window]:
-    """`prefix`: a window for each prefix, predicting at its end; `sequence`: one for each user, predicting throughout."""
+    """`prefix`: a window per prefix that predicts at its end; `sequence`: one per user, at each token."""
     if mode == "sequence":
         assert all(len(s) <= length + 1 for s in sequences)
         return [(list(s[:-1]), list(range(len(s) - 1)), list(s[1:])) for s in sequences]

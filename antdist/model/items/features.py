@@ -72,9 +72,9 @@ class Experts(nn.Module):
         return mix_experts(dropout(x, self.dropout, self.training), routing, self.weight, added, self.whitening)
 
     def route(self, x: Tensor) -> Tensor:
-        """Compute the experts' weights (n, K), float32: softmax(mu + eps * sigma) in training, softmax(mu) in evaluation.
+        """Compute the experts' weights (n, K) in float32; reads x without dropout.
 
-        Routing reads x without dropout.
+        They are softmax(mu + eps * sigma) in training, softmax(mu) in evaluation.
         """
         if not self.training:
             return (x @ self.gate).float().softmax(-1)

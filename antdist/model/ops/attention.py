@@ -1,4 +1,4 @@
-"""Causal attention of packed windows, with its gradient written by hand (docs/spec/ant.md, section 4).
+"""Causal attention of packed windows and its gradient (docs/spec/ant.md, section 4).
 
 Shapes: T tokens of all windows, end to end; B blocks of Q tokens, K = 2 Q keys of a block, H heads, E width of a head,
 D = H E width of the model.

@@ -1,4 +1,6 @@
-"""Dropout that costs little on a CPU, where torch draws a mask five to ten times slower than its random bits.
+"""Dropout that is cheap on a CPU.
+
+There torch takes five to ten times as long to draw a mask as to draw the random bits that a mask needs.
 
 One 64-bit random integer is read as four signed 16-bit integers, each uniform over LEVELS values. An element is dropped
 if its integer is among the lowest `dropped` of them, so with probability p = dropped / LEVELS; the others are multiplied
@@ -29,7 +31,7 @@ def dropout(x: Tensor, p: float, training: bool) -> Tensor:
 
 
 def draw_mask(shape: Sequence[int], p: float, like: Tensor) -> Tensor:
-    """Draw what dropout multiplies with, in dtype and on the device of `like`: 0 with probability `p`, else 1 / (1 - p)."""
+    """Draw factors with dtype and device of `like`: 0 with probability `p`, else 1 / (1 - p)."""
     if plain_ops() or not like.is_cpu:
         return draw_mask_plain(shape, p, like)
     dropped, elements = round(p * LEVELS), math.prod(shape)

@@ -1,4 +1,4 @@
-"""The mixture of experts of one modality (docs/spec/ant.md, section 3), with its gradient written by hand.
+"""The mixture of experts of one modality and its gradient (docs/spec/ant.md, section 3).
 
 Shapes: N items, M width of the modality's frozen features, K experts, D width of the model.
 

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 @contextmanager
 def exact_products(device: torch.device) -> Iterator[None]:
-    """Multiply float32 matrices in float32 inside the block (autocast apart), with any setting outside of it.
+    """Multiply float32 matrices exactly inside the block (autocast apart), under any setting.
 
     On a GPU this rules TF32 out. On a CPU it has oneDNN multiply instead of MKL where oneDNN is exact: as fast, or twice
     as fast on processors that MKL does not know.

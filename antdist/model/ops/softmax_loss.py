@@ -1,4 +1,4 @@
-"""The softmax loss over many candidates, in chunks, with its gradient written by hand (docs/spec/ant.md, section 5).
+"""The softmax loss over many candidates, in chunks, and its gradient (docs/spec/ant.md, section 5).
 
 Shapes: P predictions, C candidates, D width; N candidates of one chunk.
 

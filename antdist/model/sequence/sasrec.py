@@ -1,4 +1,4 @@
-"""The user intent model SASRec on packed tokens: a user's items to states (docs/spec/ant.md, section 4)."""
+"""The user intent model: SASRec on packed tokens (docs/spec/ant.md, section 4)."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Norm(nn.LayerNorm):
 
 
 class Layer(nn.Module):
-    """One post-LN transformer layer: h = LN(x + attention(x)), LN(h + W2 gelu(W1 h)), each branch with dropout."""
+    """A post-LN transformer layer: h = LN(x + attention(x)), then LN(h + W2 gelu(W1 h)), with dropout."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -52,7 +52,7 @@ class Layer(nn.Module):
 
 
 class SASRec(nn.Module):
-    """The transformer PHI with its input normalisation. A sequence encoder: `(x, offsets, longest) -> states`."""
+    """The transformer PHI and its input normalisation: `(x, offsets, longest) -> states`."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()

@@ -44,7 +44,7 @@ def case(lengths: list[int], dtype: torch.dtype) -> tuple[list[Tensor], Tensor]:
 @pytest.mark.parametrize("dropped", [0.0, 0.5])
 @pytest.mark.parametrize("lengths", LAYOUTS.values(), ids=LAYOUTS)
 def test_equals_the_plain_twin(lengths: list[int], dropped: float, dtype: torch.dtype, tolerance: float) -> None:
-    """With the same dropout mask; to 1e-5 in float32, and to 1e-6 in float64 (the softmax is in float32 in both)."""
+    """With one dropout mask; to 1e-5 in float32, 1e-6 in float64 (the softmax is float32 in both)."""
     qkv, mask = case(lengths, dtype)
     shape = (*qkv[0].shape[:3], qkv[1].shape[2])
     torch.manual_seed(3)

@@ -1,4 +1,4 @@
-"""Dropout: the right share, scaled, independent of its neighbours, reproducible; distributed as its plain twin."""
+"""Dropout: share, scale, independence and reproducibility; distributed as its plain twin."""
 
 from __future__ import annotations
 

@@ -93,7 +93,7 @@ def test_low_precision_inputs_are_scored_in_float32(dtype: torch.dtype) -> None:
 
 
 def test_memory_is_a_chunk_not_all_logits() -> None:
-    """512 x 40,000 logits would be 82 MB; forward and backward may hold a few blocks of 512 x 1000 (2 MB) each."""
+    """512 x 40,000 logits would be 82 MB; both passes may hold a few blocks of 512 x 1000 (2 MB)."""
     (users, candidates, targets), _ = case(512, 40_000, 8, 5)
     largest = 0
 

@@ -24,7 +24,7 @@ def test_packed_windows_agree_with_one_at_a_time(dtype: torch.dtype) -> None:
 
 
 def test_norm_takes_its_statistics_in_float32() -> None:
-    """Values whose squares overflow or whose differences vanish in half precision, and inputs wider than the weights."""
+    """Their squares overflow and their differences vanish in half precision; inputs are wider than weights."""
     x = 1000.0 + torch.randn(5, 8)
     expected = torch.nn.functional.layer_norm(x, (8,), eps=1e-8)
     norm = Norm(8).half()
