@@ -56,13 +56,13 @@ from antdist.tracking.store import tracking_uri
         ({"scratch": 0.10, "relearn": 0.10}, {"relearn": "positive"}, "scratch", True),
     ],
 )
-def test_transfer_must_show_that_it_helps(
+def test_only_positive_transfer_is_chosen_over_scratch(
     validation: dict[Any, float], transfers: dict[Any, Any], chosen: str, promoted: bool
 ) -> None:
     assert choose_strategy(validation, transfers) == (chosen, promoted)
 
 
-def test_several_strategies_are_taken_in_the_order_in_which_they_win_ties() -> None:
+def test_strategies_run_in_the_order_in_which_they_win_ties() -> None:
     config = check_config(RelearnConfig, {"strategy": ["relearn", "scratch"], "seeds": [1, 0]})
     trials = [(trial.strategy, trial.seed) for trial in trials_of(config)]
     assert trials == [("scratch", 1), ("scratch", 0), ("relearn", 1), ("relearn", 0)]
@@ -74,7 +74,7 @@ def test_several_strategies_are_taken_in_the_order_in_which_they_win_ties() -> N
             check_config(RelearnConfig, {"strategy": wrong})
 
 
-def test_a_trial_is_one() -> None:
+def test_train_trial_refuses_several_trials() -> None:
     for changes in ({"seeds": [0, 1]}, {"strategy": "auto"}):
         config = check_config(RelearnConfig, {"target": "t", "strategy": "scratch", **changes})
         with pytest.raises(UserError, match="strategy, seeds: one trial is one strategy and one seed, not "):
@@ -120,7 +120,7 @@ def uri(tmp_path_factory: pytest.TempPathFactory) -> str:
     return tracking_uri(TrackingConfig(uri=f"sqlite:///{folder}/mlflow.db"), folder)
 
 
-def test_a_gain_that_may_be_chance_leaves_scratch_the_champion(uri: str, tmp_path: Path) -> None:
+def test_insignificant_gain_leaves_scratch_champion(uri: str, tmp_path: Path) -> None:
     folder = tmp_path / "chance" / "t"
     for strategy, hits in (("scratch", 60), ("finetune", 40), ("relearn", 62)):
         trial(uri, folder, strategy, hits)
@@ -134,7 +134,7 @@ def test_a_gain_that_may_be_chance_leaves_scratch_the_champion(uri: str, tmp_pat
     assert resolve("models:/chance-t@champion", uri).tags["strategy"] == "scratch"
 
 
-def test_a_gain_that_is_no_chance_makes_the_champion(uri: str, tmp_path: Path) -> None:
+def test_significant_gain_makes_the_champion(uri: str, tmp_path: Path) -> None:
     folder = tmp_path / "gain" / "t"
     for strategy, hits in (("scratch", 60), ("finetune", 40), ("relearn", 80)):
         trial(uri, folder, strategy, hits)
@@ -147,7 +147,7 @@ def test_a_gain_that_is_no_chance_makes_the_champion(uri: str, tmp_path: Path) -
     assert resolve("models:/gain-t@champion", uri).uri == done.model
 
 
-def test_a_champion_whose_gain_more_seeds_do_not_show_is_told(uri: str, tmp_path: Path) -> None:
+def test_champion_refuted_by_more_seeds_is_noted(uri: str, tmp_path: Path) -> None:
     folder = tmp_path / "doubt" / "t"
     hits = {"scratch": (60, 78), "finetune": (20, 20), "relearn": (80, 40)}
     for strategy, seed in itertools.product(hits, (0, 1)):
@@ -170,7 +170,7 @@ def test_without_scratch_nothing_becomes_champion(uri: str, tmp_path: Path) -> N
         resolve("models:/alone-t@champion", uri)
 
 
-def test_a_trial_that_ended_on_older_data_is_refused_before_others_are_trained(uri: str, tmp_path: Path) -> None:
+def test_trial_on_older_data_is_refused_before_training(uri: str, tmp_path: Path) -> None:
     folder = tmp_path / "older" / "t"
     trial(uri, folder, "scratch", 60)
     context = context_of(uri, folder, "scratch")
@@ -180,7 +180,7 @@ def test_a_trial_that_ended_on_older_data_is_refused_before_others_are_trained(u
         _begin_trial(context, scratch, lineage_of(scratch, "prepared anew", None))
 
 
-def test_all_trials_that_diverged_are_tried_again(tmp_path: Path) -> None:
+def test_diverged_trials_are_trained_again(tmp_path: Path) -> None:
     trials = [Trial("t", "scratch", seed, RunFolder(tmp_path).trial("scratch", seed)) for seed in range(3)]
     for number, trial in enumerate(trials):
         error = {"error": {"what": f"diverged {number}", "where": "w", "remedy": "r"}}

@@ -12,7 +12,7 @@ from antdist.runs.inputs import open_pretrain_inputs
 from tests.worlds import make_domain
 
 
-def test_a_card_names_the_encoders_though_the_first_domain_lacks_a_modality(tmp_path: Path) -> None:
+def test_card_names_encoders_that_the_first_domain_lacks(tmp_path: Path) -> None:
     make_domain(tmp_path, "plain", dims={"text": 12})
     make_domain(tmp_path, "whole", dims={"text": 12, "image": 10})
     tree = {"data": {"root": str(tmp_path), "domains": ["plain", "whole"]}, "model": {"modalities": ["text", "image"]}}

@@ -51,14 +51,14 @@ def adapting(world: Path, **changes: Any) -> RelearnConfig:
     return check_config(RelearnConfig, tree)
 
 
-def test_a_target_that_the_parent_knows_is_said(world: Path) -> None:
+def test_target_among_parent_domains_is_noted(world: Path) -> None:
     trained = parent(world, "trained")
     assert check_relearn(adapting(world, **{"from": trained})).report.notes == []
     notes = check_relearn(adapting(world, target="aa", **{"from": trained})).report.notes
     assert notes == ["the target aa is one of the parent's auxiliary domains: its gain is not transfer"]
 
 
-def test_a_parent_that_does_not_name_its_encoders_is_taken_with_a_note(world: Path) -> None:
+def test_parent_without_encoder_names_is_noted(world: Path) -> None:
     imported = parent(world, "imported", kind="imported", domains=[])
     (note,) = check_relearn(adapting(world, strategy="auto", **{"from": imported})).report.notes
     assert "imported does not name the encoders of its text, image, price features" in note
@@ -66,7 +66,7 @@ def test_a_parent_that_does_not_name_its_encoders_is_taken_with_a_note(world: Pa
     assert check_relearn(adapting(world, strategy="relearn", **{"from": imported})).report.notes == []
 
 
-def test_a_parents_tower_wants_features_of_its_dimension_and_encoder(world: Path) -> None:
+def test_inherited_tower_needs_matching_features(world: Path) -> None:
     wide = parent(world, "wide", dims={**DIMS, "text": 13})
     with pytest.raises(
         UserError, match=r"the model reads text features of dimension 13, target has 12\. Featurize the"
@@ -77,14 +77,14 @@ def test_a_parents_tower_wants_features_of_its_dimension_and_encoder(world: Path
         check_relearn(adapting(world, strategy="finetune", **{"from": other}))
 
 
-def test_a_target_that_lacks_a_modality_of_the_parent_is_said(world: Path) -> None:
+def test_modality_missing_from_target_is_noted(world: Path) -> None:
     notes = check_relearn(
         adapting(world, target="nopictures", strategy="auto", **{"from": parent(world, "full")})
     ).report.notes
     assert "no item of nopictures has image: models do without" in notes
 
 
-def test_an_inherited_tower_has_only_the_modalities_that_are_named(world: Path) -> None:
+def test_inherited_tower_uses_only_named_modalities(world: Path) -> None:
     pictures = parent(world, "pictures", dims={"image": 10})
     with pytest.raises(UserError, match=r"model.modalities: the parent reads image only\. Name one of these"):
         model = {**SMALL, "modalities": ["text"]}
@@ -120,7 +120,7 @@ def test_an_inherited_tower_has_only_the_modalities_that_are_named(world: Path) 
         ),
     ],
 )
-def test_what_would_stop_a_pretraining_is_told_by_its_key(world: Path, change: dict[str, Any], message: str) -> None:
+def test_pretrain_refusals_name_the_key(world: Path, change: dict[str, Any], message: str) -> None:
     tree: dict[str, Any] = {
         "data": {"root": str(world / "data"), "domains": ["aa", "bbb"]},
         "model": SMALL,
@@ -132,7 +132,7 @@ def test_what_would_stop_a_pretraining_is_told_by_its_key(world: Path, change: d
     assert message in str(caught.value)
 
 
-def test_the_remote_storage_is_tried_before_a_run(world: Path, tmp_path: Path) -> None:
+def test_remote_storage_is_probed_before_a_run(world: Path, tmp_path: Path) -> None:
     ray = {"storage": str(world / "runs"), "remote_storage": f"file://{tmp_path}/there"}
     report = check_relearn(adapting(world, strategy="scratch", ray=ray)).report
     assert f"remote storage file://{tmp_path}/there" in report.checked
@@ -151,9 +151,7 @@ def far(folder: Path, cache_gb: float) -> PretrainConfig:
     return check_config(PretrainConfig, tree)
 
 
-def test_a_cache_that_cannot_hold_what_is_in_use_together_is_refused_with_what_would_do(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_too_small_cache_is_refused_with_a_sufficient_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     domain = make_domain(tmp_path / "data", "d", users=96, blocks_per_shard=1, missing=0.0)
     shards = sum(sorted(shard.bytes for shard in domain.manifest.sequence_shards)[-6:])
     features = sum(path.stat().st_size for path in (tmp_path / "data/d/features").glob("*.npy"))
@@ -175,7 +173,7 @@ def test_a_cache_that_cannot_hold_what_is_in_use_together_is_refused_with_what_w
         check_pretrain(far(tmp_path, enough))
 
 
-def test_features_that_do_not_all_fit_are_told(tmp_path: Path) -> None:
+def test_features_larger_than_the_cache_are_noted(tmp_path: Path) -> None:
     domain = make_domain(tmp_path / "data", "d", users=96, items=600, blocks_per_shard=1, dims={})
     for modality in ("text", "image", "price"):
         give_parts(domain, modality, 64, items_a_part=4)
@@ -191,7 +189,7 @@ def test_features_that_do_not_all_fit_are_told(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("name", "how"), [("sequences-00000.tar", "cut"), ("features/image-00000.npy", "gone")])
-def test_what_is_not_there_at_its_size_stops_a_run_before_it_starts(tmp_path: Path, name: str, how: Any) -> None:
+def test_missing_or_short_remote_files_stop_a_run(tmp_path: Path, name: str, how: Any) -> None:
     make_domain(tmp_path / "data", "d")
     corrupt(tmp_path / "data" / "d" / name, how)
     with pytest.raises(UserError, match=rf"file://{tmp_path}/data/d/{name}: the file"):
@@ -228,7 +226,7 @@ def with_nan(folder: Path) -> Path:
         (with_nan, "the features of item 17 are not finite (NaN or infinity)"),
     ],
 )
-def test_damaged_shards_and_features_stop_a_run_before_it_starts(tmp_path: Path, harm: Any, message: str) -> None:
+def test_damaged_or_nan_data_stop_a_run(tmp_path: Path, harm: Any, message: str) -> None:
     make_domains(tmp_path / "data", ["aa"])
     tree = {
         "data": {"root": str(tmp_path / "data"), "domains": ["aa"]},

@@ -33,7 +33,7 @@ def test_free_keys_may_change_on_resume_and_others_not(tmp_path: Path) -> None:
         record_config(folder, config(weight_decay=0.5), LONGER_AND_GENTLER)
 
 
-def test_credentials_are_not_written_and_the_config_still_compares(tmp_path: Path) -> None:
+def test_credentials_are_redacted_and_configs_still_equal(tmp_path: Path) -> None:
     given = check_config(PretrainConfig, {"data": {"root": "s3://me:hidden@host/data"}})
     for _ in range(2):
         record_config(RunFolder(tmp_path), given)

@@ -103,9 +103,7 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
     return {**found.state.weights, **{f"moment {k}": v for k, v in found.state.moments["exp_avg_sq"].items()}}
 
 
-def test_it_begins_with_weights_and_moments_and_learns_the_grown_data_from_their_start(
-    world: Path, tmp_path: Path
-) -> None:
+def test_continue_begins_with_weights_and_moments(world: Path, tmp_path: Path) -> None:
     """Bit for bit what loading both by hand and training on the grown domains gives, warm-up and all."""
     training = {"schedule": {"warmup_steps": 3}, "epochs": 1}
     config = tree(world, "later", domains=["a", "b"], training=training, **{"continue": str(world / "runs" / "parent")})
@@ -145,7 +143,7 @@ def test_it_begins_with_weights_and_moments_and_learns_the_grown_data_from_their
     assert read_card(tmp_path / "run" / "model").made["parent"] == "models:/parent/1"
 
 
-def test_what_became_of_the_data_is_said(world: Path) -> None:
+def test_continue_notes_how_the_data_changed(world: Path) -> None:
     state = ResolvedModel(world / "runs" / "parent" / "training_state", "models:/parent/1")
     a, b = (open_domain(world / "data" / name) for name in ("a", "b"))
     was, now = a.manifest.ancestors[0][:12], a.fingerprint[:12]
@@ -158,14 +156,14 @@ def test_what_became_of_the_data_is_said(world: Path) -> None:
     assert f"a {was} -> {now} (grown)" in note and "begin anew, the latter at 0.001 after 7 steps of warm-up" in note
 
 
-def test_a_plain_resume_of_grown_data_names_continue(world: Path, tmp_path: Path) -> None:
+def test_resume_on_appended_data_suggests_continue(world: Path, tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
     state = world / "runs" / "parent" / "training_state"
     with pytest.raises(UserError, match=r"domain 'a' has grown .*[Gg]o on from the model .*name=NEW continue=MODEL"):
         train(tree(world, "resumed", resume="runs/parent"), tmp_path / "run", state=state)
 
 
-def test_refusals(world: Path, tmp_path: Path) -> None:
+def test_continue_refusals(world: Path, tmp_path: Path) -> None:
     parent = str(world / "runs" / "parent")
 
     def refused(**changes: Any) -> str:
@@ -189,7 +187,7 @@ def test_refusals(world: Path, tmp_path: Path) -> None:
     assert told.startswith("features: the text features of the domains are from another encoder (text digest=")
 
 
-def test_a_run_goes_on_with_the_data_that_it_began_with(world: Path, tmp_path: Path, monkeypatch: Any) -> None:
+def test_resume_uses_the_data_the_run_began_with(world: Path, tmp_path: Path, monkeypatch: Any) -> None:
     """Stopped in mid-epoch, its domain then grown, new features too: bit for bit what the run gives that was left alone."""
     monkeypatch.setattr("antdist.runs.workers.common.node_is_going", lambda: False)
     for place in ("alone", "grown"):
@@ -218,7 +216,7 @@ def test_a_run_goes_on_with_the_data_that_it_began_with(world: Path, tmp_path: P
 
 @pytest.mark.slow
 @pytest.mark.ray
-def test_through_ray_and_the_registry_with_lineage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_continue_through_ray_and_registry_with_lineage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     for name in ("a", "b"):

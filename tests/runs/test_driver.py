@@ -96,9 +96,7 @@ def assert_same_end(folder: Path, name: str) -> None:
 
 
 @pytest.mark.parametrize("more", [(), ("ray.min_workers=1",)], ids=["fixed", "range"])
-def test_a_driver_that_is_killed_while_its_workers_train_starts_again_and_ends_with_the_same_run(
-    head: Head, world: Path, more: tuple[str, ...]
-) -> None:
+def test_killed_driver_resumes_to_the_same_run(head: Head, world: Path, more: tuple[str, ...]) -> None:
     """The command starts again at once, beside the workers that have not heard of it yet, and with all of the cluster still
     reserved for them."""
     name = "range" if more else "fixed"
@@ -114,7 +112,7 @@ def test_a_driver_that_is_killed_while_its_workers_train_starts_again_and_ends_w
     assert_same_end(world, name)
 
 
-def test_a_submitted_job_outlives_the_client_that_submitted_it(head: Head, world: Path) -> None:
+def test_submitted_job_outlives_its_client(head: Head, world: Path) -> None:
     said, run = world / "submitted.said", world / "runs" / "submitted"
     submit = [
         RAY,

@@ -110,9 +110,7 @@ def curve(uri: str, run_id: str) -> list[tuple[int, float]]:
     return [(point.step, point.value) for point in points]
 
 
-def test_a_job_on_an_empty_machine_goes_on_from_the_registry_and_equals_the_uninterrupted_run(
-    head: Head, world: Path, served: TrackingServer
-) -> None:
+def test_job_resumes_from_registry_on_an_empty_machine(head: Head, world: Path, served: TrackingServer) -> None:
     straight = world / "straight/straight"
     done = antdist(head, "submit", "pretrain", *RUN, "name=straight", *places(world, "straight", served))
     job = done.stdout.splitlines()[0].removeprefix("job ")

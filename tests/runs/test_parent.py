@@ -101,7 +101,7 @@ def nowhere() -> str:
     return f"http://127.0.0.1:{free_port()}"
 
 
-def test_a_relearning_goes_on_from_the_parent_that_it_brought_while_the_registry_is_away(
+def test_relearn_uses_its_parent_copy_while_offline(
     world: Path, tmp_path: Path, settings: list[Any], capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(Begun):
@@ -120,7 +120,7 @@ def test_a_relearning_goes_on_from_the_parent_that_it_brought_while_the_registry
         relearn(adapting(world, tmp_path, nowhere(), offline_ok=False))
 
 
-def test_a_pretraining_goes_on_from_the_state_that_it_brought_while_the_registry_is_away(
+def test_pretrain_resume_uses_its_state_copy_while_offline(
     world: Path, tmp_path: Path, settings: list[Any], capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(Begun):
@@ -134,7 +134,7 @@ def test_a_pretraining_goes_on_from_the_state_that_it_brought_while_the_registry
     assert capsys.readouterr().err.count(f"{LATEST} is what it was on ") == 1
 
 
-def test_what_was_never_looked_up_is_told_unless_it_is_a_folder(world: Path, tmp_path: Path) -> None:
+def test_unresolved_model_is_refused_while_offline(world: Path, tmp_path: Path) -> None:
     away = r"this run never resolved it, and the tracking store is unreachable \(the tracking server does not answer"
     remedy = r"[Ss]tart the run once while the store is reachable, or name the model's folder instead"
     with pytest.raises(UserError, match=f"{CHAMPION}: {away}.*{remedy}"):
@@ -145,14 +145,14 @@ def test_what_was_never_looked_up_is_told_unless_it_is_a_folder(world: Path, tmp
     assert found is not None and found.folder == world / "model"
 
 
-def test_a_run_with_checkpoints_of_its_own_needs_no_registry(world: Path, tmp_path: Path) -> None:
+def test_resume_from_own_checkpoints_needs_no_registry(world: Path, tmp_path: Path) -> None:
     shutil.copytree(world / "state" / "checkpoints", tmp_path / "pretrain" / "checkpoints")
     context = check_pretrain(resuming(world, tmp_path, nowhere()))
     assert context.start is None and any(f"so {LATEST} is not read" in note for note in context.report.notes)
 
 
 @pytest.mark.parametrize("how", ["cut", "flip", "gone"])
-def test_a_damaged_copy_is_not_gone_on_from_and_brought_anew_later(world: Path, tmp_path: Path, how: Any) -> None:
+def test_damaged_copy_is_refused_and_fetched_again(world: Path, tmp_path: Path, how: Any) -> None:
     found = resolve(CHAMPION, store(world))
     place = fetch_source(CHAMPION, found, RunFolder(tmp_path))
     corrupt(place / "weights.safetensors", how)
@@ -166,7 +166,7 @@ def test_a_damaged_copy_is_not_gone_on_from_and_brought_anew_later(world: Path, 
     )
 
 
-def test_a_store_that_fails_after_its_greeting_is_away_and_one_that_refuses_is_not(
+def test_failing_store_is_offline_and_refusing_store_is_not(
     world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     place = fetch_source(CHAMPION, resolve(CHAMPION, store(world)), RunFolder(tmp_path))
@@ -181,7 +181,7 @@ def test_a_store_that_fails_after_its_greeting_is_away_and_one_that_refuses_is_n
         resolve_source("models:/parent@best", store(world), RunFolder(tmp_path), resolve, offline_ok=True, note=print)
 
 
-def test_what_the_registry_gave_is_copied_once_and_by_content(tmp_path: Path) -> None:
+def test_sources_are_copied_once_by_content(tmp_path: Path) -> None:
     given = tmp_path / "cache"
     given.mkdir()
     (given / "weights").write_text("1")

@@ -99,7 +99,7 @@ def curve(run: PretrainedModel, metric: str = "train/loss") -> list[tuple[int, f
     return sorted((point.step, point.value) for point in points)
 
 
-def test_pretraining_registers_a_model_with_lineage_curves_and_state(world: Path, pretrained: PretrainedModel) -> None:
+def test_pretrain_registers_model_lineage_curves_and_state(world: Path, pretrained: PretrainedModel) -> None:
     assert pretrained.model == "models:/straight/1" and pretrained.finished == "all epochs done"
     found = resolve("models:/straight@champion", pretrained.tracking_uri)
     assert found.uri == pretrained.model and found.tags["task"].startswith("pretrain:")
@@ -113,9 +113,7 @@ def test_pretraining_registers_a_model_with_lineage_curves_and_state(world: Path
 
 
 @pytest.mark.slow
-def test_data_under_a_uri_give_the_very_same_run_and_are_put_to_use(
-    world: Path, pretrained: PretrainedModel, tmp_path: Path
-) -> None:
+def test_remote_data_give_the_same_run(world: Path, pretrained: PretrainedModel, tmp_path: Path) -> None:
     data = {"root": f"file://{world}/data", "domains": AUXILIARY, "cache": str(tmp_path), "cache_gb": 0.01}
     run = pretrain(pretrain_config(world, "far", data=data))
     assert curve(run) == curve(pretrained)
@@ -131,9 +129,7 @@ def test_data_under_a_uri_give_the_very_same_run_and_are_put_to_use(
         assert here.exit_code == 0 and here.stdout == there.stdout
 
 
-def test_a_run_resumed_through_the_registry_alone_equals_the_uninterrupted_one(
-    world: Path, pretrained: PretrainedModel
-) -> None:
+def test_resume_through_registry_equals_uninterrupted_run(world: Path, pretrained: PretrainedModel) -> None:
     """Law 3, with the first run's folder deleted: optimizer, schedule and stream come from the registered state."""
     first = pretrain(pretrain_config(world, "parts", training={"stop_after": 3}))
     assert first.finished is None
@@ -157,7 +153,7 @@ def test_two_workers_equal_one_with_the_same_global_batch(world: Path) -> None:
         assert loss == pytest.approx(other, rel=1e-5)
 
 
-def test_all_strategies_are_judged_and_one_is_chosen_on_validation(world: Path, pretrained: PretrainedModel) -> None:
+def test_relearn_judges_strategies_and_chooses_one(world: Path, pretrained: PretrainedModel) -> None:
     done = relearn(relearn_config(world, **{"from": pretrained.model}))
     assert [row.strategy for row in done.rows] == ["scratch", "finetune", "relearn"]
     assert all(row.verdict is not None and row.verdict.transfer != "unknown" for row in done.rows[1:])
@@ -180,7 +176,7 @@ def test_all_strategies_are_judged_and_one_is_chosen_on_validation(world: Path, 
     assert relearn(relearn_config(world, **{"from": pretrained.model})).model == done.model
 
 
-def test_the_frozen_transformer_is_the_parents_and_the_tower_is_not(world: Path, pretrained: PretrainedModel) -> None:
+def test_relearn_freezes_the_transformer_and_not_the_tower(world: Path, pretrained: PretrainedModel) -> None:
     relearn(relearn_config(world, strategy="relearn", seeds=[0], **{"from": pretrained.model}))
     parent, adapted = weights(pretrained.folder / "model"), weights(world / "runs/adapt/target/relearn-seed0/model")
     for name, weight in adapted.items():
@@ -188,9 +184,7 @@ def test_the_frozen_transformer_is_the_parents_and_the_tower_is_not(world: Path,
         assert same == name.startswith("encoder."), name
 
 
-def test_without_scratch_the_verdict_is_unknown_and_nothing_is_promoted(
-    world: Path, pretrained: PretrainedModel
-) -> None:
+def test_relearn_without_scratch_promotes_nothing(world: Path, pretrained: PretrainedModel) -> None:
     done = relearn(relearn_config(world, name="alone", strategy="relearn", **{"from": pretrained.model}))
     assert done.rows[0].verdict is not None and done.rows[0].verdict.transfer == "unknown"
     assert "kept from being champion" in done.champion
@@ -198,9 +192,7 @@ def test_without_scratch_the_verdict_is_unknown_and_nothing_is_promoted(
         resolve("models:/alone-target@champion", done.tracking_uri)
 
 
-def test_the_registered_model_is_the_best_seeds_in_whatever_order_they_were_named(
-    world: Path, pretrained: PretrainedModel
-) -> None:
+def test_registered_model_is_the_best_seed_in_any_order(world: Path, pretrained: PretrainedModel) -> None:
     done = relearn(relearn_config(world, name="order", strategy="scratch", seeds=[2, 1, 0]))
     found = resolve(done.model, done.tracking_uri)
     cards = {seed: read_card(done.folder / f"scratch-seed{seed}" / "model") for seed in (0, 1, 2)}
@@ -211,7 +203,7 @@ def test_the_registered_model_is_the_best_seeds_in_whatever_order_they_were_name
     assert float(found.tags["validation_recall_at_10"]) == reached[best]
 
 
-def test_a_relearning_that_is_stopped_early_goes_on(world: Path) -> None:
+def test_relearn_resumes_after_stop_after(world: Path) -> None:
     stopped = relearn_config(world, name="pause", strategy="scratch", training={"epochs": 2, "stop_after": 1})
     with pytest.raises(UserError, match=r"training.stop_after: ended early: scratch-seed0, scratch-seed1\. The same"):
         relearn(stopped)
@@ -221,7 +213,7 @@ def test_a_relearning_that_is_stopped_early_goes_on(world: Path) -> None:
         relearn(relearn_config(world, name="pause", strategy="scratch", training={"epochs": 3}))
 
 
-def test_item_embeddings_are_of_one_catalogue(world: Path) -> None:
+def test_item_embeddings_belong_to_one_catalogue(world: Path) -> None:
     """ANT_t knows the items of its target, and of no other domain, be it of the same size."""
     done = relearn(
         relearn_config(world, name="ant_t", strategy="scratch", model={**SMALL_MODEL, "item_embeddings": True})
@@ -231,7 +223,7 @@ def test_item_embeddings_are_of_one_catalogue(world: Path) -> None:
         open_model(done.model, world / "data/aa", world / "runs")
 
 
-def test_a_finished_run_is_not_trained_again(
+def test_finished_run_is_not_trained_again(
     world: Path, pretrained: PretrainedModel, capsys: pytest.CaptureFixture[str]
 ) -> None:
     again = pretrain(pretrain_config(world, "straight"))
@@ -239,7 +231,7 @@ def test_a_finished_run_is_not_trained_again(
     assert "straight: already finished (all epochs done, step" in capsys.readouterr().err
 
 
-def test_folders_may_be_relative_to_where_the_command_runs(world: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_paths_may_be_relative_to_the_working_folder(world: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(world)
     config = pretrain_config(world, "relative", training={"epochs": 1})
     data, ray = config.data.model_copy(update={"root": "data"}), config.ray.model_copy(update={"storage": "runs"})
@@ -247,7 +239,7 @@ def test_folders_may_be_relative_to_where_the_command_runs(world: Path, monkeypa
     assert done.folder == world / "runs" / "relative"
 
 
-def test_a_diverged_run_says_so_and_goes_on_as_advised(world: Path) -> None:
+def test_diverged_run_resumes_as_its_error_advises(world: Path) -> None:
     with pytest.raises(
         UserError,
         match=r"the loss or its gradient is NaN or Inf since step \d+.*[Ll]ower training.learning_rate.*start again",
@@ -257,7 +249,7 @@ def test_a_diverged_run_says_so_and_goes_on_as_advised(world: Path) -> None:
     assert again.finished == "all epochs done"
 
 
-def test_a_killed_worker_costs_nothing(world: Path, tmp_path: Path) -> None:
+def test_killed_worker_resumes_bit_for_bit(world: Path, tmp_path: Path) -> None:
     """Ray starts another, which goes on from the last checkpoint: the same weights as without (and as with a profile)."""
     training = {"epochs": 40, "validate_every": 40}
     straight = pretrain(pretrain_config(world, "unkilled", training=training, workers=1, profile=True))
@@ -279,7 +271,7 @@ def test_a_killed_worker_costs_nothing(world: Path, tmp_path: Path) -> None:
         np.testing.assert_array_equal(weights(killed.folder / "model")[name], weight, err_msg=name)
 
 
-def test_a_terminated_command_saves_and_the_same_command_goes_on(world: Path, pretrained: PretrainedModel) -> None:
+def test_preempted_pretrain_resumes_bit_for_bit(world: Path, pretrained: PretrainedModel) -> None:
     """SIGTERM to the driver, before the second of nine steps: no worker dies, nothing is repeated, nothing differs."""
     folder = world / "runs" / "terminated"
     config = pretrain_config(world, "terminated")
@@ -307,7 +299,7 @@ def terminate_once(ready: Path) -> None:
 
 
 @pytest.mark.slow
-def test_runs_whose_folders_are_gone_go_on_from_remote_storage(
+def test_runs_resume_from_remote_storage_without_folders(
     world: Path, pretrained: PretrainedModel, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """A pre-training that was stopped, in the same MLflow run; and a finished trial, which is not trained again."""
@@ -333,7 +325,7 @@ def test_runs_whose_folders_are_gone_go_on_from_remote_storage(
         np.testing.assert_array_equal(weights(trial / "model")[name], weight, err_msg=name)
 
 
-def test_a_relearning_that_is_terminated_goes_on_with_its_trial(world: Path) -> None:
+def test_preempted_relearn_resumes_its_trial(world: Path) -> None:
     config = relearn_config(world, name="parted", strategy="scratch")
     terminator = threading.Thread(target=terminate_once, args=(world / "runs" / "parted" / "target" / "lock",))
     terminator.start()
@@ -349,7 +341,7 @@ def test_a_relearning_that_is_terminated_goes_on_with_its_trial(world: Path) -> 
 
 
 @pytest.mark.slow
-def test_a_run_without_its_store_goes_on_through_a_killed_worker_and_a_later_start_registers_it(
+def test_offline_run_survives_a_kill_and_registers_later(
     world: Path, pretrained: PretrainedModel, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """The store is away from the start to the end; the later start delivers the curve, and trains nothing."""
@@ -375,7 +367,7 @@ def test_a_run_without_its_store_goes_on_through_a_killed_worker_and_a_later_sta
         np.testing.assert_array_equal(weights(done.folder / "model")[name], weight, err_msg=name)
 
 
-def test_workers_of_a_relearning_need_no_store(
+def test_relearn_workers_need_no_store(
     world: Path, pretrained: PretrainedModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It is away from before they start until after they end: the driver knows the parent, and delivers what waits."""
@@ -392,7 +384,7 @@ def test_workers_of_a_relearning_need_no_store(
     assert len(steps) > 0 and steps == sorted(set(steps))
 
 
-def test_a_worker_that_dies_for_good_is_one_line(world: Path) -> None:
+def test_dead_worker_is_a_one_line_error(world: Path) -> None:
     config = pretrain_config(world, "dead", training={"epochs": 400}, workers=1)
     killer = threading.Thread(target=kill_leader_after, args=(world / "runs" / "dead", 1))
     killer.start()
@@ -417,12 +409,12 @@ def kill_leader_after(folder: Path, epochs: int) -> None:
                 process.kill()
 
 
-def test_another_configuration_under_the_same_name_is_refused(world: Path, pretrained: PretrainedModel) -> None:
+def test_another_config_under_the_same_name_is_refused(world: Path, pretrained: PretrainedModel) -> None:
     with pytest.raises(UserError, match=r"another configuration: training.learning_rate was 0.001, is 0.5"):
         pretrain(pretrain_config(world, "straight", training={"learning_rate": 0.5}))
 
 
-def test_recommend_in_words_from_the_command_line(world: Path, pretrained: PretrainedModel) -> None:
+def test_recommend_prints_titles(world: Path, pretrained: PretrainedModel) -> None:
     arguments = ["recommend", pretrained.model, str(world / "data/target"), "--storage", str(world / "runs")]
     told = CliRunner().invoke(cli, [*arguments, "--user", "user-3", "-n", "4"], catch_exceptions=False).output
     assert told.count("thing ") >= 4 + 3 and "  4  " in told

@@ -54,7 +54,7 @@ def train(job: str, data: Path, runs: Path) -> tuple[str, float]:
 
 
 @pytest.mark.parametrize("job", ["pretrain", "relearn"])
-def test_a_bit_flipped_in_one_nodes_features_ends_all_workers_before_a_step(tmp_path: Path, job: str) -> None:
+def test_flipped_bit_in_features_ends_all_workers(tmp_path: Path, job: str) -> None:
     """The driver, which read the tables of another node, could not know."""
     make_domains(tmp_path / "rank0", ["aa"])
     shutil.copytree(tmp_path / "rank0", tmp_path / "rank1")
@@ -65,7 +65,7 @@ def test_a_bit_flipped_in_one_nodes_features_ends_all_workers_before_a_step(tmp_
     assert not (tmp_path / "run" / "checkpoints").exists()
 
 
-def test_the_workers_of_a_node_share_its_tables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_workers_of_a_node_share_its_tables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     make_domains(tmp_path, ["aa"])
     catalogue = Catalogue([open_domain(tmp_path / "aa")], MODALITIES)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
@@ -90,7 +90,7 @@ def test_the_workers_of_a_node_share_its_tables(tmp_path: Path, monkeypatch: pyt
 
 
 @pytest.mark.parametrize("limit", [None, 7, 2])
-def test_each_rank_validates_its_own_run_of_the_users(
+def test_each_rank_validates_its_share_of_the_users(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, limit: int | None
 ) -> None:
     """Together they rank whom one rank would, alike; none holds the histories of all."""
