@@ -1,4 +1,4 @@
-"""Transfer that does not help is not preferred to training from scratch, and never promoted."""
+"""Negative or insignificant transfer is not chosen over training from scratch, and never promoted."""
 
 from __future__ import annotations
 
@@ -48,7 +48,12 @@ from antdist.tracking.store import tracking_uri
             "finetune",
             True,
         ),
-        ({"relearn": 0.12}, {"relearn": "positive"}, "relearn", True),  # against scratch trials of an earlier command
+        (
+            {"relearn": 0.12},
+            {"relearn": "positive"},
+            "relearn",
+            True,
+        ),  # compared with scratch trials of an earlier command
         ({"relearn": 0.12}, {"relearn": "none"}, "relearn", False),
         ({"relearn": 0.12}, {"relearn": "negative"}, "relearn", False),
         ({"relearn": 0.12}, {"relearn": "unknown"}, "relearn", False),

@@ -1,4 +1,4 @@
-"""What the card of a trained model says of its features and its catalogue."""
+"""The card of a trained model: its features and its catalogue."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is found before a run takes time, and what is only worth knowing."""
+"""The checks before a run: what they refuse, and what they only note."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def test_parent_without_encoder_names_is_noted(world: Path) -> None:
     imported = parent(world, "imported", kind="imported", domains=[])
     (note,) = check_relearn(adapting(world, strategy="auto", **{"from": imported})).report.notes
     assert "imported does not name the encoders of its text, image, price features" in note
-    # where the tower is not inherited nothing depends on it
+    # nothing depends on it unless the tower is inherited
     assert check_relearn(adapting(world, strategy="relearn", **{"from": imported})).report.notes == []
 
 
@@ -165,7 +165,7 @@ def test_too_small_cache_is_refused_with_a_sufficient_size(tmp_path: Path, monke
     assert report.notes == [] and any("sizes" in line and "checked as they come" in line for line in report.checked)
     fetched = {path.name for path in (tmp_path / "cache").iterdir()}
     assert fetched == {"lock", domain.manifest.popularity.sha256}, "more than popularity"
-    # a disk that has no room for the bound
+    # a disk smaller than the bound
     monkeypatch.setattr("antdist.data.cache._free_bytes", lambda folder: 1000)
     with pytest.raises(
         UserError, match=rf"data\.cache {tmp_path}/cache: the cache has room .*Free its disk, or name a larger"
@@ -182,7 +182,7 @@ def test_features_larger_than_the_cache_are_noted(tmp_path: Path) -> None:
     assert note.startswith("of the features, 0.000") and "the cache holds 6e-05 GB: they are fetched again" in note
     rows = (path for path in (tmp_path / "data/d/features").glob("*.npy") if "present" not in path.name)
     features = sum(path.stat().st_size for path in rows)
-    assert f"up to {features / 1e9:.3g} GB a step" in note  # so many items are in a step that all parts are asked for
+    assert f"up to {features / 1e9:.3g} GB a step" in note  # a step has so many items that it needs all parts
     tree = far(tmp_path, (shards + 60_000) / 1e9).model_dump()
     (note,) = check_pretrain(check_config(PretrainConfig, {**tree, "loss": {"negatives": "catalogue"}})).report.notes
     assert "they are fetched at the start, and again for each validation" in note
@@ -205,7 +205,7 @@ def damaged(folder: Path, name: str, place: int) -> Path:
 
 
 def with_nan(folder: Path) -> Path:
-    """A table whose digests are right and whose numbers are none, as another program may have written it."""
+    """Write a table with correct digests and a NaN, as another program might."""
     domain = open_domain(folder / "data" / "aa")
     values = np.ones((domain.manifest.items, 12), np.float32)
     values[17, 3] = np.nan

@@ -53,7 +53,7 @@ def test_longer_and_gentler_resumes_need_permission(tmp_path: Path, capsys: pyte
 
 
 def test_the_remote_copy_is_compared_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where the folder is gone, or holds another run."""
+    """Also if the folder is gone or holds another run."""
 
     def given(remote: str = "there", **training: Any) -> PretrainConfig:
         ray = {"storage": str(tmp_path / "runs"), "remote_storage": remote}

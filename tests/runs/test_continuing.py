@@ -1,4 +1,4 @@
-"""`pretrain continue=MODEL`: what a new run on grown data begins with, what it refuses, and where it says it comes from."""
+"""`pretrain continue=MODEL`: what a new run on appended data begins with, what it refuses, and its lineage."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ SMALL = {"modalities": ["text"], "dim": 8, "inner": 8, "experts": 2, "max_length
 
 
 def source(folder: Path, name: str, items: range, first: int, days: int) -> Path:
-    """Walks of 40 users over items; each day each of them takes one."""
+    """Write walks of 40 users over items, one item a user and day."""
     folder.mkdir(parents=True)
     told = [{"item_id": f"{name}{i}", "text": f"{name} thing {i} of kind {i % 5}"} for i in items]
     (folder / "items.jsonl").write_text("".join(json.dumps(item) + "\n" for item in told))
@@ -77,7 +77,7 @@ def tree(folder: Path, name: str, **changes: Any) -> PretrainConfig:
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """Domain `a` grown since the run `parent` learned it, and `b`, which that run does not know."""
+    """Domain `a`, appended to since the run `parent` trained on it, and `b`, which that run did not have."""
     folder = tmp_path_factory.mktemp("continuing")
     for name in ("a", "b"):
         prepare_domain(source(folder / name, name, range(20), 0, 9), domain=name, out=folder / "data", block_users=8)
@@ -85,7 +85,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     place = folder / "runs" / "parent"
     place.mkdir(parents=True)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("antdist.runs.workers.common.node_is_going", lambda: False)  # asks Ray, which is not here
+        patch.setattr("antdist.runs.workers.common.node_is_going", lambda: False)  # asks Ray, which does not run
         train(tree(folder, "parent"), place)
         collect_training_state(RunFolder(place))
         grow(folder)
@@ -93,7 +93,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 
 def train(config: PretrainConfig, folder: Path, **settings: Any) -> None:
-    """What a worker does, in this process."""
+    """Do a worker's work in this process."""
     pretraining.train_model(PretrainSettings(config, "", **settings), World(), RunFolder(folder), None)
 
 
@@ -104,7 +104,7 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def test_continue_begins_with_weights_and_moments(world: Path, tmp_path: Path) -> None:
-    """Bit for bit what loading both by hand and training on the grown domains gives, warm-up and all."""
+    """Bit for bit equal to loading both by hand and training on the appended domains, with the warm-up."""
     training = {"schedule": {"warmup_steps": 3}, "epochs": 1}
     config = tree(world, "later", domains=["a", "b"], training=training, **{"continue": str(world / "runs" / "parent")})
     state = world / "runs" / "parent" / "training_state"
@@ -188,7 +188,7 @@ def test_continue_refusals(world: Path, tmp_path: Path) -> None:
 
 
 def test_resume_uses_the_data_the_run_began_with(world: Path, tmp_path: Path, monkeypatch: Any) -> None:
-    """Stopped in mid-epoch, its domain then grown, new features too: bit for bit what the run gives that was left alone."""
+    """Stopped in mid-epoch, then its domain and features appended to: bit for bit equal to an undisturbed run."""
     monkeypatch.setattr("antdist.runs.workers.common.node_is_going", lambda: False)
     for place in ("alone", "grown"):
         for name in ("a", "b"):
@@ -231,7 +231,7 @@ def test_continue_through_ray_and_registry_with_lineage(tmp_path: Path, monkeypa
         grow(tmp_path)
         with pytest.raises(UserError, match=r"domain 'a' has grown.*continue=MODEL"):
             pretrain(first.model_copy(update={"name": "elsewhere", "resume": was.model}))
-        # under its name and in its folder the run goes on with the data that it began with
+        # under the same name and in the same folder the run goes on with the data it began with
         longer = pretrain(first.model_copy(update={"training": first.training.model_copy(update={"epochs": 3})}))
         start = {"continue": longer.model, "tracking": {"registered_model": "shop"}, "domains": ["a", "b"]}
         with pytest.raises(UserError, match="a run of this name exists with another configuration: continue was None"):
@@ -250,7 +250,7 @@ def test_continue_through_ray_and_registry_with_lineage(tmp_path: Path, monkeypa
     assert connect(done.tracking_uri).get_run(done.run_id).data.tags["parent"] == longer.model
     lineage = overview(done.tracking_uri).lineage[done.model]
     assert lineage[1] == longer.model and a.fingerprint[:8] in lineage[0] and a.manifest.ancestors[0][:8] in lineage[2]
-    assert "it stays" in done.champion  # what another task's data say does not compare
+    assert "it stays" in done.champion  # metrics on other data are not compared
     then, now = load_latest(was.folder / "checkpoints"), load_latest(done.folder / "checkpoints")
     assert then is not None and now is not None and now.state.updates > then.state.updates
     assert np.isfinite([entry["loss"] for entry in done.history]).all()

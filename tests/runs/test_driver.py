@@ -1,5 +1,4 @@
-"""What starts a run may vanish: the driver killed while its workers train, the client of a submitted job; the cluster outlives
-both."""
+"""The cluster outlives what starts a run: a driver killed while its workers train, the client of a submitted job."""
 
 from __future__ import annotations
 
@@ -30,7 +29,7 @@ def head() -> Iterator[Head]:
 
 @pytest.fixture(scope="module")
 def world(head: Head, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where the domains and the runs are, with the run `straight`, which nobody disturbed."""
+    """The folder of domains and runs, with the undisturbed run `straight`."""
     folder = tmp_path_factory.mktemp("world")
     make_domains(folder / "data", ["aa", "bbb"])
     straight = start(head, folder, "straight")
@@ -47,7 +46,7 @@ def overrides(folder: Path, name: str, *more: str) -> list[str]:
 
 
 def start(head: Head, folder: Path, name: str, *more: str) -> subprocess.Popen[bytes]:
-    """`antdist pretrain`, attached to the head; what it says is in NAME.said."""
+    """Start `antdist pretrain`, attached to the head, with its output in NAME.said."""
     with (folder / f"{name}.said").open("a") as said:
         return subprocess.Popen(
             [sys.executable, "-m", "antdist", "pretrain", *overrides(folder, name, *more), f"ray.address={head.address}"],
@@ -67,7 +66,7 @@ def last_step(run: Path) -> int:
 
 
 def assert_same_end(folder: Path, name: str) -> None:
-    """Bit for bit the end of the undisturbed run: model, last checkpoint with its history, curves; all in one MLflow run."""
+    """Check model, last checkpoint and curves against the undisturbed run, bit for bit, all in one MLflow run."""
     mine, theirs = folder / "runs" / name, folder / "runs" / "straight"
     step = last_step(theirs)
     for file in (
@@ -97,8 +96,7 @@ def assert_same_end(folder: Path, name: str) -> None:
 
 @pytest.mark.parametrize("more", [(), ("ray.min_workers=1",)], ids=["fixed", "range"])
 def test_killed_driver_resumes_to_the_same_run(head: Head, world: Path, more: tuple[str, ...]) -> None:
-    """The command starts again at once, beside the workers that have not heard of it yet, and with all of the cluster still
-    reserved for them."""
+    """The command starts again while the old workers still run and all of the cluster is still reserved for them."""
     name = "range" if more else "fixed"
     run, said = world / "runs" / name, world / f"{name}.said"
     driver = start(head, world, name, *more)

@@ -1,4 +1,4 @@
-"""Nothing but the registry is left of a run, and a job goes on from it: over HTTP, MLflow behind PostgreSQL and a bucket."""
+"""A job resumes a run of which only the registry is left: MLflow over HTTP, on PostgreSQL and a bucket."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def served(world: Path) -> Iterator[TrackingServer]:
 
 @pytest.fixture(scope="module")
 def head(served: TrackingServer, world: Path) -> Iterator[Head]:
-    """The cluster's environment names the tracking server; it has no keys of the bucket."""
+    """A cluster whose environment names the tracking server, without keys of the bucket."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(world / "cache"))
         patch.setenv("ANTDIST_FAULTS", json.dumps([{"fault": "stall", "at": "step", "seconds": 0.2}]))
@@ -71,7 +71,7 @@ def antdist(head: Head, *arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 def submit(head: Head, *arguments: str) -> str:
-    """Submitted and followed to its end; the log."""
+    """Submit a job, follow it to its end, and return its log."""
     done = antdist(head, "submit", "pretrain", *RUN, *arguments, "--wait")
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
@@ -121,7 +121,9 @@ def test_job_resumes_from_registry_on_an_empty_machine(head: Head, world: Path, 
     assert re.match(rf"{job} +runs +pretrain +straight +\d+/\d+ +[\d,]+ +\d+\.\d+ +[\d.]+ min +{link}$", row), row
     served.kill()
     step = json.loads((straight / "live.json").read_text())["step"]
-    until(lambda: json.loads((straight / "live.json").read_text())["step"] >= step + 5)  # it does not wait
+    until(
+        lambda: json.loads((straight / "live.json").read_text())["step"] >= step + 5
+    )  # training does not wait for the store
     served.start()
     followed = antdist(head, "logs", job, "-f")
     assert followed.returncode == 0 and "registered models:/straight/1" in followed.stdout, followed.stdout
@@ -136,7 +138,7 @@ def test_job_resumes_from_registry_on_an_empty_machine(head: Head, world: Path, 
     resumed = submit(head, "name=shop", "resume=models:/shop/latest", *places(world, "elsewhere", served))
     assert f"resumes at step {HALF}" in resumed and "registered models:/shop/2" in resumed
     same(final(straight), final(world / "elsewhere/shop"))
-    # the same MLflow run, each point once, as if nothing had been
+    # the same MLflow run, each point once, as if never interrupted
     known = json.loads((world / "elsewhere/shop/run.json").read_text())["run_id"]
     assert known == first and curve(served.uri, known) == curve(served.uri, alone)
     steps = [step for step, _ in curve(served.uri, known)]
@@ -145,7 +147,7 @@ def test_job_resumes_from_registry_on_an_empty_machine(head: Head, world: Path, 
 
 
 def check_secrets(head: Head, world: Path, served: TrackingServer) -> None:
-    """The cluster's token and the stores' keys are in no log, configuration, tag or metadata."""
+    """Check that no log, configuration, tag or metadata has the cluster's token or the stores' keys."""
     token = Path(head.environment["RAY_AUTH_TOKEN_PATH"]).read_text()
     secrets = [token, served.database.environment["PGPASSWORD"], served.bucket.environment["AWS_SECRET_ACCESS_KEY"]]
     texts = {

@@ -1,4 +1,4 @@
-"""What a run starts from stays with it: copied by content, remembered, and used while the registry is away."""
+"""The sources of a run: copied by content, recorded, and used while the registry is unreachable."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def resuming(world: Path, runs: Path, uri: str, *, offline_ok: bool = True) -> P
 
 
 class Begun(Exception):
-    """The workers would start now."""
+    """Raised where the workers would start."""
 
 
 @pytest.fixture
@@ -185,7 +185,7 @@ def test_sources_are_copied_once_by_content(tmp_path: Path) -> None:
     given = tmp_path / "cache"
     given.mkdir()
     (given / "weights").write_text("1")
-    (tmp_path / "from.partial").mkdir()  # of a copy that was cut off
+    (tmp_path / "from.partial").mkdir()  # left by an interrupted copy
     (tmp_path / "from.partial" / "half").touch()
 
     def copy() -> Path:

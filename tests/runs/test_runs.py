@@ -1,4 +1,4 @@
-"""The main job on a local Ray: DeepSpeed workers, the registry, resuming through it, re-learning, the verdict."""
+"""Runs on a local Ray: DeepSpeed workers, the registry, resuming through it, adaptation, the verdict."""
 
 from __future__ import annotations
 
@@ -144,7 +144,7 @@ def test_resume_through_registry_equals_uninterrupted_run(world: Path, pretraine
 
 
 def test_two_workers_equal_one_with_the_same_global_batch(world: Path) -> None:
-    """Law 2, through Ray and DeepSpeed; no noise, as it is drawn a rank."""
+    """Law 2, through Ray and DeepSpeed; without noise, which each rank draws."""
     quiet = {"mixture": False, "dropout": 0.0}
     one = pretrain(pretrain_config(world, "one", model=quiet, workers=1))
     two = pretrain(pretrain_config(world, "two", model=quiet, workers=2))
@@ -162,17 +162,17 @@ def test_relearn_judges_strategies_and_chooses_one(world: Path, pretrained: Pret
     assert found.tags.get("parent") == (None if done.chosen == "scratch" else pretrained.model)
     table = "\n".join(done.lines())
     assert "Recall@10 to scratch" in table and "chosen on validation" in table
-    # what the table says of a strategy is what evaluating its model says
+    # the table shows the metrics that evaluating the model gives
     card = read_card(found.folder)
     assert card.strategy == done.chosen and card.seed in (0, 1)
     figures = evaluate_model(open_model(done.model, world / "data" / "target", world / "runs"), "test")
     assert figures["Recall@10"] == pytest.approx(card.made["test"]["Recall@10"])
-    # what is registered answers with items of the target, without its features
+    # the registered model recommends the target's items without its features
     answer = _load_pyfunc(str(found.folder)).predict(
         pd.DataFrame({"history": [["target-1"], ["target-2", "target-3"]]})
     )
     assert all(item.startswith("target-") for items in answer["items"] for item in items)
-    # run again: nothing is trained, the same conclusion, no new version
+    # run again: nothing is trained, the same choice, no new version
     assert relearn(relearn_config(world, **{"from": pretrained.model})).model == done.model
 
 
@@ -214,7 +214,7 @@ def test_relearn_resumes_after_stop_after(world: Path) -> None:
 
 
 def test_item_embeddings_belong_to_one_catalogue(world: Path) -> None:
-    """ANT_t knows the items of its target, and of no other domain, be it of the same size."""
+    """ANT_t knows the items of its target alone, not of another domain of the same size."""
     done = relearn(
         relearn_config(world, name="ant_t", strategy="scratch", model={**SMALL_MODEL, "item_embeddings": True})
     )
@@ -250,7 +250,7 @@ def test_diverged_run_resumes_as_its_error_advises(world: Path) -> None:
 
 
 def test_killed_worker_resumes_bit_for_bit(world: Path, tmp_path: Path) -> None:
-    """Ray starts another, which goes on from the last checkpoint: the same weights as without (and as with a profile)."""
+    """Ray starts another, which resumes from the last checkpoint to the same weights, also as with a profile."""
     training = {"epochs": 40, "validate_every": 40}
     straight = pretrain(pretrain_config(world, "unkilled", training=training, workers=1, profile=True))
     trace = straight.folder / "profile" / "rank-0.json.gz"
@@ -290,7 +290,7 @@ def test_preempted_pretrain_resumes_bit_for_bit(world: Path, pretrained: Pretrai
 
 
 def terminate_once(ready: Path) -> None:
-    """SIGTERM to this process, once SIGTERM would be heard by the run."""
+    """Send SIGTERM to this process once the run handles it."""
     before = signal.getsignal(signal.SIGTERM)
     while signal.getsignal(signal.SIGTERM) in (before, signal.default_int_handler):
         time.sleep(0.02)
@@ -344,7 +344,7 @@ def test_preempted_relearn_resumes_its_trial(world: Path) -> None:
 def test_offline_run_survives_a_kill_and_registers_later(
     world: Path, pretrained: PretrainedModel, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The store is away from the start to the end; the later start delivers the curve, and trains nothing."""
+    """The store is unreachable throughout; the later start delivers the curve and trains nothing."""
     faults = [{"fault": "kill", "at": "step", "rank": 0, "step": 6, "once": str(world / "killed-offline")}]
     away = f"http://127.0.0.1:{free_port()}"
     config = pretrain_config(world, "offline", tracking={"uri": away, "offline_ok": True})
@@ -370,7 +370,7 @@ def test_offline_run_survives_a_kill_and_registers_later(
 def test_relearn_workers_need_no_store(
     world: Path, pretrained: PretrainedModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It is away from before they start until after they end: the driver knows the parent, and delivers what waits."""
+    """The store is unreachable for them: the driver resolves the parent, and delivers pending records."""
 
     def run_without_store(work: Any, settings: Any, *others: Any) -> None:
         run_workers(work, replace(settings, store=f"http://127.0.0.1:{free_port()}"), *others)
@@ -396,7 +396,7 @@ def test_dead_worker_is_a_one_line_error(world: Path) -> None:
 
 
 def kill_leader_after(folder: Path, epochs: int) -> None:
-    """Kill the training worker once it wrote so many checkpoints; its open lock tells which process it is."""
+    """Kill the leading worker, found by its open lock, once it has written so many checkpoints."""
     seen: set[str] = set()
     while len(seen) < epochs:
         seen |= {path.parent.name for path in folder.glob("checkpoints/step-*/COMPLETE.json")}

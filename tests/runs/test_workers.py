@@ -1,4 +1,4 @@
-"""What a worker checks on its own node before it trains."""
+"""A worker's checks on its own node before it trains, and its share of the validation."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ MODALITIES = ("text", "image", "price")
 
 
 def train(job: str, data: Path, runs: Path) -> tuple[str, float]:
-    """On a rank: a worker's training on the copy of its own node; how it ended, and after how long."""
+    """On a rank: train on the copy of its own node; return how it ended, and after how long."""
     world, begin = current_world(), time.monotonic()
     common: dict[str, Any] = {
         "data": {"root": str(data / f"rank{world.rank}"), "domains": ["aa"]},
@@ -55,7 +55,7 @@ def train(job: str, data: Path, runs: Path) -> tuple[str, float]:
 
 @pytest.mark.parametrize("job", ["pretrain", "relearn"])
 def test_flipped_bit_in_features_ends_all_workers(tmp_path: Path, job: str) -> None:
-    """The driver, which read the tables of another node, could not know."""
+    """The driver, which reads the tables of another node, cannot find it."""
     make_domains(tmp_path / "rank0", ["aa"])
     shutil.copytree(tmp_path / "rank0", tmp_path / "rank1")
     corrupt(tmp_path / "rank1" / "aa" / "features" / "image-00000.npy", "flip")
@@ -93,7 +93,7 @@ def test_workers_of_a_node_share_its_tables(tmp_path: Path, monkeypatch: pytest.
 def test_each_rank_validates_its_share_of_the_users(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, limit: int | None
 ) -> None:
-    """Together they rank whom one rank would, alike; none holds the histories of all."""
+    """Together they equal one rank; none holds the histories of all users."""
     make_domains(tmp_path, ["aa"])
     domain = open_domain(tmp_path / "aa")
     settings = {"seed": 3, "model": {"max_length": 5}, "training": {"validation_users": limit}}
