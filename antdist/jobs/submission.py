@@ -3,6 +3,7 @@ cannot (data, features, stores) the job itself checks before it asks for workers
 
 from __future__ import annotations
 
+import functools
 import re
 import secrets
 import shlex
@@ -144,6 +145,7 @@ def own_code() -> str:
 def settled(config: Run, here: bool) -> Run:
     """With absolute folders, and checked for all that the configuration alone tells. Raises UserError."""
     from antdist.runs.checks import check_settings
+    from antdist.runs.context import map_paths
 
     check_settings(config)
     if config.ray.address is not None:
@@ -152,19 +154,7 @@ def settled(config: Run, here: bool) -> Run:
             where="ray.address",
             remedy="remove it, and give --address",
         )
-    places = {"root": _place("data.root", config.data.root, here)}
-    if config.data.cache is not None:
-        places["cache"] = _place("data.cache", config.data.cache, here)
-    data = config.data.model_copy(update=places)
-    folders = {"storage": _place("ray.storage", config.ray.storage, here)}
-    if config.ray.remote_storage is not None:
-        folders["remote_storage"] = _place("ray.remote_storage", config.ray.remote_storage, here)
-    changes: dict[str, Any] = {"data": data, "ray": config.ray.model_copy(update=folders)}
-    parent = "from" if isinstance(config, RelearnConfig) else "continue"
-    for key, field in (("resume", "resume"), (parent, "parent")):
-        if model := getattr(config, field, None):
-            changes[field] = _model(key, model, here)
-    return config.model_copy(update=changes)
+    return map_paths(config, functools.partial(_model, here=here))
 
 
 def _place(key: str, path: str, here: bool) -> str:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Generic, TypeVar
+
+from pydantic import BaseModel
 
 from antdist.config.schema import PretrainConfig, RelearnConfig
 from antdist.data.domain import Domain
@@ -87,17 +90,27 @@ class AdaptContext(RunContext[RelearnConfig]):
 
 def with_absolute_paths(config: Config) -> Config:
     """The configuration with absolute paths: Ray starts workers in another working folder."""
-    places = {"root": absolute(config.data.root)}
-    if config.data.cache is not None:
-        places["cache"] = str(Path(config.data.cache).expanduser().resolve())
-    folders = {"storage": str(Path(config.ray.storage).resolve())}
-    if config.ray.remote_storage is not None:
-        folders["remote_storage"] = absolute(config.ray.remote_storage)
-    changes: dict[str, Any] = {
-        "data": config.data.model_copy(update=places),
-        "ray": config.ray.model_copy(update=folders),
-    }
-    for key in ("resume", "parent"):
-        if (model := getattr(config, key, None)) and Path(model).is_dir():
-            changes[key] = str(Path(model).resolve())
+
+    def resolve(key: str, path: str) -> str:
+        if key in ("resume", "continue", "from"):  # a MODEL, which may be a folder
+            return str(Path(path).resolve()) if Path(path).is_dir() else path
+        if key == "data.cache":
+            path = str(Path(path).expanduser())
+        return str(Path(path).resolve()) if key == "ray.storage" else absolute(path)
+
+    return map_paths(config, resolve)
+
+
+def map_paths(config: Config, change: Callable[[str, str], str]) -> Config:
+    """The configuration with `change(key, path)` in place of each path, URI or MODEL that is set."""
+
+    def changed(section: BaseModel, keys: Mapping[str, str]) -> dict[str, str]:
+        given = {name: getattr(section, name, None) for name in keys}
+        return {name: change(keys[name], path) for name, path in given.items() if path}
+
+    data = changed(config.data, {"root": "data.root", "cache": "data.cache"})
+    ray = changed(config.ray, {"storage": "ray.storage", "remote_storage": "ray.remote_storage"})
+    parent = "from" if isinstance(config, RelearnConfig) else "continue"
+    changes: dict[str, Any] = changed(config, {"resume": "resume", "parent": parent})
+    changes |= {"data": config.data.model_copy(update=data), "ray": config.ray.model_copy(update=ray)}
     return config.model_copy(update=changes)

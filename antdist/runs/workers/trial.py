@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -75,16 +74,9 @@ def run_trial(settings: AdaptSettings, target: Target, trial: Trial, world: Worl
     def work(tracked: TrackedRun | None) -> TrialResult | None:
         return train_trial(settings, target, trial, world, tracked)
 
-    with _lock_trial(settings, trial, world):
+    locks_trial = world.leader and trial.folder != settings.control
+    with lock_leader(trial.folder) if locks_trial else contextlib.nullcontext():
         track_result(trial.folder, settings.store, world, work, TrialResult, ends_run=True)
-
-
-@contextlib.contextmanager
-def _lock_trial(settings: AdaptSettings, trial: Trial, world: World) -> Iterator[None]:
-    with contextlib.ExitStack() as stack:
-        if world.leader and trial.folder.path != settings.control.path:
-            stack.enter_context(lock_leader(trial.folder))
-        yield
 
 
 def train_trial(
