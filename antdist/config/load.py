@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import difflib
+import math
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -43,7 +44,7 @@ def load_config(kind: type[Config], file: Path | None, overrides: Sequence[str] 
 
     Raises UserError: missing file, no YAML, unknown key, wrong type, contradicting values.
     """
-    tree = _read(file) if file is not None else {}
+    tree = read_tree(file) if file is not None else {}
     return resolve_config(kind, tree, overrides, str(file) if file is not None else "configuration")
 
 
@@ -67,26 +68,24 @@ def check_config(kind: type[Config], tree: dict[str, Any], where: str = "configu
 
 def dump_config(config: BaseModel, *, defaults: bool = True) -> str:
     """The resolved configuration as YAML that `load_config` reads back; without `defaults` what the user has set."""
-    return yaml.dump(config.model_dump(by_alias=True, exclude_unset=not defaults), Dumper=_Dumper, sort_keys=False)
+    return to_yaml(config.model_dump(by_alias=True, exclude_unset=not defaults))
 
 
-def _read(file: Path) -> dict[str, Any]:
+def to_yaml(value: Any, flow: bool = False) -> str:
+    """Return a value as YAML that `load_config` reads back; with `flow` on one line."""
+    text = yaml.dump(value, Dumper=_Dumper, sort_keys=False, default_flow_style=flow, width=math.inf if flow else 80)
+    return text.removesuffix("...\n").rstrip("\n") if flow else text
+
+
+def read_tree(file: Path, remedy: str = "give --config the path of a YAML file") -> dict[str, Any]:
+    """Read a configuration file as nested dictionaries. Raises UserError: no such file, not YAML, not a mapping."""
     try:
-        tree = _parse(file.read_text(encoding="utf-8"))
+        text = file.read_text(encoding="utf-8")
     except FileNotFoundError:
-        raise UserError("no such file", where=file, remedy="give --config the path of a YAML file") from None
+        raise UserError("no such file", where=file, remedy=remedy) from None
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"cannot be read ({error})", where=file) from None
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        line = f":{mark.line + 1}" if mark is not None else ""
-        problem = getattr(error, "problem", None) or "malformed"
-        raise UserError(f"not valid YAML: {problem}", where=f"{file}{line}") from None
-    if tree is None:
-        return {}
-    if not isinstance(tree, dict):
-        raise UserError("a configuration is a mapping of keys to values", where=file)
-    return tree
+    return parse_tree(text, file)
 
 
 def _parse(text: str) -> Any:
@@ -158,7 +157,28 @@ def known_keys(kind: type[BaseModel], prefix: str = "") -> list[str]:
 
 def names_target(file: Path | None, overrides: Sequence[str]) -> bool:
     """Whether a configuration is one of re-learning: it names a target or a strategy. Raises UserError as `load_config`."""
-    tree = _read(file) if file is not None else {}
+    tree = read_tree(file) if file is not None else {}
     for override in overrides:
         _set(tree, override)
+    return is_relearn(tree)
+
+
+def is_relearn(tree: dict[str, Any]) -> bool:
+    """Whether the keys of a configuration are those of re-learning."""
     return not tree.keys().isdisjoint({"target", "strategy", "from", "seeds"})
+
+
+def parse_tree(text: str, where: object) -> dict[str, Any]:
+    """Read the text of a configuration file. Raises UserError: not YAML, not a mapping."""
+    try:
+        tree = _parse(text)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f":{mark.line + 1}" if mark is not None else ""
+        problem = getattr(error, "problem", None) or "malformed"
+        raise UserError(f"not valid YAML: {problem}", where=f"{where}{line}") from None
+    if tree is None:
+        return {}
+    if not isinstance(tree, dict):
+        raise UserError("a configuration is a mapping of keys to values", where=where)
+    return tree

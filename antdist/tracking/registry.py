@@ -260,6 +260,28 @@ def resolve_training_state(model: str, uri: str, cache: Path | None = None) -> R
     return ResolvedModel(folder, found.uri, found.run_id, found.version, found.tags)
 
 
+def read_run_config(model: str, uri: str) -> str:
+    """Return the configuration, as YAML, of the run that made a registered model, or of `runs:/ID`.
+
+    Raises:
+        UserError: no such model or run; a run that antdist did not start.
+    """
+    from mlflow.exceptions import MlflowException
+
+    run = re.fullmatch(r"runs:/(\w+)(/.*)?", model)
+    with told_clearly(uri), moving_files(uri), tempfile.TemporaryDirectory() as folder:
+        client = connect(uri)
+        run_id = run[1] if run else find_version(client, model).run_id
+        try:
+            return Path(client.download_artifacts(run_id, "config.yaml", folder)).read_text(encoding="utf-8")
+        except (MlflowException, OSError):
+            raise UserError(
+                f"no config.yaml of run {run_id} in {redact(uri)}",
+                where=model,
+                remedy="name a model or run of antdist, or the store with --tracking-uri",
+            ) from None
+
+
 def is_registered(model: str) -> bool:
     """Whether MODEL names something in the tracking store, not a folder."""
     return model.startswith(("models:", "runs:"))
