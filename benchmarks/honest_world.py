@@ -28,8 +28,8 @@ from antdist.distributed.world import World
 from antdist.evaluation.baseline import rank_by_popularity
 from antdist.evaluation.metrics import summary
 from antdist.evaluation.ranking import Queries, embed_catalogue, rank_targets, test_queries, validation_queries
+from antdist.features.catalogue import Catalogue
 from antdist.features.featurize import featurize_domains
-from antdist.features.table import Catalogue
 from antdist.model.recommender import Recommender
 from antdist.training.adaptation import adapt
 from antdist.training.checkpoints.local import best_weights

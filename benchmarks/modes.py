@@ -11,7 +11,7 @@ from pathlib import Path
 
 from antdist.config.schema import LossConfig, ModelConfig, StreamConfig, TrainingConfig
 from antdist.data.domain import open_domain
-from antdist.features.table import Catalogue
+from antdist.features.catalogue import Catalogue
 from antdist.training.trainer import Trainer
 from benchmarks.jobs import Steps, make_trainer, rate
 from benchmarks.report import Line, Options, Report, ratio, taking_turns

@@ -26,7 +26,7 @@ from antdist.errors import UserError
 from antdist.evaluation.metrics import per_user, summary
 from antdist.evaluation.ranking import Ranks, embed_catalogue, rank_targets, test_queries, validation_queries
 from antdist.evaluation.significance import compare
-from antdist.features.table import Catalogue, open_optional_table
+from antdist.features.catalogue import Catalogue, open_optional_table
 from antdist.model.recommender import Recommender
 from antdist.training.adaptation import adapt
 from antdist.training.checkpoints.local import best_weights

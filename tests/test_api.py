@@ -46,7 +46,7 @@ def target(data: Path) -> antdist.LoadedModel:
     """An untrained model over the items of `food`, saved and loaded again."""
     from antdist.config.schema import ModelConfig
     from antdist.data.domain import open_domain
-    from antdist.features.table import Catalogue
+    from antdist.features.catalogue import Catalogue
     from antdist.model.io import FeatureSource, ModelCard, save_model
     from antdist.model.recommender import build_recommender
 

@@ -252,8 +252,7 @@ class Domain:
         """Read the users' ids in the source, by user index."""
         ids: list[str] = []
         for number, shard in enumerate(prefetch(self.folder, self.manifest.sequence_shards)):
-            keys = [block.key for block in shard.blocks]
-            samples = _read_samples(self.folder, shard, keys, lambda name: name.endswith(".json"))
+            samples = _read_samples(self.folder, shard, shard.keys, lambda name: name.endswith(".json"))
             for sample, block, superseded in zip(samples, shard.blocks, self.superseded_in(number), strict=True):
                 stored = decode_users(sample, self.folder / shard.name, block.stored_users)
                 ids += np.delete(np.array(stored, object), superseded).tolist() if len(superseded) else stored
@@ -266,7 +265,7 @@ class Domain:
             UserError: a shard is missing, damaged, or does not match the manifest.
         """
         for part in prefetch(self.folder, self.manifest.item_shards if shard is None else [shard]):
-            for sample in _read_samples(self.folder, part, item_keys(part)):
+            for sample in _read_samples(self.folder, part, part.keys):
                 yield decode_item(sample, self.folder / part.name)
 
     def item_ids(self) -> list[str]:
@@ -277,7 +276,7 @@ class Domain:
         """Read all items in index order, without images. Raises UserError as `items`."""
         for shard in prefetch(self.folder, self.manifest.item_shards):
             with open_checked(self.folder, shard) as stream:
-                yield from read_item_metadata(stream, self.folder / shard.name, item_keys(shard))
+                yield from read_item_metadata(stream, self.folder / shard.name, shard.keys)
 
     def popularity(self) -> IntArray:
         """Read how often each item occurs in the training parts, (items,)."""
@@ -329,8 +328,7 @@ def read_blocks(folder: Place, shard: SequenceShard, items: int) -> Iterator[Use
         UserError: the shard is missing, damaged, or does not match the manifest, or a block's content is invalid.
     """
     path = folder / shard.name
-    keys = [block.key for block in shard.blocks]
-    samples = _read_samples(folder, shard, keys, lambda name: name.endswith(".npy"))
+    samples = _read_samples(folder, shard, shard.keys, lambda name: name.endswith(".npy"))
     for sample, stated in zip(samples, shard.blocks, strict=True):
         yield _decode_valid_block(sample, path, stated, items)
 
@@ -340,7 +338,7 @@ def read_users(
 ) -> Iterator[tuple[list[str], UserBlock]]:
     """Do as `read_blocks`, with the users' ids; each user must have at least `shortest` interactions."""
     path = folder / shard.name
-    samples = _read_samples(folder, shard, [block.key for block in shard.blocks])
+    samples = _read_samples(folder, shard, shard.keys)
     for sample, stated in zip(samples, shard.blocks, strict=True):
         ids = decode_users(sample, path, stated.stored_users)
         yield ids, _decode_valid_block(sample, path, stated, items, shortest)
@@ -367,11 +365,6 @@ def read_pending(folder: Place, fingerprint: str) -> SequenceShard | None:
     if not belongs or pending.stored_users != pending.users:
         raise UserError("describes the pending users of another domain", where=path, remedy=remedy)
     return pending
-
-
-def item_keys(shard: ItemShard) -> list[str]:
-    """Return the sample keys of an item shard, in order."""
-    return [f"{index:09d}" for index in range(shard.first, shard.first + shard.items)]
 
 
 def _decode_valid_block(

@@ -66,6 +66,11 @@ class ItemShard(File):
     first: Count
     items: Count
 
+    @property
+    def keys(self) -> list[str]:
+        """Return the keys of its samples, in order."""
+        return [f"{index:09d}" for index in range(self.first, self.first + self.items)]
+
 
 class SequenceShard(File):
     """A tar file of blocks: users `first_user` to `first_user + users - 1`, not counting superseded ones."""
@@ -74,6 +79,11 @@ class SequenceShard(File):
     users: Count
     interactions: Count
     blocks: list[Block]
+
+    @property
+    def keys(self) -> list[str]:
+        """Return the keys of its samples, in order."""
+        return [block.key for block in self.blocks]
 
     @property
     def stored_users(self) -> int:

@@ -24,7 +24,7 @@ from antdist.model.ops.scores import exact_scores, unit_or_fail
 
 if TYPE_CHECKING:
     from antdist.data.domain import Sequences
-    from antdist.features.table import Catalogue
+    from antdist.features.catalogue import Catalogue
     from antdist.model.recommender import Recommender
 
 # Scores closer than this are equal. A float32 cosine depends on the shape of the matrix product by about 1e-7, so without

@@ -1,4 +1,4 @@
-"""What the system lets a process hold: a memory map keeps its file open, and a large catalogue has thousands of parts."""
+"""Limits of open files and memory maps: each mapped part keeps a file open, and a large catalogue has thousands."""
 
 from __future__ import annotations
 
@@ -7,15 +7,15 @@ from pathlib import Path
 
 from antdist.errors import UserError
 
-OTHERS = 512  # files and maps of all else: libraries, sockets, shards
+OTHERS = 512  # files and maps for everything else: libraries, sockets, shards
 MOST_MAPS = Path("/proc/sys/vm/max_map_count")
 
 
 def raise_limits(maps: int) -> None:
-    """Raise this process' limit of open files where it would not do for so many maps.
+    """Raise this process' limit of open files if it is too low for `maps` memory maps.
 
     Raises:
-        UserError: the system allows fewer open files or limits.
+        UserError: the system does not allow so many open files or maps.
     """
     needed = maps + OTHERS
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -30,7 +30,7 @@ def raise_limits(maps: int) -> None:
 
 def _too_few(what: str, allowed: int, needed: int, command: str) -> UserError:
     return UserError(
-        f"the features need {needed:,} {what}, this system allows a process {allowed:,}",
+        f"the features need {needed:,} {what}, but the system allows a process {allowed:,}",
         where="features",
-        remedy=f"have the system's administrator raise it (`{command}`)",
+        remedy=f"ask the administrator to raise the limit (`{command}`)",
     )

@@ -1,8 +1,8 @@
-"""Parts of feature tables as arrays: mapped from a folder, or, where the table lies under a URI, from the node's cache.
+"""Parts of feature tables as memory-mapped arrays: from a folder, or for remote tables from the node's cache.
 
-A remote part is fetched when its items are first asked for, and stays in the cache for as long as some process has it mapped.
-Where a run's tables fit there beside the shards that it shuffles, every part stays mapped; else each rank of the node keeps
-its share of the room, the latest used, so that a table may be larger than the disk.
+A remote part is fetched when its items are first read, and stays in the cache while some process has it mapped. If a run's
+tables fit there beside the shards that it shuffles, every part stays mapped; else each rank of the node keeps the most
+recently used parts within its share of the cache, so that a table may be larger than the disk.
 """
 
 from __future__ import annotations
@@ -25,46 +25,46 @@ Shape = tuple[int, ...]
 
 
 def map_file(path: Path, again: str) -> NDArray[Any]:
-    """`map_array` of a file. Raises UserError: as that, and where it cannot be read."""
+    """Map an `.npy` file into memory. Raises UserError as `map_array`, or if the file cannot be read."""
     try:
         stream = path.open("rb")
     except OSError as error:
-        raise UserError(f"not an array ({error.strerror})", where=path, remedy=again) from None
+        raise UserError(f"is not an array ({error.strerror})", where=path, remedy=again) from None
     with stream:
         return map_array(stream, path, again)
 
 
 def map_array(stream: BinaryIO, where: object, again: str) -> NDArray[Any]:
-    """A memory-mapped array, read only, of an open `.npy` file, which its map keeps open.
+    """Map an open `.npy` file into memory, read-only; the map keeps the file open.
 
     Raises:
-        UserError: not an array, or one of pickled objects.
+        UserError: the file is not an array, or an array of pickled objects.
     """
     try:
         version = np.lib.format.read_magic(stream)
         read = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}[version]
         shape, columns_first, dtype = read(stream)
         if dtype.hasobject or columns_first:
-            raise ValueError(f"of type {dtype}" if dtype.hasobject else "with its columns first")
+            raise ValueError(f"type {dtype}" if dtype.hasobject else "column-major order")
         # a plain view: numpy's memmap class costs more at each look-up than the look-up itself
         return np.asarray(np.memmap(stream, dtype=dtype, mode="r", offset=stream.tell(), shape=shape))
-    except Exception as error:  # numpy's parser of headers raises what it likes
-        raise UserError(f"not an array ({str(error).partition('.')[0]})", where=where, remedy=again) from None
+    except Exception as error:  # numpy's header parser raises arbitrary exceptions
+        raise UserError(f"is not an array ({str(error).partition('.')[0]})", where=where, remedy=again) from None
 
 
 def check_array(array: NDArray[Any], shape: Shape, dtype: str, where: object, again: str) -> None:
-    """Raises UserError: it is of another shape or type than its table says."""
+    """Check an array's shape and type against its table. Raises UserError."""
     if array.shape != shape or array.dtype != np.dtype(dtype):
-        raise UserError(
-            f"an array of shape {array.shape} and type {array.dtype} where the table says {shape} and {dtype}",
-            where=where,
-            remedy=again,
-        )
+        what = f"the array has shape {array.shape} and type {array.dtype}, expected {shape} and {dtype}"
+        raise UserError(what, where=where, remedy=again)
 
 
 class MappedParts:
-    """The remote parts that this process has mapped, of all tables of a catalogue; the latest used stay, `limit` bytes of
-    them, and one in any case. Looked up by the loop and by what reads ahead, so under a lock."""
+    """The remote parts that this process has mapped, of all tables of a catalogue.
+
+    The most recently used parts stay mapped, up to `limit` bytes but at least one part. The training loop and the thread
+    that reads ahead both use it, hence the lock.
+    """
 
     def __init__(self) -> None:
         self.limit = 0
@@ -76,7 +76,7 @@ class MappedParts:
         return file.sha256 in self._maps
 
     def array(self, folder: RemotePath, file: File, shape: Shape, dtype: str, again: str) -> NDArray[Any]:
-        """A part's rows. Raises UserError: it cannot be fetched, or is no such array."""
+        """Return the rows of a part. Raises UserError if it cannot be fetched or has another shape or type."""
         with self._lock:
             if (found := self._maps.get(file.sha256)) is not None:
                 self._maps.move_to_end(file.sha256)
@@ -94,8 +94,13 @@ class MappedParts:
 
 
 def mapping_budget(cache: Cache, needed: int, reserved: int | None = None) -> int:
-    """How many of the `needed` bytes of parts this process may keep mapped, where `reserved` of the cache (None: a quarter)
-    are for other files: all, if they fit, since the ranks of a node share them; else this rank's share of half of the room,
-    as the other half takes what is on its way."""
+    """Return how many of the `needed` bytes of remote parts this process may keep mapped.
+
+    All of them, if they fit, since the ranks of a node share them; else this rank's share of half of the cache, as the
+    other half takes parts that are being fetched.
+
+    Args:
+        reserved: bytes of the cache that are for other files; None: a quarter.
+    """
     room = max(0, cache.bound - (cache.bound // 4 if reserved is None else reserved))
     return needed if needed <= room else room // 2 // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))

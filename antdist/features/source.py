@@ -1,4 +1,4 @@
-"""What the source says of each item, pictures unread."""
+"""Which modalities the items of a domain have in the source."""
 
 from __future__ import annotations
 
@@ -12,25 +12,25 @@ if TYPE_CHECKING:
     from antdist.data.domain import Domain
 
 
-def has_modality(facts: ItemMetadata, modality: str) -> bool:
-    """Whether the item has the modality in the source."""
+def has_modality(item: ItemMetadata, modality: str) -> bool:
+    """Return whether the item has the modality in the source."""
     if modality == "text":
-        return has_text(facts.text)
-    return facts.price is not None if modality == "price" else facts.images > 0
+        return has_text(item.text)
+    return item.price is not None if modality == "price" else item.images > 0
 
 
 def has_text(text: str | None) -> bool:
+    """Return whether the text is present and not blank."""
     return text is not None and bool(text.strip())
 
 
 def item_metadata(domain: Domain) -> Iterator[ItemMetadata]:
-    """All items of the domain in order of their index."""
+    """Read the items in index order without images, and without checking digests of local shards."""
     for shard in domain.manifest.item_shards:
-        keys = [f"{index:09d}" for index in range(shard.first, shard.first + shard.items)]
         with open_unchecked(domain.folder, shard) as stream:
-            yield from read_item_metadata(stream, domain.folder / shard.name, keys)
+            yield from read_item_metadata(stream, domain.folder / shard.name, shard.keys)
 
 
 def source_has_modality(domain: Domain, modality: str) -> bool:
-    """Whether any item has the modality; reads up to the first that has."""
-    return any(has_modality(facts, modality) for facts in item_metadata(domain))
+    """Return whether any item has the modality; reads up to the first that has."""
+    return any(has_modality(item, modality) for item in item_metadata(domain))

@@ -206,7 +206,7 @@ def _lengths(domains: list[Domain], users: list[float]) -> FloatArray:
 
 def _features(config: Config, domains: list[Domain]) -> tuple[dict[str, int], float]:
     """Widths of the feature tables, and a row's bytes on disk; where there is no table yet, the paper's widths."""
-    from antdist.features.table import open_optional_table
+    from antdist.features.catalogue import open_optional_table
 
     dims: dict[str, int] = {}
     row = 0.0

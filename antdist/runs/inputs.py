@@ -18,7 +18,7 @@ from antdist.data.stream.stream import Stream
 from antdist.distributed.world import World, gather_objects
 from antdist.errors import UserError
 from antdist.evaluation.ranking import Queries, Ranks, merge, rank_in_ranges
-from antdist.features.table import Catalogue, open_optional_table
+from antdist.features.catalogue import Catalogue, open_optional_table
 from antdist.io.storage import is_uri
 from antdist.model.recommender import Recommender
 from antdist.runs.parent import Parent

@@ -27,7 +27,7 @@ from antdist import ragged
 from antdist.batch import IntArray
 from antdist.distributed.local_ray import ray_data_session
 from antdist.errors import UserError, redact
-from antdist.features.table import open_optional_table
+from antdist.features.catalogue import open_optional_table
 from antdist.io.files import file_sha256
 from antdist.io.progress import track
 from antdist.model.io import WEIGHTS

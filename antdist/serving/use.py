@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from antdist.data.domain import Domain
-    from antdist.features.table import Catalogue
+    from antdist.features.catalogue import Catalogue
     from antdist.model.io import ModelCard
     from antdist.model.recommender import Recommender
 
@@ -119,7 +119,7 @@ def catalogue_for(card: ModelCard, domain: Domain) -> Catalogue:
     Raises:
         UserError: as `embed_domain`.
     """
-    from antdist.features.table import Catalogue
+    from antdist.features.catalogue import Catalogue
 
     made_for = card.made.get("fingerprint")
     if card.config.item_embeddings and made_for not in (None, domain.fingerprint):

@@ -38,7 +38,7 @@ JOIN_SECONDS = 60.0  # for the thread to finish a read
 
 
 class FeatureSource(Protocol):
-    """Looks up item features (`antdist.features.table.Catalogue`, or a substitute in tests)."""
+    """Looks up item features (`antdist.features.catalogue.Catalogue`, or a substitute in tests)."""
 
     @property
     def size(self) -> int:

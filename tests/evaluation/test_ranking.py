@@ -28,7 +28,8 @@ from antdist.evaluation.ranking import (
     rank_targets,
     validation_queries,
 )
-from antdist.features.table import Catalogue, FeatureMeta, features_folder, write_meta, write_part
+from antdist.features.catalogue import Catalogue
+from antdist.features.table import FeatureMeta, features_folder, write_meta, write_part
 from antdist.model.recommender import build_recommender
 
 

@@ -16,8 +16,9 @@ from antdist import ragged
 from antdist.data.domain import Domain
 from antdist.data.shards import ItemRecord
 from antdist.errors import UserError
-from antdist.features import table
-from antdist.features.table import Catalogue, FeatureMeta, open_table, write_meta, write_part
+from antdist.features import gather
+from antdist.features.catalogue import Catalogue
+from antdist.features.table import FeatureMeta, open_table, write_meta, write_part
 from tests.worlds import make_domains
 
 ENCODER: dict[str, Any] = {"name": "bert", "kind": "transformers", "digest": "a" * 64, "pooling": "cls"}
@@ -86,7 +87,7 @@ def test_groups_partition_the_ids(sizes: list[int], data: st.DataObject) -> None
         drawn.sort()
     ids = np.array(drawn, dtype=np.int64)
     seen = np.zeros(len(ids), dtype=int)
-    for k, chosen in table._groups(ids, bounds):
+    for k, chosen in gather.group_by_range(ids, bounds):
         assert ((ids[chosen] >= bounds[k]) & (ids[chosen] < bounds[k + 1])).all()
         seen[chosen] += 1
     assert (seen == 1).all()
@@ -126,7 +127,7 @@ def test_float16_is_widened_and_rounded_piece_by_piece(make_domain: Any, dtype: 
     values = np.concatenate([store(domains[0], dtype="float16"), store(domains[1], dtype="float32")])
     if dtype == "float16":
         values = values.astype(np.float16).astype(np.float32)
-    monkeypatch.setattr(table, "TORCH_SERIAL", 7)  # two rows
+    monkeypatch.setattr(gather, "TORCH_SERIAL", 7)  # two rows
     catalogue = Catalogue(domains, ["text"], dtype=dtype)
     for wanted in (range(20), [19, 3, 3, 12, 0], []):
         ids = np.array(wanted, dtype=np.int64)
@@ -222,7 +223,7 @@ def test_table_of_another_dimension_is_refused(make_domain: Any) -> None:
     domain = make_domain("books", items(4))
     store(domain)
     edit_meta(domain, dim=5)
-    with pytest.raises(UserError, match=r"shape \(4, 3\) and type float32 where the table says \(4, 5\)"):
+    with pytest.raises(UserError, match=r"shape \(4, 3\) and type float32, expected \(4, 5\)"):
         open_table(domain, "text")
 
 
@@ -232,7 +233,9 @@ def test_missing_part_and_cut_part_are_refused(make_domain: Any) -> None:
     part = domain.folder / "features" / "text-00001.npy"
     whole = part.read_bytes()
     part.write_bytes(whole[:-4])
-    with pytest.raises(UserError, match=rf"text-00001.npy: .* has {len(whole) - 4} bytes where {len(whole)}.*antdist"):
+    with pytest.raises(
+        UserError, match=rf"text-00001.npy: .* has {len(whole) - 4} bytes, expected {len(whole)}.*antdist"
+    ):
         open_table(domain, "text")
     part.unlink()
     with pytest.raises(UserError, match=r"text-00001.npy: this part of the feature table is missing.*antdist"):
@@ -264,7 +267,7 @@ def test_malformed_meta_is_refused(make_domain: Any, change: dict[str, Any]) -> 
     domain = make_domain("books", items(4))
     store(domain)
     edit_meta(domain, **change)
-    with pytest.raises(UserError, match=r"text.json: not a description of a feature table"):
+    with pytest.raises(UserError, match=r"text.json: is not the meta file of a feature table"):
         open_table(domain, "text")
 
 
@@ -274,7 +277,7 @@ def test_parts_that_leave_a_gap_are_refused(make_domain: Any) -> None:
     path = domain.folder / "features" / "text.json"
     meta = json.loads(path.read_text())
     edit_meta(domain, parts=meta["parts"][1:])
-    with pytest.raises(UserError, match="do not make up the domain's 8 items"):
+    with pytest.raises(UserError, match="do not add up to the domain's 8 items"):
         open_table(domain, "text")
 
 

@@ -19,12 +19,13 @@ from antdist.data.verify import verify_domain
 from antdist.distributed.local_ray import share_of_cores
 from antdist.errors import UserError
 from antdist.features import featurize as featurize_module
+from antdist.features.catalogue import Catalogue
 from antdist.features.encoders.base import Encoded
 from antdist.features.encoders.image import HistogramImage
 from antdist.features.encoders.price import PriceEncoder, sinusoid
 from antdist.features.encoders.text import _LoadedText, find_text_encoder, open_projection
 from antdist.features.featurize import featurize_domains
-from antdist.features.table import Catalogue, open_table
+from antdist.features.table import open_table
 from tests.items import some_items
 
 
@@ -188,8 +189,8 @@ def test_float16_rounds(make_domain: Any, tiny_bert: Path) -> None:
 @pytest.mark.parametrize(
     ("value", "dtype", "message"),
     [
-        (np.nan, "float32", "the text features of item item5 are not finite"),
-        (np.inf, "float16", "the text features of item item5 are not finite"),
+        (np.nan, "float32", "the text features of item item5 are NaN or Inf"),
+        (np.inf, "float16", "the text features of item item5 are NaN or Inf"),
         (1e6, "float16", "the text features of item item5 are too large for float16.*--dtype float32"),
     ],
 )
@@ -226,16 +227,14 @@ def test_broken_pictures_are_counted(make_domain: Any) -> None:
     broken = b"\xff\xd8 not really"
     items = [ItemRecord(n, f"i{n}", None, None, [broken] if n == 1 else some_items(1)[0].images) for n in range(3)]
     domain = make_domain("books", items)
-    told = (
-        r"items-00000\.tar: 1 of 3 pictures cannot be read, 0 may be; item i1: picture 0 is broken: no JPEG.*--max-bad"
-    )
+    told = r"items-00000\.tar: 1 of 3 images cannot be decoded, at most 0 may be; item i1: image 0 is broken: not a JPEG.*--max-bad"
     with pytest.raises(UserError, match=told):
         featurize_domains([domain], image="histogram", workers=0)
     with pytest.raises(UserError, match="has no image features"):
         open_table(domain, "image")
     report = featurize_domains([domain], image="histogram", max_bad=0.5, workers=0)
     assert report.tables[0].encoded_parts == 0  # what was encoded before the cap stopped it is not encoded again
-    assert report.tables[0].broken == 1 and "1 broken pictures skipped" in report.lines()[0]
+    assert report.tables[0].broken == 1 and "1 broken image skipped" in report.lines()[0]
     assert open_table(domain, "image").present.tolist() == [True, False, True]
     record = json.loads((domain.folder / "features" / "quarantine.jsonl").read_text())
     assert record["key"] == "i1" and record["file"].endswith("items-00000.tar")
@@ -275,7 +274,7 @@ def test_the_fit_reads_a_spread_sample_of_many_items(make_domain: Any, monkeypat
 
 
 def test_nothing_asked_for_is_told(make_domain: Any) -> None:
-    with pytest.raises(UserError, match=r"no features asked for.*--text, --image or --price"):
+    with pytest.raises(UserError, match=r"no features requested.*--text, --image or --price"):
         featurize_domains([make_domain("books", some_items(3))], workers=0)
 
 

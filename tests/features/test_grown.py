@@ -14,10 +14,11 @@ from antdist.data.ingest.append import append_to_domain
 from antdist.data.ingest.prepare import prepare_domain
 from antdist.data.verify import verify_domain
 from antdist.errors import UserError
-from antdist.features import featurize as featurize_module
+from antdist.features import encoding
+from antdist.features.catalogue import Catalogue
 from antdist.features.encoders.price import PriceEncoder, rescale
 from antdist.features.featurize import featurize_domains
-from antdist.features.table import Catalogue, open_table
+from antdist.features.table import open_table
 
 FIRST = [10.0, None, 30.0, 20.0, 40.0]
 LATER = [5.0, 25.0, 400.0, None]
@@ -53,12 +54,12 @@ def encoded(scale: Any, prices: list[float]) -> Any:
 def test_only_new_items_are_encoded_and_old_rows_stay(tmp_path: Path, scale: str, monkeypatch: Any) -> None:
     domain = grown(tmp_path, first=FIRST, scale=scale, featurized=True)
     before = stamps(domain)
-    with pytest.raises(UserError, match=r"text features of domain d lack 4 items that were appended.*only those"):
+    with pytest.raises(UserError, match=r"text features of domain d lack 4 appended items.*only those"):
         open_table(domain, "text")
     seen: list[str] = []
-    real = featurize_module._check_finite
+    real = encoding._check_finite
     monkeypatch.setattr(
-        featurize_module,
+        encoding,
         "_check_finite",
         lambda e, items, *r: (seen.extend(i.item_id for i in items), real(e, items, *r)),
     )

@@ -21,7 +21,7 @@ import numpy as np
 from antdist.data.domain import open_domain
 from antdist.errors import UserError
 from antdist.features import limits
-from antdist.features.table import Catalogue
+from antdist.features.catalogue import Catalogue
 limits.OTHERS = 40
 resource.setrlimit(resource.RLIMIT_NOFILE, (60, int(sys.argv[2])))
 try:
@@ -33,7 +33,7 @@ except UserError as error:
 
 @pytest.mark.parametrize(
     ("hard", "told"),
-    [(4096, "80"), (70, "features: the features need 120 open files, this system allows a process 70.")],
+    [(4096, "80"), (70, "features: the features need 120 open files, but the system allows a process 70.")],
 )
 def test_more_parts_than_open_files(make_domain: Any, hard: int, told: str) -> None:
     domain = make_domain("d", some_items(PARTS), items_per_shard=1)
@@ -50,5 +50,7 @@ def test_more_parts_than_maps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     limits.MOST_MAPS.write_text("65530\n")
     limits.raise_limits(1000)
     limits.MOST_MAPS.write_text("1000\n")
-    with pytest.raises(UserError, match=r"1,512 memory maps, this system allows a process 1,000.*max_map_count=3024"):
+    with pytest.raises(
+        UserError, match=r"1,512 memory maps, but the system allows a process 1,000.*max_map_count=3024"
+    ):
         limits.raise_limits(1000)

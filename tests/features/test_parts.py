@@ -12,7 +12,8 @@ from antdist.data.cache import Cache
 from antdist.data.domain import Domain, open_domain
 from antdist.errors import UserError
 from antdist.faults import corrupt
-from antdist.features.table import Catalogue, FeatureMeta, open_table, write_meta, write_part
+from antdist.features.catalogue import Catalogue
+from antdist.features.table import FeatureMeta, open_table, write_meta, write_part
 from tests.noted import LOG, opened
 from tests.worlds import make_domain
 
@@ -76,7 +77,7 @@ def test_a_table_that_fits_is_fetched_once_and_stays_mapped(local: Domain, tmp_p
             a, b = near.features(ids), catalogue.features(ids)
             assert (a.values["text"] == b.values["text"]).all() and (a.present["text"] == b.present["text"]).all()
         assert catalogue.means()["text"].equal(near.means()["text"])
-        kept = catalogue._kept
+        kept = catalogue._mapped
         assert len(kept._maps) == 15 and kept.limit >= kept._bytes == 60 * DIM * 4
     assert (
         8 <= len(first) < 23
@@ -108,7 +109,7 @@ def test_a_table_larger_than_the_cache_is_fetched_as_needed(
         ids = random.integers(0, 60, 9)
         for catalogue in processes:
             assert catalogue.features(ids).values["text"].equal(near.features(ids).values["text"])
-            assert catalogue._kept._bytes <= catalogue._kept.limit <= bound // 2 // ranks
+            assert catalogue._mapped._bytes <= catalogue._mapped.limit <= bound // 2 // ranks
             assert lying(tmp_path / "cache") <= bound
     catalogue.verify_share(0, 1)  # would but push out what is there
     assert max(opened(log).values()) > 1
@@ -132,5 +133,5 @@ def test_a_description_whose_digests_are_none_is_refused(local: Domain, tmp_path
     text = meta.read_text(encoding="utf-8")
     digest = FeatureMeta.model_validate_json(text).parts[0].sha256
     meta.write_text(text.replace(digest, "../../../etc/passwd"))  # type: ignore[union-attr]
-    with pytest.raises(UserError, match=r"text\.json: not a description of a feature table"):
+    with pytest.raises(UserError, match=r"text\.json: is not the meta file of a feature table"):
         open_table(far(local, tmp_path, 10**6), "text")

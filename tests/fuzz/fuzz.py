@@ -47,9 +47,10 @@ from antdist.data.stream.stream import Stream
 from antdist.data.verify import verify_domain
 from antdist.data.writing import write_domain
 from antdist.errors import UserError
+from antdist.features.catalogue import Catalogue
 from antdist.features.encoders.image import read_picture
 from antdist.features.source import item_metadata
-from antdist.features.table import Catalogue, open_table
+from antdist.features.table import open_table
 from tests.fuzz import mutations
 from tests.items import picture, some_items
 from tests.worlds import make_domain

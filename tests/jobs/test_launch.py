@@ -11,7 +11,7 @@ import pytest
 from antdist.config.load import load_config
 from antdist.config.schema import ModelConfig, PretrainConfig
 from antdist.errors import UserError
-from antdist.features.table import Catalogue
+from antdist.features.catalogue import Catalogue
 from antdist.model.io import ModelCard, read_card, save_model
 from antdist.model.recommender import build_recommender
 from antdist.runs.checks import check_pretrain

@@ -69,7 +69,7 @@ def test_parent_without_encoder_names_is_noted(world: Path) -> None:
 def test_inherited_tower_needs_matching_features(world: Path) -> None:
     wide = parent(world, "wide", dims={**DIMS, "text": 13})
     with pytest.raises(
-        UserError, match=r"the model reads text features of dimension 13, target has 12\. Featurize the"
+        UserError, match=r"the model reads text features of dimension 13, domain target has 12\. Featurize the"
     ):
         check_relearn(adapting(world, strategy="finetune", **{"from": wide}))
     other = parent(world, "other", features={"text": FeatureSource(identity="other")})
@@ -221,9 +221,12 @@ def with_nan(folder: Path) -> Path:
     [
         (lambda f: damaged(f, "sequences-00000.tar", 5000), "the file is damaged: its SHA-256 is not the manifest's"),
         (lambda f: damaged(f, "popularity.npy", -1), "the file is damaged: its SHA-256 is not the manifest's"),
-        (lambda f: damaged(f, "features/image-00000.npy", -1), "its size or digest is not what was recorded"),
-        (lambda f: damaged(f, "features/image-00000.present.npy", -1), "its size or digest is not what was recorded"),
-        (with_nan, "the features of item 17 are not finite (NaN or infinity)"),
+        (lambda f: damaged(f, "features/image-00000.npy", -1), "its size or digest differs from the recorded one"),
+        (
+            lambda f: damaged(f, "features/image-00000.present.npy", -1),
+            "its size or digest differs from the recorded one",
+        ),
+        (with_nan, "the features of item 17 are NaN or Inf"),
     ],
 )
 def test_damaged_or_nan_data_stop_a_run(tmp_path: Path, harm: Any, message: str) -> None:

@@ -12,7 +12,7 @@ import pytest
 from antdist.config.load import check_config
 from antdist.config.schema import ModelConfig, PretrainConfig, RelearnConfig
 from antdist.data import domain
-from antdist.features.table import Catalogue
+from antdist.features.catalogue import Catalogue
 from antdist.model.io import FeatureSource, ModelCard, save_model
 from antdist.model.recommender import build_recommender
 from antdist.runs import adapt, pretrain

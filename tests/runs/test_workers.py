@@ -18,7 +18,7 @@ from antdist.distributed.world import World, current_world
 from antdist.errors import UserError
 from antdist.evaluation.ranking import merge, rank_targets, validation_queries
 from antdist.faults import corrupt
-from antdist.features.table import Catalogue
+from antdist.features.catalogue import Catalogue
 from antdist.model.recommender import build_recommender
 from antdist.runs.folder import RunFolder
 from antdist.runs.trials import Trial

@@ -20,7 +20,7 @@ import torch
 from antdist.config.schema import ModelConfig, TrackingConfig
 from antdist.data.domain import Domain
 from antdist.errors import UserError
-from antdist.features.table import Catalogue
+from antdist.features.catalogue import Catalogue
 from antdist.model.io import FeatureSource, ModelCard, load_model, save_model
 from antdist.model.recommender import build_recommender
 from antdist.serving.pyfunc import _load_pyfunc, make_servable

@@ -25,7 +25,7 @@ from antdist.data.domain import Domain, open_domain
 from antdist.data.ingest.append import append_to_domain
 from antdist.data.ingest.prepare import prepare_domain
 from antdist.errors import UserError
-from antdist.features.table import Catalogue
+from antdist.features.catalogue import Catalogue
 from antdist.model.io import FeatureSource, ModelCard, save_model
 from antdist.model.recommender import build_recommender
 from antdist.serving import score as score_module

@@ -16,7 +16,7 @@ from antdist.data.domain import open_domain
 from antdist.data.stream.stream import Stream
 from antdist.distributed.world import current_world
 from antdist.errors import UserError
-from antdist.features.table import Catalogue
+from antdist.features.catalogue import Catalogue
 from antdist.model.recommender import build_recommender
 from antdist.training.checkpoints.local import load_checkpoint
 from antdist.training.checkpoints.remote import Remote

@@ -14,7 +14,7 @@ from antdist.data.stream.order import permutation
 from antdist.data.stream.stream import Stream
 from antdist.distributed.world import current_world
 from antdist.errors import UserError
-from antdist.features.table import Catalogue
+from antdist.features.catalogue import Catalogue
 from antdist.model.recommender import build_recommender
 from antdist.training.engines.plain import PlainEngine
 from antdist.training.feed import Feed

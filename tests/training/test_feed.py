@@ -17,7 +17,7 @@ from antdist.data.domain import open_domain
 from antdist.data.stream.stream import Stream
 from antdist.distributed.world import World
 from antdist.errors import UserError
-from antdist.features.table import Catalogue
+from antdist.features.catalogue import Catalogue
 from antdist.training import feed as feed_module
 from antdist.training.feed import Feed
 from tests.domains import numbered_domain

@@ -18,7 +18,7 @@ from antdist.data.cache import Cache
 from antdist.data.domain import open_domain
 from antdist.data.stream.stream import Stream
 from antdist.distributed.world import current_world
-from antdist.features.table import Catalogue
+from antdist.features.catalogue import Catalogue
 from antdist.model.recommender import build_recommender
 from antdist.training.engines.plain import PlainEngine
 from antdist.training.feed import Feed, StepInput

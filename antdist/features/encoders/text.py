@@ -1,4 +1,4 @@
-"""Text encoders: any transformers encoder (spec, section 2), and hashed n-grams that need no download."""
+"""Text encoders: any transformers encoder (docs/spec/ant.md, section 2), and hashed n-grams that need no download."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ VOCABULARIES = ("tokenizer.json", "vocab.txt", "vocab.json", "*.model")
 
 @dataclass(frozen=True)
 class TransformersText:
-    """A transformers encoder; see `find_text_encoder`."""
+    """A transformers encoder, made by `find_text_encoder`."""
 
     name: str
     folder: Path
@@ -60,24 +60,24 @@ class TransformersText:
 def find_text_encoder(
     name: str, *, pooling: Pooling | None = None, max_length: int = 256, batch_size: int = 64, device: str = "auto"
 ) -> TransformersText:
-    """Find a text encoder.
+    """Find a text encoder by folder or model hub's name, with its tokenizer.
 
     Args:
         name: `minilm` (the extra of that name), a folder, or a model hub's name.
-        pooling: of the last hidden state: `cls`, its first token's (the paper's), or `mean`, over the tokens that are
-            not padding. None: `mean` for minilm, which was trained so, otherwise `cls`.
-        max_length: tokens; longer text is cut.
+        pooling: of the last hidden state: `cls`, the first token (the paper's), or `mean`, over all tokens but padding.
+            None: `mean` for minilm, which was trained with it, otherwise `cls`.
+        max_length: in tokens; longer texts are truncated.
         batch_size: texts a forward pass.
         device: `auto`, `cpu`, `cuda` or `cuda:0` ...
 
     Raises:
-        UserError: no such encoder, or the extra is not installed.
+        UserError: the encoder does not exist or has no tokenizer, or the extra is not installed.
     """
     folder = find_minilm() if name == "minilm" else find_pretrained(name, "--text")
     if not any(path for pattern in VOCABULARIES for path in folder.glob(pattern)):
-        # transformers would make do with a tokenizer that knows no word.
+        # transformers would build a tokenizer with an empty vocabulary
         raise UserError(
-            f"the model comes without a tokenizer ({', '.join(VOCABULARIES[:-1])} or a sentence-piece model)",
+            f"the model has no tokenizer ({', '.join(VOCABULARIES[:-1])} or a sentence-piece model)",
             where=f"--text {name}",
             remedy="save its tokenizer into the same folder",
         )
@@ -97,8 +97,9 @@ class _LoadedText:
             )
         except (OSError, ValueError, KeyError) as error:
             reason = str(error).strip().splitlines()[0]
-            raise UserError(f"no tokenizer in this folder ({reason})", where=f"--text {encoder.folder}") from None
-        try:  # as long a text as there may be
+            what, where = f"its tokenizer cannot be loaded ({reason})", f"--text {encoder.folder}"
+            raise UserError(what, where=where, remedy="save the tokenizer again with save_pretrained(FOLDER)") from None
+        try:  # the longest possible text
             self.dim = int(self.encode(["a " * encoder.max_length]).shape[1])
         except (IndexError, RuntimeError) as error:
             raise UserError(
@@ -115,7 +116,7 @@ class _LoadedText:
         return Encoded(values, present)
 
     def encode(self, texts: list[str]) -> NDArray[np.float32]:
-        """(n, dim); texts of like length are encoded together, so that little is padding."""
+        """Encode texts as (n, dim); texts of similar length share a batch, to minimise padding."""
         order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
         batches = [order[at : at + self.encoder.batch_size] for at in range(0, len(order), self.encoder.batch_size)]
         rows = np.concatenate([self._batch([texts[i] for i in batch]) for batch in batches])
@@ -142,7 +143,7 @@ class _LoadedText:
 # ------------------------------------------------------------------------------------------------ hashed n-grams
 
 BUCKETS = 1 << 15  # of words, and as many of characters
-FIT_TEXTS = 200_000  # at most so many texts, evenly spread, shape the projection
+FIT_TEXTS = 200_000  # the projection is fitted on at most so many texts, evenly spread
 SEED = 0
 
 
@@ -150,8 +151,8 @@ SEED = 0
 class HashedText:
     """Hashed word and character n-grams, projected by a truncated SVD that was fitted once.
 
-    Domains are comparable only under the same projection, so its file's digest is the encoder's identity: fit it on all
-    domains together, or give the file of an earlier fit.
+    Features are comparable only under the same projection, so the digest of its file is the encoder's identity: fit it on
+    all domains together, or give the file of an earlier fit.
     """
 
     projection: Path
@@ -165,19 +166,22 @@ class HashedText:
 
 
 def fit_projection(texts: Sequence[str], dim: int, path: Path, fitted_on: Sequence[str]) -> HashedText:
-    """Fit the projection on texts of all domains that will use it, and write it with its digest beside.
+    """Fit the projection on texts of all domains that will use it, and write it, with its digest in a file beside.
 
     The file (safetensors) holds `components` (dim, buckets), `mean` (dim,) and `scale` (1,): features are
-    `(counts @ components.T - mean) / scale`, of mean 0 and, over all dimensions together, variance 1 on these texts.
-    Fewer texts than dimensions leave the last ones zero.
+    `(counts @ components.T - mean) / scale`, with mean 0 and, over all dimensions together, variance 1 on these texts.
+    With fewer texts than dimensions the last dimensions are zero.
+
+    Args:
+        fitted_on: names of the domains, stored in the file.
     """
     from safetensors.numpy import save
     from sklearn.decomposition import TruncatedSVD
 
     texts = [text for text in texts if has_text(text)]
     if not texts:
-        raise UserError("no item has text", where="--text hashed", remedy="leave --text out")
-    counts = _hash(texts)
+        raise UserError("no item has text", where="--text hashed", remedy="leave out --text")
+    counts = _count_ngrams(texts)
     rank = min(dim, len(texts))
     svd = TruncatedSVD(rank, random_state=SEED).fit(counts)
     components = np.zeros((dim, counts.shape[1]), dtype=np.float32)
@@ -188,7 +192,7 @@ def fit_projection(texts: Sequence[str], dim: int, path: Path, fitted_on: Sequen
     arrays = {"components": components, "mean": mean.astype(np.float32), "scale": np.array([scale], dtype=np.float32)}
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.tmp")
-    # One metadata key, as the order of several is not fixed and the digest must be.
+    # A single metadata key: safetensors does not fix the order of several, and the digest must be reproducible.
     temporary.write_bytes(save(arrays, metadata={"fitted_on": json.dumps(list(fitted_on))}))
     digest = file_sha256(temporary)
     temporary.replace(path)
@@ -197,17 +201,17 @@ def fit_projection(texts: Sequence[str], dim: int, path: Path, fitted_on: Sequen
 
 
 def open_projection(path: Path) -> HashedText:
-    """A projection fitted before.
+    """Open a projection that was fitted before.
 
     Raises:
-        UserError: no such file, no projection, or not the bytes whose digest stands beside.
+        UserError: the file is missing, is not a projection, or does not match the digest beside it.
     """
     if not path.is_file():
-        raise UserError("there is no such projection", where=path, remedy="leave --projection out to fit one")
+        raise UserError("no such file", where=path, remedy="leave out --projection to fit one")
     digest, recorded = file_sha256(path), _digest_file(path)
     if recorded.is_file() and recorded.read_text(encoding="utf-8").split()[:1] != [digest]:
         raise UserError(
-            f"the projection is damaged: its digest is not the one in {recorded.name}",
+            f"the projection is damaged: its digest differs from the one in {recorded.name}",
             where=path,
             remedy="delete both files and run `antdist featurize` on all domains again",
         )
@@ -229,7 +233,7 @@ def _read_projection(path: Path) -> dict[str, NDArray[np.float32]]:
             return cast("dict[str, NDArray[np.float32]]", arrays)
     except SafetensorError:
         pass
-    raise UserError("not a projection of hashed n-grams", where=path, remedy="leave --projection out to fit one")
+    raise UserError("is not a projection of hashed n-grams", where=path, remedy="leave out --projection to fit one")
 
 
 class _LoadedHashes:
@@ -242,14 +246,17 @@ class _LoadedHashes:
         present = np.array([has_text(item.text) for item in items], dtype=bool)
         values = np.zeros((len(items), self.dim), dtype=np.float32)
         if present.any():
-            counts = _hash([item.text for item in items if has_text(item.text)])  # type: ignore[misc]
+            counts = _count_ngrams([item.text for item in items if has_text(item.text)])  # type: ignore[misc]
             values[present] = (counts @ self.components.T - self.mean) / self.scale
         return Encoded(values, present)
 
 
-def _hash(texts: Sequence[str]) -> Any:
-    """Signed counts of words and word pairs, and of 3 to 5 characters within words, each of unit length: a sparse
-    matrix (n, 2 * BUCKETS). The hash has a fixed seed."""
+def _count_ngrams(texts: Sequence[str]) -> Any:
+    """Hash signed counts of words and word pairs, and of 3 to 5 characters within words, with a fixed seed.
+
+    Returns:
+        A sparse matrix (n, 2 * BUCKETS), each half of unit length.
+    """
     from scipy.sparse import hstack
     from sklearn.feature_extraction.text import HashingVectorizer
 

@@ -11,7 +11,7 @@ from antdist.config.schema import PretrainConfig, RelearnConfig, TrainingConfig
 from antdist.distributed.ray_session import node_is_going
 from antdist.distributed.world import World, agree, barrier
 from antdist.errors import Preempted, UserError
-from antdist.features.table import Catalogue
+from antdist.features.catalogue import Catalogue
 from antdist.model.io import ModelCard, save_model
 from antdist.model.recommender import Recommender
 from antdist.runs.folder import Result, RunFolder

@@ -160,7 +160,7 @@ def test_clip_gives_its_vision_half(tmp_path: Path) -> None:
 def test_model_without_image_processor_is_told(tiny_swin: Path, tmp_path: Path) -> None:
     for name in ("config.json", "model.safetensors"):
         shutil.copy(tiny_swin / name, tmp_path / name)
-    with pytest.raises(UserError, match=r"without an image processor \(preprocessor_config.json\)"):
+    with pytest.raises(UserError, match=r"has no image processor \(preprocessor_config.json\)"):
         find_image_encoder(str(tmp_path))
 
 

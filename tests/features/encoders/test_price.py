@@ -81,9 +81,9 @@ def test_identity_holds_scale_range_and_coefficient() -> None:
 
 
 def test_bad_options_are_told() -> None:
-    with pytest.raises(UserError, match=r"no price scale 'dollars'.*raw, minmax, log, quantile"):
+    with pytest.raises(UserError, match=r"unknown price scale 'dollars'.*raw, minmax, log, quantile"):
         PriceEncoder("dollars")  # type: ignore[arg-type]
     with pytest.raises(UserError, match="raw prices have no range"):
         PriceEncoder("raw", 10.0)
-    with pytest.raises(UserError, match="range must be above 0"):
+    with pytest.raises(UserError, match="must be above 0"):
         PriceEncoder("minmax", -1.0)

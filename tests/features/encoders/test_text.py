@@ -70,7 +70,7 @@ def test_a_max_length_beyond_the_models_positions_is_told_before_a_text_is_read(
 
 @pytest.mark.parametrize("device", ["gpu", "cuda0", "meta", ""])
 def test_unknown_devices_are_told(device: str) -> None:
-    with pytest.raises(UserError, match=r"--device: there is no device .*Use auto, cpu, cuda or cuda:NUMBER"):
+    with pytest.raises(UserError, match=r"--device: unknown device .*Use auto, cpu, cuda or cuda:NUMBER"):
         choose_device(device)
 
 
@@ -116,7 +116,7 @@ def test_unknown_encoders_are_told(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     with pytest.raises(UserError, match=r"does not hold a model: config.json and .*safetensors"):
         find_pretrained(str(tmp_path), "--text")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    with pytest.raises(UserError, match=r"neither a folder here, nor in the cache.*--text hashed"):
+    with pytest.raises(UserError, match=r"neither a folder, nor cached.*--text hashed"):
         find_pretrained("nobody/nothing-at-all", "--text")
 
 
@@ -152,7 +152,7 @@ def test_a_cache_that_has_no_such_model_is_passed_over_and_one_that_cannot_be_re
     assert find_pretrained("some/bert", "--text") == tiny_bert.resolve()
     assert asked == ["cache", "hub"]
     monkeypatch.setattr("huggingface_hub.snapshot_download", hub(PermissionError(13, "Permission denied", "refs/main")))
-    with pytest.raises(UserError, match=r"nor can it be fetched \(\[Errno 13\] Permission denied: 'refs/main'\)"):
+    with pytest.raises(UserError, match=r"nor can it be downloaded \(\[Errno 13\] Permission denied: 'refs/main'\)"):
         find_pretrained("some/bert", "--text")
     assert asked[2:] == ["cache"]
 
@@ -160,7 +160,7 @@ def test_a_cache_that_has_no_such_model_is_passed_over_and_one_that_cannot_be_re
 def test_folder_without_tokenizer_is_told(tiny_bert: Path, tmp_path: Path) -> None:
     for name in ("config.json", "model.safetensors"):
         shutil.copy(tiny_bert / name, tmp_path / name)
-    with pytest.raises(UserError, match=r"without a tokenizer \(tokenizer.json.*[Ss]ave its tokenizer"):
+    with pytest.raises(UserError, match=r"has no tokenizer \(tokenizer.json.*[Ss]ave its tokenizer"):
         find_text_encoder(str(tmp_path))
 
 
@@ -178,7 +178,7 @@ def test_hashed_projection_is_the_truncated_svd(tmp_path: Path) -> None:
     found = fit_projection(texts, 8, tmp_path / "p.safetensors", ["a"])
     values = found.load()(as_items([*texts, None])).values
     assert values.shape == (91, 8) and not values[90].any()
-    dense = np.asarray(text._hash(texts).todense(), dtype=np.float64)
+    dense = np.asarray(text._count_ngrams(texts).todense(), dtype=np.float64)
     left, singular, _ = np.linalg.svd(dense, full_matrices=False)
     projected = left[:, :8] * singular[:8]
     centred = projected - projected.mean(0)
@@ -224,11 +224,11 @@ def test_fewer_texts_than_dimensions(tmp_path: Path) -> None:
 
 def test_damaged_missing_and_foreign_projections_are_told(tmp_path: Path) -> None:
     path = tmp_path / "p.safetensors"
-    with pytest.raises(UserError, match="there is no such projection"):
+    with pytest.raises(UserError, match="no such file"):
         open_projection(path)
     fit_projection(many_texts(), 8, path, ["a"])
     path.write_bytes(path.read_bytes()[:-1] + b"x")
-    with pytest.raises(UserError, match=r"damaged: its digest is not the one in p.safetensors.sha256"):
+    with pytest.raises(UserError, match=r"damaged: its digest differs from the one in p.safetensors.sha256"):
         open_projection(path)
     (tmp_path / "p.safetensors.sha256").unlink()
     path.write_text(json.dumps({}))
