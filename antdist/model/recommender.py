@@ -89,20 +89,20 @@ class Recommender(nn.Module):
         with part("embed items"):
             own = self.embed_items(inputs).first(batch.share[1] - batch.share[0])
         aligned = loss.alignment > 0 and own.text is not None and own.image is not None
-        every = _gather_items(own, gather, aligned)
+        gathered = _gather_items(own, gather, aligned)
         with part("encode users"):
-            states = self.encode_users(every.item, batch.tokens, batch.offsets, batch.longest)
+            states = self.encode_users(gathered.item, batch.tokens, batch.offsets, batch.longest)
         temperature, chunk = self.config.temperature, loss.chunk
         with part("softmax loss"):
-            recommendation = recommendation_loss(states, every.item, batch, temperature=temperature, chunk=chunk)
-        if own.image is None or every.text is None:
+            recommendation = recommendation_loss(states, gathered.item, batch, temperature=temperature, chunk=chunk)
+        if own.image is None or gathered.text is None:
             return Losses(recommendation, recommendation.detach(), torch.zeros_like(recommendation))
         with part("alignment loss"):
             alignment = alignment_loss(
                 own.image,
-                every.text,
-                every.text_present,
-                every.image_present,
+                gathered.text,
+                gathered.text_present,
+                gathered.image_present,
                 batch,
                 temperature=temperature,
                 mask_missing=self.config.missing == "mask",
