@@ -29,9 +29,9 @@ if TYPE_CHECKING:
     from antdist.planning.report import PlanReport
     from antdist.runs.context import CheckReport
     from antdist.runs.pretrain import PretrainedModel
+    from antdist.serving.apply import Evaluation
     from antdist.serving.loaded import LoadedModel
     from antdist.serving.score import ScoreReport
-    from antdist.serving.use import Evaluation
     from antdist.tracking.overview import Overview
     from antdist.tracking.promotion import Promotion
     from antdist.tracking.pruning import Pruning
@@ -238,9 +238,9 @@ def load(
     Raises:
         UserError: no such model; a pre-trained model without a `domain`; features of other encoders.
     """
+    from antdist.serving.apply import embed_domain, find_model
     from antdist.serving.loaded import LoadedModel
     from antdist.serving.pyfunc import load_catalogue
-    from antdist.serving.use import embed_domain, find_model
 
     found = find_model(str(model), Path(storage), tracking_uri)
     if domain is None:
@@ -259,7 +259,7 @@ def evaluate(
     tracking_uri: str | None = None,
 ) -> Evaluation:
     """Rank the whole catalogue of a prepared domain for the users of a split (docs/spec/ant.md, section 7)."""
-    from antdist.serving.use import Evaluation, evaluate_model, open_model
+    from antdist.serving.apply import Evaluation, evaluate_model, open_model
 
     figures = evaluate_model(open_model(str(model), domain, Path(storage), tracking_uri), split)
     return Evaluation(str(model), str(domain), split, figures)
@@ -279,8 +279,8 @@ def score(
     Args:
         options: `n`, `include_seen`, `workers`, `batch_size`, `device`, as `antdist score --help` describes them.
     """
+    from antdist.serving.apply import find_model
     from antdist.serving.score import score
-    from antdist.serving.use import find_model
 
     opened = _open(domain)
     return score(find_model(str(model), Path(storage), tracking_uri), opened, str(out), **options)
@@ -299,9 +299,9 @@ def models(name: str = "*", *, storage: str | Path = STORAGE, tracking_uri: str 
     Args:
         name: a pattern, such as `relearn-*`.
     """
-    from antdist.tracking.overview import overview, registry_uri
+    from antdist.tracking.overview import load_overview, registry_uri
 
-    return overview(registry_uri(Path(storage), tracking_uri), name)
+    return load_overview(registry_uri(Path(storage), tracking_uri), name)
 
 
 def prune(

@@ -1,22 +1,28 @@
-"""Faults on purpose: for tests, for the soak, and for drills on a cluster that nobody depends on.
+"""Inject faults: for tests, for the soak benchmark, and for drills on a cluster that nobody depends on.
 
-Nothing happens unless the environment variable `ANTDIST_FAULTS` is set, to a JSON list of faults:
+Nothing happens unless the environment variable `ANTDIST_FAULTS` is set to a JSON list of faults:
 
     [{"fault": "kill", "at": "step", "rank": 1, "step": 7, "once": "/shared/drill-1"}]
 
-- `fault`: `kill` (SIGKILL to this process), `stall` (sleep for `seconds`, an hour by default), `raise` (RuntimeError), `full`
-  (OSError, no space left), `nan` (`at` gives True, and the caller spoils its number).
-- `at`: the place. `join`: on a worker, before it meets the others; `step`: before an optimizer step, `step` of which are done;
-  `loss`: where its loss is known; `validate`; `score`: before part `step` of `antdist score` is in its place; `checkpoint`:
-  before the snapshot; `save`: in the leader's background, before `file` is written (`best`, `weights.safetensors`,
-  `moments.safetensors`, `progress.json`, `COMPLETE.json`), before the folder gets its name (`rename`), and before the old
-  checkpoints go (`prune`); `upload`: the same files on the way to `ray.remote_storage`, in the leader's background; `append`:
-  in `prepare --append`, before `file` is written (`items`, `sequences`, `pending`, `superseded`, `manifest`), before its folder
-  gets its name (`rename`). Default: `step`.
-- `rank`, `step`, `file`: where the fault is to happen; what is left out matches all.
-- `after`: seconds that the process must have passed such places for, where the step is not known beforehand.
-- `once`: a file that is made as the fault happens, and without which it happens again after each restart. On storage that
-  the restarted process sees too.
+- `fault`: `kill` (SIGKILL to this process), `stall` (sleep for `seconds`, an hour by default), `raise` (RuntimeError),
+  `full` (OSError, no space left), `nan` (`inject` returns True, and the caller makes its value NaN).
+- `at`: the place; by default `step`.
+  - `join`: on a worker, before it joins the process group.
+  - `step`: before an optimizer step; `step` counts those done.
+  - `loss`: when the loss of a step is known.
+  - `validate`: before validation.
+  - `checkpoint`: before the snapshot.
+  - `save`: in the leader's background thread, before `file` is written (`best`, `weights.safetensors`,
+    `moments.safetensors`, `progress.json`, `COMPLETE.json`), before the folder is renamed to its final name (`rename`),
+    and before old checkpoints are removed (`prune`).
+  - `upload`: likewise for each file on its way to `ray.remote_storage`.
+  - `score`: before part `step` of `antdist score` is renamed to its final name.
+  - `append`: in `prepare --append`, before `file` is written (`items`, `sequences`, `pending`, `superseded`, `manifest`)
+    and before its folder is renamed to its final name (`rename`).
+- `rank`, `step`, `file`: conditions on the place; a missing one matches everything.
+- `after`: seconds since this process passed its first place, for faults whose step is not known beforehand.
+- `once`: a file, created as the fault happens, that stops it from happening again after a restart. It must be on storage
+  that the restarted process sees too.
 """
 
 from __future__ import annotations
@@ -41,36 +47,38 @@ PLACES = ("join", "step", "loss", "validate", "checkpoint", "save", "upload", "s
 KEYS = ("fault", "at", "rank", "step", "file", "after", "seconds", "once")
 STALL_SECONDS = 3600.0
 
-_begun: list[float] = []  # when this process passed its first place
+_started: list[float] = []  # when this process passed its first place
 
 Fault = dict[str, Any]
 
 
-def at(place: str, **facts: Any) -> bool:
-    """A place where faults may be injected. True if the caller is to spoil its number with NaN.
+def inject(place: str, **facts: Any) -> bool:
+    """Cause the faults that are configured for this place.
+
+    Returns:
+        Whether the caller is to make its value NaN.
 
     Raises:
-        RuntimeError, OSError: faults that do.
-        UserError: the variable does not hold faults.
+        RuntimeError, OSError: the faults `raise` and `full`.
+        UserError: the variable is malformed.
     """
     text = os.environ.get(VARIABLE)
     if not text:
         return False
     assert place in PLACES
-    if not _begun:
-        _begun.append(time.monotonic())
-    spoil = False
+    if not _started:
+        _started.append(time.monotonic())
+    is_nan = False
     for fault in parse(text):
-        if fault.get("at", "step") == place and _matches(fault, facts) and _first(fault):
-            logger.warning(
-                f"{VARIABLE}: {fault['fault']} at {place} ({', '.join(f'{k} {v}' for k, v in facts.items())})"
-            )
-            spoil |= _happen(fault)
-    return spoil
+        if fault.get("at", "step") == place and _matches(fault, facts) and _claim_once(fault):
+            described = ", ".join(f"{key} {value}" for key, value in facts.items())
+            logger.warning(f"{VARIABLE}: {fault['fault']} at {place} ({described})")
+            is_nan |= _cause(fault)
+    return is_nan
 
 
-def environment() -> dict[str, str]:
-    """What the workers of this command must inherit to inject its faults. Raises UserError if they are malformed."""
+def worker_environment() -> dict[str, str]:
+    """Return the variable for workers to inherit, if it is set. Raises UserError if it is malformed."""
     text = os.environ.get(VARIABLE)
     if not text:
         return {}
@@ -80,11 +88,11 @@ def environment() -> dict[str, str]:
 
 @functools.lru_cache(maxsize=8)
 def parse(text: str) -> list[Fault]:
-    """The faults that the variable asks for; says so, loudly, the first time. Raises UserError if it is malformed."""
+    """Parse the variable, and log it prominently the first time. Raises UserError if it is malformed."""
     try:
         faults = json.loads(text)
     except ValueError as error:
-        raise _malformed(f"no JSON ({error})") from None
+        raise _malformed(f"not JSON ({error})") from None
     if not isinstance(faults, list) or not all(isinstance(fault, dict) for fault in faults):
         raise _malformed("not a list of faults")
     for fault in faults:
@@ -99,16 +107,16 @@ def parse(text: str) -> list[Fault]:
 
 
 def _malformed(what: str) -> UserError:
-    return UserError(what, where=VARIABLE, remedy="correct it, or unset it: it is for drills alone")
+    return UserError(what, where=VARIABLE, remedy="correct it, or unset it: it is for drills only")
 
 
 def _matches(fault: Fault, facts: dict[str, Any]) -> bool:
-    due = time.monotonic() - _begun[0] >= fault.get("after", 0)
+    due = time.monotonic() - _started[0] >= fault.get("after", 0)
     return due and all(fault[key] == facts.get(key) for key in ("rank", "step", "file") if key in fault)
 
 
-def _first(fault: Fault) -> bool:
-    """Whether a fault with `once` has not happened yet, to this or an earlier process."""
+def _claim_once(fault: Fault) -> bool:
+    """Create the file of `once`; return False if this or an earlier process did so before."""
     if "once" not in fault:
         return True
     try:
@@ -118,21 +126,21 @@ def _first(fault: Fault) -> bool:
     return True
 
 
-def _happen(fault: Fault) -> bool:
+def _cause(fault: Fault) -> bool:
     match fault["fault"]:
         case "kill":
             os.kill(os.getpid(), signal.SIGKILL)
         case "stall":
             time.sleep(fault.get("seconds", STALL_SECONDS))
         case "raise":
-            raise RuntimeError(f"a fault that {VARIABLE} asked for")
+            raise RuntimeError(f"a fault injected by {VARIABLE}")
         case "full":
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     return fault["fault"] == "nan"
 
 
 def corrupt(path: Path, how: Literal["cut", "flip", "gone"]) -> None:
-    """Damage a file as a disk or a copy does: cut it in half, flip one bit in its middle, lose it."""
+    """Damage a file as a disk or a copy might: cut it in half, flip one bit in its middle, or remove it."""
     if how == "gone":
         path.unlink()
         return

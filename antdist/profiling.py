@@ -1,6 +1,6 @@
-"""Where the time of a step goes: its parts by name, and a trace of a few steps for Perfetto. Free of cost while off.
+"""Trace a few training steps for Perfetto, with their parts by name. Costs nothing while off.
 
-Neutral ground between the rooms: the loop turns it on, whoever does a part of a step names it.
+The training loop turns it on; every room may name its part of a step.
 """
 
 from __future__ import annotations
@@ -13,15 +13,15 @@ from antdist.io.logs import get_logger
 
 logger = get_logger(__name__)
 
-WAIT, WARM_UP, RECORDED = 3, 2, 5  # steps: let be, traced and thrown away, traced and kept
+WAIT, WARM_UP, RECORDED = 3, 2, 5  # steps: not traced, traced and discarded, traced and kept
 
 _off = contextlib.nullcontext()
-_on = False
+_enabled = False
 
 
-def part(name: str) -> contextlib.AbstractContextManager[object]:
-    """Around a part of the step: its name in the trace."""
-    if not _on:
+def trace_part(name: str) -> contextlib.AbstractContextManager[object]:
+    """Name the block in the trace, while one is being recorded."""
+    if not _enabled:
         return _off
     from torch.profiler import record_function
 
@@ -29,9 +29,17 @@ def part(name: str) -> contextlib.AbstractContextManager[object]:
 
 
 @contextlib.contextmanager
-def profiled(file: Path | None, *, on_gpu: bool = False) -> Iterator[Callable[[], None]]:
-    """Within the block, to be told of each step's end by calling what is given: steps 6 to 10 go to `file` as a Chrome
-    trace, `.json.gz`. Of a shorter run those of them that there were, and nothing if there were none. None: no trace."""
+def profile_steps(file: Path | None, *, on_gpu: bool = False) -> Iterator[Callable[[], None]]:
+    """Trace steps 6 to 10 of the block to `file`, a Chrome trace (`.json.gz`).
+
+    A shorter run writes those of them that it has, and no file if it has none.
+
+    Args:
+        file: None for no trace.
+
+    Yields:
+        A function to call at the end of each step.
+    """
     if file is None:
         yield lambda: None
         return
@@ -39,16 +47,14 @@ def profiled(file: Path | None, *, on_gpu: bool = False) -> Iterator[Callable[[]
     from torch.profiler import ProfilerActivity, schedule
 
     def write(trace: torch.profiler.profile) -> None:
-        _switch(False)
+        _set_enabled(False)
         file.parent.mkdir(parents=True, exist_ok=True)
         partial = file.with_name(f".{file.name}")
         trace.export_chrome_trace(str(partial))
         partial.replace(file)
-        logger.info(
-            f"profile of the steps from the {WAIT + WARM_UP + 1}th on: {file}, to be opened in https://ui.perfetto.dev"
-        )
+        logger.info(f"profile of steps {WAIT + WARM_UP + 1} and later: {file} (open it in https://ui.perfetto.dev)")
 
-    _switch(True)
+    _set_enabled(True)
     try:
         with torch.profiler.profile(
             activities=[ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])],
@@ -57,9 +63,9 @@ def profiled(file: Path | None, *, on_gpu: bool = False) -> Iterator[Callable[[]
         ) as trace:
             yield trace.step
     finally:
-        _switch(False)
+        _set_enabled(False)
 
 
-def _switch(on: bool) -> None:
-    global _on
-    _on = on
+def _set_enabled(on: bool) -> None:
+    global _enabled
+    _enabled = on

@@ -7,7 +7,7 @@ import platform
 from pathlib import Path
 from typing import Any
 
-from antdist.tracking.run import environment_tags
+from antdist.tracking.tags import environment_tags
 
 
 def cores() -> int:

@@ -21,8 +21,9 @@ import torch
 from antdist.config.schema import ModelConfig
 from antdist.data.domain import open_domain
 from antdist.model.recommender import build_recommender
-from antdist.serving.recommend import TOGETHER, recommend
-from antdist.serving.score import Scorer, Task, domain_parts
+from antdist.serving.score import cut_into_parts
+from antdist.serving.scorer import Scorer, ScoreTask
+from antdist.serving.top_n import HISTORY_BATCH, recommend
 from benchmarks.report import Line, Options, Report, ratio, taking_turns
 from benchmarks.worlds import TARGET, Shape, write_world
 
@@ -51,10 +52,10 @@ def _measured(options: Options, folder: Path) -> Report:
     def everybody() -> float:
         out = next(outs)
         out.mkdir()
-        task = Task(str(domain.folder), str(out), TOP, False, TOGETHER, "cpu", None)
+        task = ScoreTask(str(domain.folder), str(out), TOP, False, HISTORY_BATCH, "cpu", None)
         scorer = Scorer(task, model, [embeddings.numpy()], pa.array(item_ids, pa.large_string()))
         start = time.perf_counter()
-        for part in domain_parts(domain):
+        for part in cut_into_parts(domain):
             scorer.score(part)
         return domain.manifest.users / (time.perf_counter() - start)
 

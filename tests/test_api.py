@@ -96,7 +96,7 @@ def test_configurations_are_objects_dictionaries_files_or_overrides(tmp_path: Pa
 class TestLoadedModel:
     def test_recommends_what_the_command_line_ranks(self, data: Path, target: antdist.LoadedModel) -> None:
         from antdist.data.domain import open_domain
-        from antdist.serving.recommend import recommend
+        from antdist.serving.top_n import recommend
 
         history = list(target.item_ids[3:6])
         found = target.recommend([history, history[:1]], n=4)

@@ -1,4 +1,4 @@
-"""A profiled training writes a trace that names the parts of a step; one that is not profiled pays nothing."""
+"""A profiled training writes a trace with the named parts of a step; an unprofiled one pays nothing."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def profiled_run(data: Path, folder: Path, steps: int) -> list[tuple[int, float]
     return curve
 
 
-def test_each_rank_writes_a_trace_of_five_steps_with_their_parts(data: Path, tmp_path: Path) -> None:
+def test_each_rank_traces_five_steps_with_named_parts(data: Path, tmp_path: Path) -> None:
     on_ranks(2, profiled_run, data, tmp_path / "a", 12)
     files = sorted((tmp_path / "a" / "profile").iterdir())
     assert [file.name for file in files] == ["rank-0.json.gz", "rank-1.json.gz"]
@@ -46,17 +46,17 @@ def test_each_rank_writes_a_trace_of_five_steps_with_their_parts(data: Path, tmp
         assert sum(name.startswith("ProfilerStep#") for name in names) >= profiling.RECORDED
 
 
-def test_a_run_that_ends_early_gives_the_steps_that_it_had_and_says_where(
+def test_a_short_run_traces_its_steps_and_logs_the_file(
     data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert profiled_run(data, tmp_path / "a", 7) == run(data, tmp_path / "b", stop_after=7)["curve"]
-    assert f"{tmp_path / 'a' / 'profile' / 'rank-0.json.gz'}, to be opened in" in capsys.readouterr().err
+    assert f"{tmp_path / 'a' / 'profile' / 'rank-0.json.gz'} (open it in" in capsys.readouterr().err
     names = [event["name"] for event in events(tmp_path / "a" / "profile" / "rank-0.json.gz")]
     assert names.count("update") == 2
     profiled_run(data, tmp_path / "c", 4)
     assert not (tmp_path / "c" / "profile").exists()
 
 
-def test_a_part_is_nothing_while_no_one_profiles() -> None:
-    assert profiling.part("forward") is profiling.part("backward")
-    assert isinstance(profiling.part("forward"), contextlib.nullcontext)
+def test_trace_part_costs_nothing_while_off() -> None:
+    assert profiling.trace_part("forward") is profiling.trace_part("backward")
+    assert isinstance(profiling.trace_part("forward"), contextlib.nullcontext)

@@ -28,12 +28,13 @@ SOURCES = sorted(path for room in ("antdist", "launch") for path in (PROJECT / r
 NEVER_IMPORTED = {"pickle", "cPickle", "dill", "cloudpickle", "marshal", "shelve", "joblib", "jsonpickle"}
 NEVER_CALLED = {
     "eval", "exec", "compile", "__import__", "os.system", "os.popen", "yaml.unsafe_load", "yaml.full_load", "yaml.load_all",
-    "importlib.import_module", "runpy.run_path", "runpy.run_module",
+    "runpy.run_path", "runpy.run_module",
 }  # fmt: skip
 # what is allowed in one place, and there in one way only
 IN_ONE_PLACE = {
     "torch.load": ("antdist/model/import_reference.py", {"weights_only": True}),
     "yaml.load": ("antdist/config/load.py", {}),
+    "importlib.import_module": ("antdist/__init__.py", {}),  # lazy: the modules of a fixed table
 }
 
 
@@ -47,7 +48,7 @@ def keywords(call: ast.Call) -> dict[str, Any]:
     return {k.arg or "**": k.value.value for k in call.keywords if isinstance(k.value, ast.Constant)}
 
 
-def test_nothing_is_unpickled_evaluated_or_given_to_a_shell() -> None:
+def test_no_pickle_eval_or_shell_in_sources() -> None:
     found, seen = [], set()
     for path in SOURCES:
         name = path.relative_to(PROJECT).as_posix()
@@ -70,7 +71,7 @@ def test_nothing_is_unpickled_evaluated_or_given_to_a_shell() -> None:
     assert seen == IN_ONE_PLACE.keys() and len(SOURCES) > 60
 
 
-def test_that_scan_sees_what_it_looks_for(tmp_path: Path) -> None:
+def test_the_source_scan_finds_violations(tmp_path: Path) -> None:
     path = tmp_path / "x.py"
     path.write_text(
         "import subprocess\nsubprocess.run('ls', shell=True)\neval('1')\ntorch.load(f, weights_only=False)\n"
@@ -94,7 +95,7 @@ def test_no_source_listens_on_all_addresses() -> None:
         "!!python/module:subprocess",
     ],
 )
-def test_configuration_names_no_code(tmp_path: Path, text: str) -> None:
+def test_yaml_cannot_name_code(tmp_path: Path, text: str) -> None:
     made = tmp_path / "made"
     value = text.replace("{made}", str(made))
     (tmp_path / "run.yaml").write_text(f"name: {value}\n")
@@ -104,7 +105,7 @@ def test_configuration_names_no_code(tmp_path: Path, text: str) -> None:
     assert not made.exists()
 
 
-def test_deepspeeds_section_imports_nothing() -> None:
+def test_deepspeed_section_cannot_import_modules() -> None:
     """DeepSpeed imports the modules that this list names."""
     from antdist.training.engines.deepspeed import check_reserved_keys
 
@@ -115,7 +116,7 @@ def test_deepspeeds_section_imports_nothing() -> None:
 SECRET = "http://someone:hush-hush@host:5000/x?token=hush-hush"
 
 
-def test_no_secret_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_secrets_are_redacted_in_errors_and_logs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     error = UserError(f"no answer from {SECRET}", where=SECRET, remedy=f"correct {SECRET}")
     assert "hush" not in f"{error} {error.what} {error.where} {error.remedy} {error.__reduce__()}"
     assert "http://***@host:5000/x?token=***" in str(error)
@@ -140,7 +141,7 @@ def test_every_module_has_a_logger_that_redacts() -> None:
     assert sum("logger = get_logger(__name__)" in code for code in text.values()) > 20
 
 
-def test_no_secret_is_told_of_a_mistake_in_a_configuration(tmp_path: Path) -> None:
+def test_secrets_are_redacted_in_config_errors(tmp_path: Path) -> None:
     (tmp_path / "run.yaml").write_text(f"tracking: {{uri: '{SECRET}', experiment: ['{SECRET}']}}\n")
     for file, overrides in (
         (tmp_path / "run.yaml", []),
@@ -153,7 +154,7 @@ def test_no_secret_is_told_of_a_mistake_in_a_configuration(tmp_path: Path) -> No
         assert "hush" not in str(caught.value)
 
 
-def test_no_secret_is_written_to_the_runs_folder(tmp_path: Path) -> None:
+def test_secrets_are_not_written_to_the_run_folder(tmp_path: Path) -> None:
     remote = f"memory://{SECRET.partition('://')[2]}"
     asked = ["name=run", f"tracking.uri={SECRET}", f"ray.storage={tmp_path}", f"ray.remote_storage={remote}"]
     config = load_config(PretrainConfig, None, asked)
@@ -165,7 +166,7 @@ def test_no_secret_is_written_to_the_runs_folder(tmp_path: Path) -> None:
     assert not any(b"hush" in path.read_bytes() for path in files)
 
 
-def test_no_secret_is_told_of_remote_storage(tmp_path: Path) -> None:
+def test_secrets_are_redacted_in_storage_errors(tmp_path: Path) -> None:
     for uri in (f"nowhere://{SECRET.partition('://')[2]}", f"simplecache::{SECRET}"):
         with pytest.raises(UserError, match=r"ray\.remote_storage") as caught:
             Remote(uri)
@@ -193,7 +194,7 @@ with ray_session(RayConfig()):
 
 
 @pytest.mark.ray
-def test_a_local_ray_listens_on_loopback_alone() -> None:
+def test_local_ray_listens_on_loopback_only() -> None:
     environment = {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"}
     command = [sys.executable, "-c", LISTENING]
     done = subprocess.run(

@@ -22,7 +22,7 @@ def listening(port: int) -> set[str]:
     }
 
 
-def test_a_bucket_is_reached_by_environment_alone(s3: Bucket) -> None:
+def test_s3_bucket_is_reached_by_environment_only(s3: Bucket) -> None:
     files, root = fsspec.url_to_fs(f"{s3.uri}/folder")
     files.pipe_file(f"{root}/file", b"content")
     assert s3.contents() == {"folder/file": b"content"} == s3.contents("folder")
@@ -32,7 +32,7 @@ def test_a_bucket_is_reached_by_environment_alone(s3: Bucket) -> None:
     assert listening(int(s3.environment["AWS_ENDPOINT_URL"].rpartition(":")[2])) == {"127.0.0.1"}
 
 
-def test_a_database_takes_those_with_its_password_alone(database: Database) -> None:
+def test_database_requires_its_password(database: Database) -> None:
     import psycopg2
 
     password, uri = database.environment["PGPASSWORD"], database.uri.replace("+psycopg2", "")
@@ -55,7 +55,7 @@ def children() -> set[int]:
     return running
 
 
-def test_servers_end_with_their_block() -> None:
+def test_servers_stop_with_their_context() -> None:
     before = children()
     with s3_server() as bucket:
         endpoint = bucket().environment["AWS_ENDPOINT_URL"]
@@ -69,7 +69,7 @@ def test_servers_end_with_their_block() -> None:
     assert children() <= before
 
 
-def test_a_server_that_ends_at_once_is_told_with_its_log(tmp_path: Path) -> None:
+def test_a_server_that_fails_to_start_shows_its_log(tmp_path: Path) -> None:
     log = tmp_path / "log"
     process = stores.start_quietly(["sh", "-c", "echo no such option; exit 3"], log)
     with pytest.raises(AssertionError, match="no such option"):

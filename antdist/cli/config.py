@@ -71,7 +71,7 @@ def diff(
         there, source = tree_of(kind()), "default"
     elif run.startswith(("models:", "runs:")):
         from antdist.tracking.overview import registry_uri
-        from antdist.tracking.registry import read_run_config
+        from antdist.tracking.resolve import read_run_config
 
         there, source = (
             complete(parse_tree(read_run_config(run, registry_uri(storage, tracking_uri)), run), kind, run),

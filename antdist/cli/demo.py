@@ -34,9 +34,9 @@ def main(arguments: Sequence[str] = ()) -> None:
     from antdist.distributed.ray_session import ray_session
     from antdist.runs.adapt import relearn
     from antdist.runs.pretrain import pretrain
+    from antdist.serving.apply import find_model, open_model, recommend_items
     from antdist.serving.score import score
-    from antdist.serving.use import find_model, open_model, recommend_items
-    from antdist.tracking.store import open_pages_command
+    from antdist.tracking.store import ui_command
 
     with ray_session(pretrain_config.ray):
         _stage("prepare features", f"antdist featurize {OUT}/data/* --text hashed --image histogram --price quantile")
@@ -59,7 +59,7 @@ def main(arguments: Sequence[str] = ()) -> None:
     _stage("result")
     _print(adapted.lines())
     print(f"data in {OUT}/data, runs and models in {OUT}/runs")
-    print(f"MLflow's pages: {open_pages_command(adapted.tracking_uri)}")
+    print(f"MLflow's pages: {ui_command(adapted.tracking_uri)}")
     print(f"{time.monotonic() - start:.0f} s in all")
 
 

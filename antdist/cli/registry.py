@@ -40,14 +40,14 @@ def models(
     """
     if not prune and (dry_run or keep is not None):
         raise click.UsageError("--keep and --dry-run belong to --prune")
-    from antdist.tracking.overview import overview, registry_uri
+    from antdist.tracking.overview import load_overview, registry_uri
     from antdist.tracking.pruning import prune as remove
 
     uri = registry_uri(storage, tracking_uri)
     if prune:
         print_report(remove(uri, pattern=name, keep=keep or 5, dry_run=dry_run), json_file)
         return
-    report = overview(uri, name)
+    report = load_overview(uri, name)
     if sys.stdout.isatty() and report.versions:
         from rich.console import Console
 

@@ -37,7 +37,7 @@ def evaluate(
       antdist evaluate models:/relearn-food@champion data/food --split test
     """
     log.info("loading model and data")
-    from antdist.serving.use import evaluate_model, open_model
+    from antdist.serving.apply import evaluate_model, open_model
 
     figures = evaluate_model(open_model(model, domain, storage, tracking_uri), split)
     for name, value in figures.items():
@@ -73,7 +73,7 @@ def recommend(
     if (user is None) == (history is None):
         raise click.UsageError("give either --user or --history")
     log.info("loading model and data")
-    from antdist.serving.use import open_model, recommend_items
+    from antdist.serving.apply import open_model, recommend_items
 
     opened = open_model(model, domain, storage, tracking_uri)
     past, items = recommend_items(opened, user=user, history=history, n=top)
@@ -118,8 +118,8 @@ def score(
     """
     log.info("loading model and data")
     from antdist.data.domain import open_domain
+    from antdist.serving.apply import find_model
     from antdist.serving.score import score as run
-    from antdist.serving.use import find_model
 
     opened = open_domain(domain)
     print_report(run(find_model(model, storage, tracking_uri), opened, out, **options), json_file)

@@ -58,7 +58,7 @@ class GroupBackend(_TorchBackend):
 
 def join() -> None:
     """On a worker, before it meets the others."""
-    faults.at("join", rank=ray.train.get_context().get_world_rank())
+    faults.inject("join", rank=ray.train.get_context().get_world_rank())
     address = ray.util.get_node_ip_address()
     name = interface_of(address)
     if name is not None:

@@ -263,7 +263,7 @@ def run_workers(
             name=name,
             storage_path=str(storage),
             failure_config=FailureConfig(max_failures=config.max_failures),
-            worker_runtime_env={"env_vars": WORKER_ENVIRONMENT | faults.environment()},
+            worker_runtime_env={"env_vars": WORKER_ENVIRONMENT | faults.worker_environment()},
         ),
     )
     write_json(reservation, {"requester": f"train-{trainer.train_run_context.run_id}"})

@@ -17,7 +17,7 @@ from antdist.model.initialisation import initialise
 from antdist.model.items.features import ItemEmbeddings, ItemTower
 from antdist.model.losses import alignment_loss, recommendation_loss
 from antdist.model.sequence.sasrec import SASRec, token_positions
-from antdist.profiling import part
+from antdist.profiling import trace_part
 
 Gather = Callable[[Tensor], Tensor]
 PRETRAINING_LOSS = LossConfig()
@@ -86,18 +86,18 @@ class Recommender(nn.Module):
             gather: all-gather of rows over ranks, with gradient; None: this rank embeds them all.
             loss: `alignment` weighs the text-image alignment (0: not computed), `chunk` bounds memory.
         """
-        with part("embed items"):
+        with trace_part("embed items"):
             own = self.embed_items(inputs).first(batch.share[1] - batch.share[0])
         aligned = loss.alignment > 0 and own.text is not None and own.image is not None
         gathered = _gather_items(own, gather, aligned)
-        with part("encode users"):
+        with trace_part("encode users"):
             states = self.encode_users(gathered.item, batch.tokens, batch.offsets, batch.longest)
         temperature, chunk = self.config.temperature, loss.chunk
-        with part("softmax loss"):
+        with trace_part("softmax loss"):
             recommendation = recommendation_loss(states, gathered.item, batch, temperature=temperature, chunk=chunk)
         if own.image is None or gathered.text is None:
             return Losses(recommendation, recommendation.detach(), torch.zeros_like(recommendation))
-        with part("alignment loss"):
+        with trace_part("alignment loss"):
             alignment = alignment_loss(
                 own.image,
                 gathered.text,

@@ -32,8 +32,9 @@ from antdist.runs.trials import Trial, common_config, strategies_of, trials_of
 from antdist.runs.verdict import AdaptedModel, Judgement, choose_strategy, judge_strategies, pool_trials
 from antdist.runs.workers.trial import AdaptSettings, adapt_worker
 from antdist.serving.pyfunc import make_servable
-from antdist.tracking.registry import Lineage, ResolvedModel, register
-from antdist.tracking.run import check_known, start_run, stored_run
+from antdist.tracking.registry import Lineage, register
+from antdist.tracking.resolve import ResolvedModel
+from antdist.tracking.run import check_run_exists, resolve_run_id, start_run
 
 logger = get_logger(__name__)
 
@@ -158,7 +159,7 @@ def _begin_trial(context: AdaptContext, trial: Trial, lineage: Lineage) -> None:
     if record is not None and record.run_id is not None:
         folder.write_record(record)  # the copy may be new
         if not folder.result_file.is_file():
-            check_known(context.store, record.run_id)
+            check_run_exists(context.store, record.run_id)
         return
     shown = {
         **config.model_dump(mode="json", by_alias=True),
@@ -250,7 +251,7 @@ def _register_chosen(context: AdaptContext, parent: str | None) -> AdaptedModel:
     make_servable(trial.folder.model, context.domain)
     version = register(
         store,
-        stored_run(store, record.run_id, trial.folder.path),
+        resolve_run_id(store, record.run_id, trial.folder.path),
         trial.folder.model,
         config.tracking.registered_model or f"{config.name}-{config.target}",
         lineage_of(trial, context.domain.fingerprint, parent),

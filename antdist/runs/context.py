@@ -16,7 +16,7 @@ from antdist.report import Report
 from antdist.runs.folder import RunFolder, absolute
 from antdist.runs.inputs import Inputs
 from antdist.runs.trials import Trial, trials_of
-from antdist.tracking.registry import ResolvedModel
+from antdist.tracking.resolve import ResolvedModel
 
 logger = get_logger(__name__)
 Config = TypeVar("Config", PretrainConfig, RelearnConfig)

@@ -15,8 +15,8 @@ from antdist.model.io import CARD, read_card
 from antdist.runs.inputs import Inputs
 from antdist.runs.parent import last_checkpoint
 from antdist.runs.records import RunRecord
-from antdist.tracking.registry import ResolvedModel
-from antdist.tracking.run import clean_key
+from antdist.tracking.resolve import ResolvedModel
+from antdist.tracking.tags import clean_key
 
 
 def check_continues(config: PretrainConfig, state: ResolvedModel, inputs: Inputs) -> list[str]:

@@ -9,7 +9,7 @@ from antdist.errors import UserError
 from antdist.io.logs import get_logger
 from antdist.runs.folder import RunFolder
 from antdist.runs.records import RunRecord
-from antdist.tracking.run import OFFLINE, TrackedRun, check_known
+from antdist.tracking.run import OFFLINE, TrackedRun, check_run_exists
 
 logger = get_logger(__name__)
 
@@ -27,7 +27,7 @@ def restore_record(folder: RunFolder, store: str) -> RunRecord | None:
     try:
         if record.run_id.startswith(OFFLINE):
             raise UserError("what the run recorded offline went with its folder")
-        check_known(store, record.run_id)
+        check_run_exists(store, record.run_id)
     except UserError as error:
         logger.warning(f"{error} The run goes on with a new MLflow run")
         return record.model_copy(update={"run_id": None})

@@ -18,8 +18,9 @@ from antdist.model.recommender import Recommender
 from antdist.runs.folder import RunFolder
 from antdist.runs.records import Source
 from antdist.runs.trials import strategies_of
-from antdist.tracking.registry import ResolvedModel, folder_digest, is_registered, resolve, resolve_training_state
-from antdist.tracking.store import StoreAway, check_reachable
+from antdist.tracking.registry import folder_digest
+from antdist.tracking.resolve import ResolvedModel, is_registered, resolve, resolve_training_state
+from antdist.tracking.store import StoreUnavailable, check_reachable
 from antdist.training.adaptation import needs_parent, treatments
 from antdist.training.checkpoints.local import Checkpoint, load_latest, steps_in
 
@@ -46,7 +47,7 @@ def resolve_source(
     try:
         check_reachable(store)  # takes some seconds where the registry's client takes many
         return find(model, store)
-    except StoreAway as error:
+    except StoreUnavailable as error:
         found, resolved = _recall(model, folder, error)
     note(f"{model} is what it was on {resolved}: {found.uri}, in {found.folder}; the tracking store is unreachable")
     return found
@@ -69,7 +70,7 @@ def fetch_source(model: str, found: ResolvedModel, folder: RunFolder) -> Path:
     return place
 
 
-def _recall(model: str, folder: RunFolder, error: StoreAway) -> tuple[ResolvedModel, str]:
+def _recall(model: str, folder: RunFolder, error: StoreUnavailable) -> tuple[ResolvedModel, str]:
     """Find the copy of what MODEL was when this run resolved it, and when that was. Raises UserError."""
     source = folder.read_sources().get(model)
     if source is None:

@@ -26,7 +26,7 @@ from antdist.runs.records import PretrainResult, RunRecord
 from antdist.runs.workers.pretrain import PretrainSettings, pretrain_worker
 from antdist.serving.pyfunc import make_servable
 from antdist.tracking.registry import Lineage, register
-from antdist.tracking.run import start_run, stored_run
+from antdist.tracking.run import resolve_run_id, start_run
 from antdist.tracking.store import redact
 from antdist.training.checkpoints.local import PREFIX, steps_in
 
@@ -150,7 +150,7 @@ def _register(context: PretrainContext, record: RunRecord, result: PretrainResul
     if result.error is not None:
         tracked.finish("FAILED")
         raise result.error.to_error()
-    run_id = stored_run(store, tracked.run_id, folder.path)
+    run_id = resolve_run_id(store, tracked.run_id, folder.path)
     make_servable(folder.model, None)
     version = register(
         store,

@@ -83,7 +83,7 @@ class LoadedModel:
         Raises:
             UserError: an unknown item, an empty history, an `n` below 1.
         """
-        from antdist.serving.recommend import recommend_many
+        from antdist.serving.top_n import recommend_many
 
         if n < 1:
             raise UserError(f"n is {n}", where="recommend", remedy="ask for at least one item")
@@ -113,7 +113,7 @@ class LoadedModel:
         Raises:
             UserError: an unknown item, an empty history.
         """
-        from antdist.serving.recommend import encode_users
+        from antdist.serving.top_n import encode_users
 
         vectors: NDArray[np.float32] = encode_users(
             self.model, self.item_embeddings, self._index_histories(histories)

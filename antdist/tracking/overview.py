@@ -1,4 +1,4 @@
-"""The registry at a glance: every version with its aliases, its validation, its verdict, and where it comes from."""
+"""An overview of the registry: every version with its aliases, validation metric, verdict and lineage."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 from antdist.config.schema import TrackingConfig
 from antdist.errors import UserError
 from antdist.report import Report
-from antdist.tracking.registry import validation_of
-from antdist.tracking.store import check_reachable, connect, redact, sqlite_file, told_clearly, tracking_uri
+from antdist.tracking.registry import validation_metric
+from antdist.tracking.store import check_reachable, connect, redact, sqlite_file, tracking_uri, translate_errors
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -26,7 +26,7 @@ ARROW = " <- "
 
 @dataclass(frozen=True)
 class Version:
-    """A registered version. `digest` is None if it was not antdist that registered it."""
+    """A registered version. `digest` is None unless antdist registered it."""
 
     name: str
     version: int
@@ -35,13 +35,13 @@ class Version:
     target: str | None
     strategy: str | None
     transfer: str | None
-    parent: str | None  # models:/NAME/VERSION, or as the model was named
+    parent: str | None  # models:/NAME/VERSION, or as the user named it
     fingerprints: Mapping[str, str]  # domain to manifest fingerprint
     registered: datetime
     run_id: str | None
     source: str
     digest: str | None
-    training_state: str | None  # its path below the run's artifacts
+    training_state: str | None  # path below the run's artifacts
 
     @property
     def uri(self) -> str:
@@ -54,7 +54,7 @@ class Version:
 
 @dataclass(frozen=True, repr=False)
 class Overview(Report):
-    """Versions by name, the newest of each first; `lineage` of each, by uri, from its own data back to the first."""
+    """Versions by name, the newest first, and the lineage of each by URI, from its own data to its first ancestor."""
 
     table_key = "models"
 
@@ -70,7 +70,7 @@ class Overview(Report):
         return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
 
     def table(self) -> Table:
-        """The same for a terminal: aliases, strategy and transfer, and the steps of lineage one below the other."""
+        """Return a table for a terminal, with aliases, verdict and lineage broken into lines."""
         from rich.box import SIMPLE_HEAD
         from rich.table import Table
         from rich.text import Text
@@ -88,11 +88,11 @@ class Overview(Report):
                 registered,
                 steps.replace(ARROW, f"\n{ARROW[1:]}"),
             )
-            table.add_row(*map(Text, cells))  # names may hold what rich takes for markup
+            table.add_row(*map(Text, cells))  # Text: names may contain rich markup
         return table
 
     def to_json(self) -> dict[str, Any]:
-        told = [
+        models = [
             {
                 **asdict(version),
                 "uri": version.uri,
@@ -101,7 +101,7 @@ class Overview(Report):
             }
             for version in self.versions
         ]
-        return {"tracking_uri": redact(self.tracking_uri), "models": told}
+        return {"tracking_uri": redact(self.tracking_uri), "models": models}
 
     def _rows(self) -> list[tuple[str, ...]]:
         return [
@@ -119,10 +119,12 @@ class Overview(Report):
 
 
 def registry_uri(storage: Path, given: str | None) -> str:
-    """The store that `given`, MLFLOW_TRACKING_URI or the runs' folder names, for those who only read or tidy it.
+    """Return the URI of an existing store: `given`, MLFLOW_TRACKING_URI, or the one in the runs' folder.
+
+    For commands that read or tidy the registry and must not create one.
 
     Raises:
-        UserError: there is none, or it does not answer.
+        UserError: there is no store, or it does not answer.
     """
     uri = tracking_uri(TrackingConfig(uri=given), storage)
     file = sqlite_file(uri)
@@ -136,61 +138,66 @@ def registry_uri(storage: Path, given: str | None) -> str:
     return uri
 
 
-def overview(uri: str, pattern: str = "*") -> Overview:
-    """All versions of the models whose name fits `pattern` (`*`, `?`, `[...]`).
+def load_overview(uri: str, pattern: str = "*") -> Overview:
+    """Load all versions of the models whose name matches `pattern` (`*`, `?`, `[...]`).
 
     Raises:
-        UserError: the store is away, or has models but none of that name.
+        UserError: the store is unavailable, or has models but none of that name.
     """
-    known = registered(uri)
+    known = load_versions(uri)
     chosen = [version for version in known if fnmatchcase(version.name, pattern)]
     if known and not chosen:
         names = ", ".join(sorted({version.name for version in known})[:10])
         raise UserError(f"no model is named {pattern!r}; known names: {names}", where="--name", remedy="correct it")
     by_uri = {version.uri: version for version in known}
-    return Overview(uri, chosen, {version.uri: lineage(version, by_uri) for version in chosen})
+    return Overview(uri, chosen, {version.uri: trace_lineage(version, by_uri) for version in chosen})
 
 
-def registered(uri: str) -> list[Version]:
-    """All versions of all models, by name, the newest of each first. Raises UserError if the store is away."""
-    with told_clearly(uri):
+def load_versions(uri: str) -> list[Version]:
+    """Load all versions of all models, by name, the newest of each first.
+
+    Raises:
+        UserError: the store is unavailable.
+    """
+    with translate_errors(uri):
         client = connect(uri)
         aliases: dict[tuple[str, int], list[str]] = {}
-        for model in _pages(client.search_registered_models):
-            # the versions that a search gives may lack theirs
+        for model in _search_all(client.search_registered_models):
+            # versions from a search may lack their aliases
             for alias, number in client.get_registered_model(model.name).aliases.items():
                 aliases.setdefault((model.name, int(number)), []).append(alias)
-        found = [_version(version, aliases) for version in _pages(client.search_model_versions)]
+        found = [_to_version(version, aliases) for version in _search_all(client.search_model_versions)]
     return sorted(found, key=lambda version: (version.name, -version.version))
 
 
-def lineage(version: Version, known: Mapping[str, Version]) -> list[str]:
-    """From the data of a version to its parent, the parent's data, and so on: `food 3f2a1b9c`, `models:/pretrain/3`, ..."""
-    steps, passed, at = [_data(version)], {version.uri}, version
-    while at.parent is not None:
-        parent = known.get(at.parent)
+def trace_lineage(version: Version, known: Mapping[str, Version]) -> list[str]:
+    """List a version's data, its parent, the parent's data and so on: `food 3f2a1b9c`, `models:/pretrain/3`, ..."""
+    steps, visited = [_describe_data(version)], {version.uri}
+    while version.parent is not None:
+        parent = known.get(version.parent)
         if parent is None:
-            return [*steps, f"{at.parent} (not in the registry)" if at.parent.startswith("models:") else at.parent]
-        if parent.uri in passed:  # tags can be edited
-            return [*steps, f"{parent.uri} (in a circle)"]
-        steps += [parent.uri, _data(parent)]
-        passed.add(parent.uri)
-        at = parent
+            unknown = " (not in the registry)" if version.parent.startswith("models:") else ""
+            return [*steps, f"{version.parent}{unknown}"]
+        if parent.uri in visited:  # tags can be edited
+            return [*steps, f"{parent.uri} (circular lineage)"]
+        steps += [parent.uri, _describe_data(parent)]
+        visited.add(parent.uri)
+        version = parent
     return steps
 
 
-def _data(version: Version) -> str:
+def _describe_data(version: Version) -> str:
     prints = ", ".join(f"{domain} {value[:8]}" for domain, value in sorted(version.fingerprints.items()))
     return prints or "(unknown data)"
 
 
-def _version(found: Any, aliases: Mapping[tuple[str, int], Sequence[str]]) -> Version:
+def _to_version(found: Any, aliases: Mapping[tuple[str, int], Sequence[str]]) -> Version:
     tags, number = found.tags, int(found.version)
     return Version(
         name=found.name,
         version=number,
         aliases=sorted(aliases.get((found.name, number), [])),
-        validation=validation_of(found),
+        validation=validation_metric(found),
         target=tags.get("target"),
         strategy=tags.get("strategy"),
         transfer=tags.get("transfer"),
@@ -204,8 +211,8 @@ def _version(found: Any, aliases: Mapping[tuple[str, int], Sequence[str]]) -> Ve
     )
 
 
-def _pages(search: Any) -> list[Any]:
-    """All that a search of MLflow's gives, page by page."""
+def _search_all(search: Any) -> list[Any]:
+    """Return the results of all pages of an MLflow search."""
     page = search(max_results=PAGE)
     found = list(page)
     while page.token:

@@ -1,4 +1,4 @@
-"""`antdist promote`: an alias moved by hand, to a version whose validation beats the holder's."""
+"""`antdist promote`: move an alias by hand to a version whose validation metric beats the holder's."""
 
 from __future__ import annotations
 
@@ -9,16 +9,17 @@ from typing import Any
 
 from antdist.errors import UserError
 from antdist.report import Report
-from antdist.tracking.registry import alias_holder, find_version, judge
-from antdist.tracking.store import connect, told_clearly
+from antdist.tracking.registry import compare_with_holder, find_alias_holder
+from antdist.tracking.resolve import find_version
+from antdist.tracking.store import connect, translate_errors
 
-FORCED = "forced."  # + alias: the tag of a version that an alias was forced on, with what spoke against it
-MAY_BE_CHAMPION = (None, "ground truth", "positive")  # transfer: of a pre-training, of `scratch`, shown to help
+FORCED = "forced."  # + alias: the tag that records why a forced alias would have stayed
+CHAMPION_TRANSFERS = (None, "ground truth", "positive")  # of a pre-training, of `scratch`, proven
 
 
 @dataclass(frozen=True, repr=False)
 class Promotion(Report):
-    """What became of an alias. `before` and `after` are versions of `name`; `forced` says what spoke against it."""
+    """The result of a promotion. `before` and `after` are versions; `forced` is the reason that --force overruled."""
 
     name: str
     alias: str
@@ -30,7 +31,7 @@ class Promotion(Report):
     def lines(self) -> list[str]:
         if self.before == self.after:
             return [f"models:/{self.name}/{self.after} is {self.why}"]
-        held = "nobody" if self.before is None else f"version {self.before}"
+        held = "no version" if self.before is None else f"version {self.before}"
         return [f"{self.alias} of {self.name}: from {held} to version {self.after} ({self.why})"]
 
     def to_json(self) -> dict[str, Any]:
@@ -38,25 +39,27 @@ class Promotion(Report):
 
 
 def promote(model: str, alias: str, uri: str, *, force: bool = False) -> Promotion:
-    """Move `alias` to the version that `model` means, if its validation metric beats the holder's for the same task, or if
-    nothing holds it. `champion` asks besides that the transfer is positive, or that there is none to judge.
+    """Move `alias` to `model` if its validation metric beats the holder's for the same task, or if nothing holds it.
 
-    With `force` it moves in any case; what spoke against it is a tag of the version.
+    `champion` also requires that the transfer is positive, or that there is none to judge.
+
+    Args:
+        force: move it in any case, and record the reason against it as a tag of the version.
 
     Raises:
-        UserError: no such version, no name for an alias, or, without `force`, a version that does not beat the holder.
+        UserError: no such version, an invalid alias, or, without `force`, a version that does not beat the holder.
     """
     check_alias(alias)
-    with told_clearly(uri):
+    with translate_errors(uri):
         client = connect(uri)
         version = find_version(client, model)
-        holder = alias_holder(client, version.name, alias)
+        holder = find_alias_holder(client, version.name, alias)
         before, after = None if holder is None else int(holder.version), int(version.version)
-        moves, why = judge(alias, holder, version)
+        moves, why = compare_with_holder(alias, holder, version)
         if before == after:
             return Promotion(version.name, alias, before, after, why)
         transfer = version.tags.get("transfer")
-        if alias == "champion" and transfer not in MAY_BE_CHAMPION:
+        if alias == "champion" and transfer not in CHAMPION_TRANSFERS:
             moves, why = False, f"not champion: its transfer is {transfer}; {why}"
         if not moves and not force:
             raise UserError(why, where=model, remedy="name another version, or move the alias anyway with --force")
@@ -68,7 +71,7 @@ def promote(model: str, alias: str, uri: str, *, force: bool = False) -> Promoti
 
 
 def check_alias(alias: str) -> None:
-    """Raises UserError for what MLflow takes for no alias, and for the one that registering alone moves."""
+    """Raise UserError for an alias that MLflow refuses, and for the one that only registering moves."""
     if alias == "newest":
         raise UserError(
             "registering moves this alias, to the highest version", where=alias, remedy="name another alias"
@@ -77,5 +80,5 @@ def check_alias(alias: str) -> None:
         raise UserError(
             f"{alias!r} cannot name an alias",
             where="ALIAS",
-            remedy="use letters, digits, - and _; latest and v1, v2 ... are taken for versions",
+            remedy="use letters, digits, - and _; latest and v1, v2 ... mean versions",
         )

@@ -1,4 +1,4 @@
-"""`antdist models --prune`: old versions and their files removed, by a stated policy."""
+"""`antdist models --prune`: remove old versions and their files by a stated policy."""
 
 from __future__ import annotations
 
@@ -9,15 +9,16 @@ from fnmatch import fnmatchcase
 from typing import Any
 
 from antdist.errors import UserError
+from antdist.io.storage import first_line
 from antdist.report import Report
-from antdist.tracking.overview import Version, registered
+from antdist.tracking.overview import Version, load_versions
 from antdist.tracking.registry import MODEL
-from antdist.tracking.store import StoreAway, connect, in_a_line, moving_files, told_clearly
+from antdist.tracking.store import StoreUnavailable, connect, transfer_artifacts, translate_errors
 
 
 @dataclass(frozen=True, repr=False)
 class Pruning(Report):
-    """What went (or with `dry_run` would go), and what stayed."""
+    """The versions that were removed (with `dry_run`: would be), and those that stay."""
 
     removed: Sequence[Version]
     kept: Sequence[Version]
@@ -26,11 +27,12 @@ class Pruning(Report):
     def lines(self) -> list[str]:
         verb = "would remove" if self.dry_run else "removed"
         figures = (f", validation Recall@10 {v.figure}" if v.figure else "" for v in self.removed)
-        told = [
+        removed = [
             f"{verb} {version.uri} (registered {version.registered:%Y-%m-%d %H:%M}{figure})"
             for version, figure in zip(self.removed, figures, strict=True)
         ]
-        return [*told, f"{verb} {len(self.removed)} versions, {len(self.kept)} stay"]
+        noun = "version" if len(self.removed) == 1 else "versions"
+        return [*removed, f"{verb} {len(self.removed)} {noun}, {len(self.kept)} stay"]
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -45,16 +47,17 @@ class Pruning(Report):
 
 
 def prune(uri: str, *, pattern: str = "*", keep: int = 5, dry_run: bool = False) -> Pruning:
-    """Remove what `superfluous` names, each with its model and training state in the artifact store. Its run stays.
+    """Remove the versions of `select_prunable`, each with its model and training state. Their runs stay.
 
-    The files go first: cut off, or refused, the version is still listed, and goes with the next call.
+    The files go first: if their removal is interrupted or refused, the version is still listed, and goes with the next
+    call.
 
     Raises:
-        UserError: the store is away, or refuses to remove files.
+        UserError: the store is unavailable, or refuses to remove files.
     """
-    stay = registered(uri)
+    stay = load_versions(uri)
     removed = []
-    for version in superfluous(stay, keep, pattern):
+    for version in select_prunable(stay, keep, pattern):
         others = [other for other in stay if other.uri != version.uri]
         if dry_run or _remove(uri, version, others):
             removed.append(version)
@@ -62,9 +65,12 @@ def prune(uri: str, *, pattern: str = "*", keep: int = 5, dry_run: bool = False)
     return Pruning(removed, stay, dry_run)
 
 
-def superfluous(versions: Sequence[Version], keep: int, pattern: str = "*") -> list[Version]:
-    """The versions that may go: of names that fit `pattern`, all but the newest `keep` of each name, those with an alias,
-    those that one which stays has as its parent or is a copy of, and those that antdist did not register."""
+def select_prunable(versions: Sequence[Version], keep: int, pattern: str = "*") -> list[Version]:
+    """Select the versions to remove among the models whose name matches `pattern`.
+
+    These stay: the newest `keep` of each name, versions with an alias, versions that antdist did not register, and every
+    ancestor and original of a version that stays.
+    """
     by_uri = {version.uri: version for version in versions}
     ages: dict[str, list[int]] = defaultdict(list)
     for version in versions:
@@ -74,55 +80,55 @@ def superfluous(versions: Sequence[Version], keep: int, pattern: str = "*") -> l
         version.uri
         for version in versions
         if version.aliases
-        or not _places(version)
+        or not _artifact_paths(version)
         or version.version >= oldest_kept[version.name]
         or not fnmatchcase(version.name, pattern)
     }
-    waiting = list(stays)
-    while waiting:
-        last = by_uri[waiting.pop()]
-        for needed in (last.parent, last.source):  # a copy within the registry has another version for its source
+    pending = list(stays)
+    while pending:
+        version = by_uri[pending.pop()]
+        for needed in (version.parent, version.source):  # the source of a copy within the registry is another version
             if needed in by_uri and needed not in stays:
                 stays.add(needed)
-                waiting.append(needed)
+                pending.append(needed)
     return [version for version in versions if version.uri not in stays]
 
 
 def _remove(uri: str, version: Version, others: Sequence[Version]) -> bool:
-    """Whether the version went; it stays if it has got an alias meanwhile. Files that `others` share stay."""
-    shared = {place for other in others if other.run_id == version.run_id for place in _places(other)}
-    with told_clearly(uri):
+    """Remove a version unless it has an alias by now; return whether it is gone. Files that `others` share stay."""
+    shared = {path for other in others if other.run_id == version.run_id for path in _artifact_paths(other)}
+    with translate_errors(uri):
         client = connect(uri)
         if version.version in {int(number) for number in client.get_registered_model(version.name).aliases.values()}:
             return False
-        artifacts = version.source.removesuffix(f"/{_model_place(version)}")  # its run may be gone
-        for place in _places(version) - shared:
-            _remove_files(uri, artifacts, place, version)
+        root = version.source.removesuffix(f"/{_model_path(version)}")  # not from the run, which may be gone
+        for path in _artifact_paths(version) - shared:
+            _remove_files(uri, root, path, version)
         client.delete_model_version(version.name, str(version.version))
     return True
 
 
-def _places(version: Version) -> set[str]:
-    """Where `register` put its files, below its run's artifacts; none if it was not `register` that put them there."""
-    if version.digest is None or not version.source.endswith(f"/{_model_place(version)}"):
+def _artifact_paths(version: Version) -> set[str]:
+    """Return the paths below the run's artifacts that `register` wrote; none if something else wrote them."""
+    if version.digest is None or not version.source.endswith(f"/{_model_path(version)}"):
         return set()
-    return {_model_place(version)} | ({version.training_state} if version.training_state else set())
+    return {_model_path(version)} | ({version.training_state} if version.training_state else set())
 
 
-def _model_place(version: Version) -> str:
+def _model_path(version: Version) -> str:
     return f"{MODEL}/{(version.digest or '')[:12]}"
 
 
-def _remove_files(uri: str, artifacts: str, place: str, version: Version) -> None:
+def _remove_files(uri: str, root: str, path: str, version: Version) -> None:
     from mlflow.exceptions import MlflowException
     from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
 
     try:
-        with moving_files(uri):
-            get_artifact_repository(artifacts, tracking_uri=uri).delete_artifacts(place)
-    except (MlflowException, StoreAway, OSError, NotImplementedError) as error:
+        with transfer_artifacts(uri):
+            get_artifact_repository(root, tracking_uri=uri).delete_artifacts(path)
+    except (MlflowException, StoreUnavailable, OSError, NotImplementedError) as error:
         raise UserError(
-            f"its files cannot be removed ({in_a_line(error)})",
+            f"its files cannot be removed ({first_line(error)})",
             where=version.uri,
-            remedy="check that the artifact store lets you remove files; the version stays until then",
+            remedy="check that the artifact store allows you to remove files; the version stays until then",
         ) from None

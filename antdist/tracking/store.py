@@ -1,4 +1,4 @@
-"""Where the tracking store is: a server, or SQLite and plain files below the runs' folder."""
+"""The tracking store: a server, or SQLite and plain files below the runs' folder. Its address, clients and errors."""
 
 from __future__ import annotations
 
@@ -23,36 +23,37 @@ from typing import TYPE_CHECKING, TypeVar
 from antdist.config.schema import TrackingConfig
 from antdist.errors import UserError, redact
 from antdist.io.logs import get_logger
+from antdist.io.storage import first_line
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
 
 ARTIFACTS = "mlartifacts"
 SCHEMES = ("http", "https", "sqlite", "databricks")
-# Answers that trying again will not change.
+# Answers that a retry does not change.
 REFUSALS = {"INVALID_PARAMETER_VALUE", "BAD_REQUEST", "RESOURCE_DOES_NOT_EXIST", "RESOURCE_ALREADY_EXISTS"}
-WAITS = (1.0, 2.0, 4.0, 8.0, 15.0, 30.0, 30.0, 30.0)  # seconds between trials of what cannot wait in an outbox
+WAITS = (1.0, 2.0, 4.0, 8.0, 15.0, 30.0, 30.0, 30.0)  # seconds between attempts of what cannot wait in an outbox
 REQUEST_SECONDS = 30
-FILE_SECONDS = 1200  # a server that passes a file on answers nothing until its own store has it
-CHUNK_BYTES = 4 * 2**20  # of a download; each of MLflow's threads, two a core and 20 at most, holds a few
+FILE_SECONDS = 1200  # a server that proxies a file does not answer until its own store has it
+CHUNK_BYTES = 4 * 2**20  # of a download; each of MLflow's threads (two a core, at most 20) holds a few
 TIMEOUT = "MLFLOW_HTTP_REQUEST_TIMEOUT"
 logger = get_logger(__name__)
-_files = threading.Lock()
-_files_moving, _timeout_else = 0, ""
+_timeout_lock = threading.Lock()
+_transfers, _usual_timeout = 0, ""
 T = TypeVar("T")
 
 
-class StoreAway(UserError):
-    """The tracking store takes no requests at the moment, or fails at them."""
+class StoreUnavailable(UserError):
+    """The tracking store refuses connections or fails requests at the moment; a retry may succeed."""
 
 
 def tracking_uri(config: TrackingConfig, storage: Path) -> str:
-    """The store's URI: `tracking.uri`, else MLFLOW_TRACKING_URI, else SQLite in `storage`.
+    """Return the store's URI: `tracking.uri`, else MLFLOW_TRACKING_URI, else SQLite in `storage`.
 
-    Paths of SQLite files come back absolute, for workers run in other folders.
+    Paths of SQLite files are made absolute, because workers run in other folders.
 
     Raises:
-        UserError: a kind of store that antdist does not write to.
+        UserError: antdist does not write to this kind of store.
     """
     key = "tracking.uri" if config.uri else "MLFLOW_TRACKING_URI"
     uri = config.uri or os.environ.get("MLFLOW_TRACKING_URI")
@@ -60,7 +61,7 @@ def tracking_uri(config: TrackingConfig, storage: Path) -> str:
         return f"sqlite:///{storage.resolve() / 'mlflow.db'}"
     if uri.partition(":")[0] not in SCHEMES:
         raise UserError(
-            f"{redact(uri)!r} is no tracking store that antdist writes to",
+            f"{redact(uri)!r} is not a tracking store that antdist can write to",
             where=key,
             remedy="give an http(s) address of a server or sqlite:///FILE; for other databases or a folder, "
             "start `mlflow server --backend-store-uri ...` and give its address",
@@ -70,7 +71,7 @@ def tracking_uri(config: TrackingConfig, storage: Path) -> str:
     path, _, query = uri.removeprefix("sqlite:///").partition("?")
     if not uri.startswith("sqlite:///") or path in ("", ":memory:"):
         raise UserError(
-            f"{uri!r} names no file, and a store in memory is seen by one process only",
+            f"{uri!r} names no file, and a store in memory is visible to one process only",
             where=key,
             remedy="give sqlite:///FILE",
         )
@@ -78,21 +79,21 @@ def tracking_uri(config: TrackingConfig, storage: Path) -> str:
 
 
 def sqlite_file(uri: str) -> Path | None:
-    """The database file of a SQLite store, None for other stores."""
+    """Return the database file of a SQLite store, None for other stores."""
     return Path(uri.removeprefix("sqlite:///").partition("?")[0]) if uri.startswith("sqlite:") else None
 
 
 def artifact_location(uri: str) -> str | None:
-    """Where a new experiment's artifacts go, as a URI: beside the SQLite file; None leaves it to the server."""
+    """Return the URI for a new experiment's artifacts: beside the SQLite file; None lets the server decide."""
     file = sqlite_file(uri)
     return None if file is None else (file.parent / ARTIFACTS).as_uri()
 
 
 def check_reachable(uri: str, timeout: float = 5.0) -> None:
-    """Return if the store takes records now; look no longer than about `timeout` seconds.
+    """Check within about `timeout` seconds that the store accepts records.
 
     Raises:
-        StoreAway: no answer, an answer that is not MLflow's, or a SQLite file that cannot be written.
+        StoreUnavailable: no answer, an answer that is not MLflow's, or a SQLite file that is not writable.
     """
     file = sqlite_file(uri)
     if file is not None:
@@ -105,14 +106,14 @@ def _check_sqlite(file: Path, timeout: float) -> None:
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise StoreAway(
-            f"the folder of the tracking store cannot be made ({error.strerror})",
+        raise StoreUnavailable(
+            f"the folder of the tracking store cannot be created ({error.strerror})",
             where=file.parent,
             remedy="choose another folder with ray.storage, or another tracking.uri",
         ) from None
     if not os.access(file.parent, os.W_OK | os.X_OK):
-        raise StoreAway(
-            "the folder of the tracking store cannot be written",
+        raise StoreUnavailable(
+            "the folder of the tracking store is not writable",
             where=file.parent,
             remedy="change its permissions, or choose another ray.storage or tracking.uri",
         )
@@ -124,8 +125,8 @@ def _check_sqlite(file: Path, timeout: float) -> None:
             database.execute("SELECT count(*) FROM sqlite_master")
             database.rollback()
     except sqlite3.Error as error:
-        raise StoreAway(
-            f"the tracking store cannot be written ({error})",
+        raise StoreUnavailable(
+            f"the tracking store is not writable ({error})",
             where=file,
             remedy="check that it is a SQLite file that you may write and that no process holds it, or give another tracking.uri",
         ) from None
@@ -133,23 +134,23 @@ def _check_sqlite(file: Path, timeout: float) -> None:
 
 def _check_server(uri: str, timeout: float) -> None:
     where = redact(uri)
-    # The client reads user and password from the URI; this question needs neither.
+    # The client reads user and password from the URI; /health needs neither.
     address = re.sub(r"(://)[^/]*@", r"\1", uri)
     try:
         request = urllib.request.Request(f"{address}/health")  # noqa: S310  the scheme is http or https
         urllib.request.urlopen(request, timeout=timeout, context=_tls(uri)).close()  # noqa: S310
     except urllib.error.HTTPError as error:
-        if error.code in (401, 403):  # a guard stands before the server; whether it lets us in, the first record tells
+        if error.code in (401, 403):  # a proxy asks for credentials; the first record shows whether it accepts ours
             return
-        problem = "answers, but not as MLflow does" if error.code < 500 else "is in trouble"
-        raise StoreAway(
+        problem = "does not answer as MLflow does" if error.code < 500 else "reports an internal error"
+        raise StoreUnavailable(
             f"the tracking server {problem} (status {error.code} for /health)",
             where=where,
             remedy="check the address in tracking.uri or MLFLOW_TRACKING_URI, and the server's log",
         ) from None
     except (OSError, ValueError) as error:
         reason = getattr(error, "reason", error)
-        raise StoreAway(
+        raise StoreUnavailable(
             f"the tracking server does not answer within {timeout:g} s ({reason})",
             where=where,
             remedy="start it, or correct tracking.uri or MLFLOW_TRACKING_URI",
@@ -157,7 +158,7 @@ def _check_server(uri: str, timeout: float) -> None:
 
 
 def _tls(uri: str) -> ssl.SSLContext | None:
-    """The same trust as MLflow's client has."""
+    """Return a context that trusts what MLflow's client trusts."""
     if not uri.startswith("https"):
         return None
     context = ssl.create_default_context(cafile=os.environ.get("MLFLOW_TRACKING_SERVER_CERT_PATH"))
@@ -166,8 +167,8 @@ def _tls(uri: str) -> ssl.SSLContext | None:
     return context
 
 
-def open_pages_command(uri: str) -> str:
-    """The one line that opens MLflow's pages of this store, for a user to copy; a page server binds to loopback."""
+def ui_command(uri: str) -> str:
+    """Return the command that opens MLflow's UI on this store, to be copied; a UI server binds to loopback."""
     file = sqlite_file(uri)
     if file is None:
         return shlex.join([sys.executable, "-m", "webbrowser", redact(uri)])
@@ -178,10 +179,10 @@ def open_pages_command(uri: str) -> str:
 
 @functools.cache
 def connect(uri: str) -> MlflowClient:
-    """A client of the store and its registry, one a process. Making it takes seconds (import, tables)."""
+    """Return the process's client of the store and its registry. The first call takes seconds (import, tables)."""
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
-    # MLflow's own retries send again what the server may have done already: twice a version. What is worth retrying waits
-    # in the outbox, or is tried again by `patiently`, which looks first.
+    # MLflow's own retries would repeat what the server may already have done, and create a version twice. What is worth
+    # a retry waits in the outbox, or is retried by a caller that first checks what is done.
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     os.environ.setdefault(TIMEOUT, str(REQUEST_SECONDS))
     os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
@@ -191,16 +192,16 @@ def connect(uri: str) -> MlflowClient:
 
     logging.getLogger("mlflow.store.db.utils").setLevel(logging.WARNING)
     logging.getLogger("alembic").setLevel(logging.WARNING)
-    with told_clearly(uri), _alone_with(sqlite_file(uri)):
+    with translate_errors(uri), _lock_sqlite(sqlite_file(uri)):
         client = MlflowClient(tracking_uri=uri, registry_uri=uri)
-        if uri.startswith("sqlite:"):  # make the tables of the registry, too
+        if uri.startswith("sqlite:"):  # creates the tables of the registry, too
             client.search_registered_models(max_results=1)
     return client
 
 
 @contextlib.contextmanager
-def _alone_with(file: Path | None) -> Iterator[None]:
-    """Two processes that make the tables of a SQLite store at once break each other's work: one after the other."""
+def _lock_sqlite(file: Path | None) -> Iterator[None]:
+    """Hold a lock while tables are created: two processes that do so at once break each other's schema."""
     if file is None:
         yield
         return
@@ -210,81 +211,86 @@ def _alone_with(file: Path | None) -> Iterator[None]:
         yield
 
 
-def refused(error: Exception) -> bool:
-    """Whether MLflow itself said no for good. Gateways and restarting servers speak of an "API request" that failed."""
+def is_refusal(error: Exception) -> bool:
+    """Return whether MLflow itself refused for good. Gateways and restarting servers report a failed "API request"."""
     return getattr(error, "error_code", None) in REFUSALS and not str(error).startswith("API request")
 
 
-def in_a_line(error: Exception) -> str:
-    """What an error says, its first line, without credentials; of one that says nothing its kind."""
-    return next(iter(redact(str(error)).strip().splitlines()), type(error).__name__)
-
-
 @contextlib.contextmanager
-def moving_files(uri: str) -> Iterator[None]:
-    """Around what sends, fetches, lists or removes artifacts: requests may take as long as files do, and what the packages
-    of artifact stores raise, each its own errors, is a StoreAway. MLflow's errors and Python's stay what they are."""
+def transfer_artifacts(uri: str) -> Iterator[None]:
+    """Allow requests to take as long as files do, and raise the artifact store's errors as StoreUnavailable.
+
+    Wrap whatever sends, fetches, lists or removes artifacts. Each package behind an artifact store raises errors of its
+    own; MLflow's errors and Python's pass unchanged.
+    """
     from mlflow.exceptions import MlflowException
 
-    _let_requests_last(1)
+    _count_transfer(1)
     try:
         yield
     except Exception as error:
         if isinstance(error, (MlflowException, OSError, UserError)) or type(error).__module__ == "builtins":
             raise
-        raise StoreAway(
-            f"the artifact store refused or failed: {in_a_line(error)}",
+        raise StoreUnavailable(
+            f"the artifact store refused or failed: {first_line(error)}",
             where=redact(uri),
             remedy="check that it is up, and that this machine has its address and keys, then run the command again",
         ) from None
     finally:
-        _let_requests_last(-1)
+        _count_transfer(-1)
 
 
-def _let_requests_last(more: int) -> None:
-    """MLflow's client knows but one time limit, and only by the environment: the long one while files move."""
-    global _files_moving, _timeout_else
-    with _files:
-        if not _files_moving:
-            _timeout_else = os.environ.get(TIMEOUT, str(REQUEST_SECONDS))
-        _files_moving += more
-        os.environ[TIMEOUT] = str(max(FILE_SECONDS, int(_timeout_else))) if _files_moving else _timeout_else
+def _count_transfer(change: int) -> None:
+    """Switch between the short and the long request timeout.
+
+    MLflow's client has one timeout, read from the environment at each request; it is long while any transfer runs.
+    """
+    global _transfers, _usual_timeout
+    with _timeout_lock:
+        if not _transfers:
+            _usual_timeout = os.environ.get(TIMEOUT, str(REQUEST_SECONDS))
+        _transfers += change
+        os.environ[TIMEOUT] = str(max(FILE_SECONDS, int(_usual_timeout))) if _transfers else _usual_timeout
 
 
 def patiently(work: Callable[[], T], uri: str, trials: int | None = None) -> T:
-    """`work()`, tried again for about two minutes, or `trials` times, while the store is away. It must do no harm when it is
-    done twice.
+    """Call `work`, and again for about two minutes, or `trials` times, while the store is unavailable.
+
+    Args:
+        work: repeatable without harm.
 
     Raises:
-        UserError: as `told_clearly`.
+        UserError: as `translate_errors`.
     """
     from mlflow.exceptions import MlflowException
     from requests import RequestException
 
-    with told_clearly(uri):
+    with translate_errors(uri):
         for wait in WAITS[:trials]:
             try:
                 return work()
-            except (MlflowException, RequestException, StoreAway) as error:
-                if refused(error):
+            except (MlflowException, RequestException, StoreUnavailable) as error:
+                if is_refusal(error):
                     raise
-                logger.warning("the tracking store failed, trying again in %g s: %s", wait, error)
+                logger.warning("the tracking store failed, retrying in %g s: %s", wait, error)
                 time.sleep(wait)
         return work()
 
 
 @contextlib.contextmanager
-def told_clearly(uri: str) -> Iterator[None]:
-    """Turn MLflow's errors into a UserError without credentials, StoreAway where trying again may change the answer; the
-    chain is cut, since its messages may hold them."""
+def translate_errors(uri: str) -> Iterator[None]:
+    """Raise MLflow's errors as UserError without credentials, and as StoreUnavailable if a retry may succeed.
+
+    The chain is cut, because its messages may hold credentials.
+    """
     from mlflow.exceptions import MlflowException
     from requests import RequestException
 
     try:
         yield
-    except (MlflowException, RequestException) as error:  # artifacts go without MLflow's wrapping
-        raise (UserError if refused(error) else StoreAway)(
-            f"the tracking store refused or failed: {in_a_line(error)}",
+    except (MlflowException, RequestException) as error:  # MLflow does not wrap the errors of artifacts
+        raise (UserError if is_refusal(error) else StoreUnavailable)(
+            f"the tracking store refused or failed: {first_line(error)}",
             where=redact(uri),
-            remedy="check that it is up and takes this request, then run the command again",
+            remedy="check that it is up and accepts this request, then run the command again",
         ) from None

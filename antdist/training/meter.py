@@ -11,7 +11,7 @@ from torch import Tensor
 
 from antdist.batch import GlobalBatch
 from antdist.distributed.world import World, sum_over_ranks
-from antdist.profiling import part
+from antdist.profiling import trace_part
 from antdist.training.feed import StepInput
 from antdist.training.memory import trim_periodically
 from antdist.training.signals import ControlSignals
@@ -61,7 +61,7 @@ class LossMeter:
         self._restart_clock()  # what happens between two epochs is not training
         while True:
             begun = time.perf_counter()
-            with part("wait for data"):
+            with trace_part("wait for data"):
                 step_input = next(inputs, None)
             self._waited += time.perf_counter() - begun
             if step_input is None:

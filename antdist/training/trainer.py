@@ -28,7 +28,7 @@ from antdist.distributed.world import World, agree, barrier, row_gather
 from antdist.errors import Preempted, UserError
 from antdist.io.logs import get_logger
 from antdist.model.ops.products import exact_products
-from antdist.profiling import part, profiled
+from antdist.profiling import profile_steps, trace_part
 from antdist.training.checkpoints.local import Checkpoint
 from antdist.training.checkpoints.remote import Remote
 from antdist.training.checkpoints.saver import Saver
@@ -165,7 +165,7 @@ class Trainer:
             )
         self.saver = resources.enter_context(Saver(self.folder, self.config, uploads))
         trace = self.folder / "profile" / f"rank-{self.world.rank}.json.gz" if self.profile else None
-        self.profile_step = resources.enter_context(profiled(trace, on_gpu=on_gpu))
+        self.profile_step = resources.enter_context(profile_steps(trace, on_gpu=on_gpu))
         self.stop_at = None if self.config.stop_after is None else step + self.config.stop_after
         steps = self.config.epochs * self.feed.stream.steps_per_epoch
         self.status = StatusReporter(self.name, self.show_status, step, steps)
@@ -178,7 +178,7 @@ class Trainer:
         progress, steps_per_epoch = self.progress, self.feed.stream.steps_per_epoch
         self.engine.model.train()
         for step_input in self.meter.measure_wait(self.feed.epoch(progress.epoch, progress.batch)):
-            faults.at("step", rank=self.world.rank, step=step_input.step)
+            faults.inject("step", rank=self.world.rank, step=step_input.step)
             losses = self.step(step_input)
             self.watchdog.step_done()
             progress.step, progress.batch = step_input.step + 1, step_input.batch.index + 1
@@ -214,24 +214,24 @@ class Trainer:
             self.feed.stream.steps_per_epoch,
             self.config.epochs,
         )
-        with part("update"):
+        with trace_part("update"):
             skipped = self.engine.update(rate)
         return torch.cat([losses, skipped.to(losses).reshape(1)])
 
     def _forward_backward(self, step_input: StepInput, index: int) -> Tensor:
         """Run one micro-batch. Returns its (3,) losses, weighted by its part of the step's predictions."""
         micro, last = step_input.micro_batches[index], index == len(step_input.micro_batches) - 1
-        with part("copy to device"):
+        with trace_part("copy to device"):
             batch, features = self.feed.to_device(micro)
         seed_noise(self.seed, step_input.step, index, self.world.rank)
-        with part("forward"):
+        with trace_part("forward"):
             gather = row_gather(self.world, len(batch.item_ids))
             losses: Any = self.engine.forward(features, batch, gather, self.feed.loss)
-        spoil = faults.at("loss", rank=self.world.rank, step=step_input.step)
+        spoil = faults.inject("loss", rank=self.world.rank, step=step_input.step)
         total = losses.total * math.nan if spoil else losses.total
         # times 1 if the loss is finite; else times NaN, so that every gradient is NaN and the update is skipped
         factor = 1 + 0 * total.detach()
-        with part("backward"):
+        with trace_part("backward"):
             self.engine.backward(total * factor * micro.weight, last=last)
         return torch.stack([total, losses.recommendation, losses.alignment]).detach().float() * micro.weight
 
@@ -315,8 +315,8 @@ class Trainer:
 
     def validate(self) -> Metrics:
         """Evaluate on the validation users, and note whether the weights are the best so far. Collective."""
-        faults.at("validate", rank=self.world.rank, step=self.progress.step)
-        with part("validate"):
+        faults.inject("validate", rank=self.world.rank, step=self.progress.step)
+        with trace_part("validate"):
             metrics = self.evaluate()
         self.progress.record_validation(metrics[SELECTION_METRIC])
         return metrics
@@ -324,8 +324,8 @@ class Trainer:
     def checkpoint(self) -> None:
         """Take a snapshot once the previous one is on disk, and write it in the background. Collective."""
         with self.watchdog.phase("checkpoint"):
-            faults.at("checkpoint", rank=self.world.rank, step=self.progress.step)
-            with part("checkpoint"):
+            faults.inject("checkpoint", rank=self.world.rank, step=self.progress.step)
+            with trace_part("checkpoint"):
                 self._await_save()
                 self._check_weights()
                 state = self.saver.snapshot = self.engine.state(self.saver.snapshot)

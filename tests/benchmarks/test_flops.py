@@ -14,7 +14,7 @@ from tests.reference.small_world import DIMS, SmallWorld, local_rows, make_batch
 MODEL = ModelConfig(dim=16, inner=8, experts=4, heads=2, layers=2, max_length=8, dropout=0.0, item_dropout=0.0)
 
 
-def test_useful_operations_are_those_of_the_products() -> None:
+def test_useful_operations_match_the_flop_counter() -> None:
     """Windows as long as a block of attention, so that torch's count has little padding; the rest to a few per cent."""
     world = SmallWorld(size=40)
     sequences = [[(7 * u + 3 * n) % 40 for n in range(9)] for u in range(30)]
@@ -27,7 +27,7 @@ def test_useful_operations_are_those_of_the_products() -> None:
     assert 0.75 * counted < ours <= counted
 
 
-def test_padded_operations_are_those_of_the_baseline() -> None:
+def test_padded_operations_match_the_flop_counter() -> None:
     torch.manual_seed(0)
     features = {m: torch.randn(50, width) for m, width in DIMS.items()}
     model = Baseline(features, dim=16, experts=4, length=8)

@@ -24,12 +24,12 @@ def sum_of_ranks(rank: int, factor: int) -> tuple[int, int]:
     return rank, int(total)
 
 
-def test_extra_memory_is_the_peak_above_what_was_there() -> None:
+def test_extra_memory_is_the_peak_above_the_start() -> None:
     # in a process of its own: one that has trained keeps what it frees
     assert in_fresh_process(extra_of, 128) == pytest.approx(128 << 20, rel=0.05)
 
 
-def test_a_fresh_process_is_another_one_and_tells_its_failure() -> None:
+def test_a_fresh_process_passes_its_exception_on() -> None:
     assert in_fresh_process(os.getpid) != os.getpid()
     with pytest.raises(ZeroDivisionError):
         in_fresh_process(divmod, 1, 0)

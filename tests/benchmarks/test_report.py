@@ -12,13 +12,13 @@ from benchmarks.machine import machine
 from benchmarks.report import Line, Report, number, ratio, show, taking_turns, to_json
 
 
-def test_a_ratio_is_of_the_same_repeat() -> None:
+def test_a_ratio_compares_the_same_repeat() -> None:
     assert ratio("r", [2.0, 9.0], [1.0, 3.0]) == Line("r", [2.0, 3.0], "x")
     with pytest.raises(ValueError):
         ratio("r", [2.0], [1.0, 3.0])
 
 
-def test_works_take_turns_after_a_round_that_warms_up() -> None:
+def test_works_alternate_after_a_warm_up_round() -> None:
     order: list[str] = []
 
     def measured_itself() -> float:
@@ -31,7 +31,7 @@ def test_works_take_turns_after_a_round_that_warms_up() -> None:
     assert len(found["a"]) == 2 and all(seconds >= 0 for seconds in found["a"])
 
 
-def test_table_and_json_say_the_same() -> None:
+def test_table_and_json_agree() -> None:
     report = Report("x", "one against two", [Line("rate", [3.0, 1000.0, 2.0], "1/s")], ["a note"])
     facts = machine(3)
     text, document = show(report, facts), json.loads(json.dumps(to_json(report, facts)))
@@ -44,7 +44,7 @@ def test_table_and_json_say_the_same() -> None:
     assert document["machine"]["threads"] == 3 and "torch" in document["machine"]["versions"]
 
 
-def test_a_commit_of_which_git_says_no_more_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_commit_is_reported_with_and_without_changes(monkeypatch: pytest.MonkeyPatch) -> None:
     tags = {"mlflow.source.git.commit": "0123456789abcdef"}
     monkeypatch.setattr("benchmarks.machine.environment_tags", lambda folder: tags)
     assert machine(1)["commit"] == "0123456789ab"
@@ -56,7 +56,7 @@ def test_numbers_keep_three_digits() -> None:
     assert [number(v) for v in (1234567.8, 12.345, 0.012345, 3.0)] == ["1,234,568", "12.3", "0.0123", "3"]
 
 
-def test_without_a_name_all_are_listed() -> None:
+def test_without_a_name_all_benchmarks_are_listed() -> None:
     told = CliRunner().invoke(main, [])
     assert told.exit_code == 0
     assert [line.split()[0] for line in told.output.splitlines()] == list(NAMES)

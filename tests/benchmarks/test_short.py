@@ -16,7 +16,7 @@ ONCE = Options(short=True, repeats=1, threads=1)
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_the_short_form_gives_figures(name: str) -> None:
+def test_short_form_gives_figures(name: str) -> None:
     report = run(name, ONCE)
     assert report.name == name and report.work
     for line in report.lines:

@@ -36,7 +36,7 @@ def same_weights(ours: Recommender, usual: Baseline) -> None:
                 to.load_state_dict(source.state_dict())
 
 
-def test_losses_are_equal() -> None:
+def test_baseline_loss_equals_ours() -> None:
     world = SmallWorld(size=20, missing=0.0)
     sequences = [[(3 * u + 5 * n * n) % 20 for n in range(3 + u % 6)] for u in range(12)]
     prefixes = windows(sequences, "prefix", 8)

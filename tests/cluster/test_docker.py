@@ -16,7 +16,7 @@ FILES = [
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: str(file.relative_to(CLUSTER)))
-def test_the_linter_finds_no_fault(file: Path) -> None:
+def test_dockerfiles_pass_the_linter(file: Path) -> None:
     assert lint("hadolint", "--no-color", file) == ""
 
 
@@ -37,7 +37,7 @@ def test_a_broken_file_is_refused(tmp_path: Path, old: str, new: str, rule: str)
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: str(file.relative_to(CLUSTER)))
-def test_it_copies_what_there_is_and_ends_as_nobody(file: Path) -> None:
+def test_image_copies_existing_paths_and_runs_unprivileged(file: Path) -> None:
     lines = file.read_text().splitlines()
     for line in lines:
         if line.startswith("COPY "):
@@ -46,7 +46,7 @@ def test_it_copies_what_there_is_and_ends_as_nobody(file: Path) -> None:
 
 
 @pytest.mark.parametrize("file", FILES[:2], ids=lambda file: file.name)
-def test_a_change_of_code_does_not_install_anew(file: Path) -> None:
+def test_a_code_change_does_not_reinstall_dependencies(file: Path) -> None:
     text = file.read_text()
     before, install, after = text.partition("RUN PIP_NO_CACHE_DIR=1 make setup")
     copied = [source for line in before.splitlines() if line.startswith("COPY") for source in line.split()[1:-1]]

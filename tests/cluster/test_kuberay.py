@@ -76,7 +76,7 @@ def job() -> Manifest:
     return manifest("rayjob.yaml")
 
 
-def test_the_manifests_are_what_kuberay_takes(schemas: dict[str, Schema], cluster: Manifest, job: Manifest) -> None:
+def test_manifests_are_valid_for_kuberay(schemas: dict[str, Schema], cluster: Manifest, job: Manifest) -> None:
     for found in (cluster, job):
         assert found["apiVersion"] == "ray.io/v1"
         assert faults(schemas[found["kind"]], found) == []
@@ -110,7 +110,7 @@ def test_a_broken_manifest_is_refused(schemas: dict[str, Schema], cluster: Manif
     assert len(faults(schemas["RayJob"], broken)) == 1
 
 
-def test_the_claim_is_what_kubernetes_takes(schemas: dict[str, Schema], cluster: Manifest) -> None:
+def test_volume_claim_is_valid_for_kubernetes(schemas: dict[str, Schema], cluster: Manifest) -> None:
     """The schema of a claim stands in that of a pod, for ephemeral volumes."""
     pod = schemas["RayCluster"]["properties"]["spec"]["properties"]["headGroupSpec"]["properties"]["template"]
     volume = pod["properties"]["spec"]["properties"]["volumes"]["items"]["properties"]
@@ -132,13 +132,13 @@ def environment(pod: dict[str, Any]) -> dict[str, Any]:
     return {entry["name"]: entry.get("value", entry.get("valueFrom")) for entry in container["env"]}
 
 
-def test_the_jobs_cluster_is_the_one_that_stays(cluster: Manifest, job: Manifest) -> None:
+def test_rayjob_and_raycluster_have_the_same_cluster(cluster: Manifest, job: Manifest) -> None:
     staying = dict(cluster["spec"])
     staying.pop("gcsFaultToleranceOptions")
     assert job["spec"]["rayClusterSpec"] == staying
 
 
-def test_the_workers_match_the_elastic_range(cluster: Manifest) -> None:
+def test_worker_groups_match_the_elastic_range(cluster: Manifest) -> None:
     config = load_config(PretrainConfig, PROJECT / "configs" / "scale.yaml").ray
     gpu = cluster["spec"]["workerGroupSpecs"][0]
     assert (gpu["minReplicas"], gpu["maxReplicas"]) == (config.fewest, config.workers)
@@ -146,7 +146,7 @@ def test_the_workers_match_the_elastic_range(cluster: Manifest) -> None:
     assert (int(limits["cpu"]), int(limits["nvidia.com/gpu"])) == (config.cpus_per_worker, config.gpus_per_worker)
 
 
-def test_the_jobs_command_is_one_that_antdist_takes(job: Manifest) -> None:
+def test_entrypoint_is_a_valid_antdist_command(job: Manifest) -> None:
     command = job["spec"]["entrypoint"]
     assert not re.search(r"[\"'\\$*?;&|<>()]", command), "a shell would change it"
     python, script, option, config, *overrides = shlex.split(command)
@@ -159,11 +159,11 @@ def test_the_jobs_command_is_one_that_antdist_takes(job: Manifest) -> None:
     assert Path(loaded.ray.storage).is_relative_to(mounted)
 
 
-def test_ray_is_the_one_that_is_installed(cluster: Manifest) -> None:
+def test_ray_version_is_the_installed_one(cluster: Manifest) -> None:
     assert f"ray=={cluster['spec']['rayVersion']}" in (PROJECT / "constraints.txt").read_text().splitlines()
 
 
-def test_a_pod_that_must_go_has_time_for_a_checkpoint(cluster: Manifest) -> None:
+def test_an_evicted_pod_has_time_for_a_checkpoint(cluster: Manifest) -> None:
     for group in cluster["spec"]["workerGroupSpecs"]:
         pod = group["template"]["spec"]
         told = environment(pod)
@@ -177,7 +177,7 @@ def test_a_pod_that_must_go_has_time_for_a_checkpoint(cluster: Manifest) -> None
     assert JobSupervisor.DEFAULT_RAY_JOB_STOP_WAIT_TIME_S < 120
 
 
-def test_secrets_come_by_reference_and_pods_have_no_privileges(cluster: Manifest) -> None:
+def test_secrets_are_references_and_pods_unprivileged(cluster: Manifest) -> None:
     for pod in pods(cluster["spec"]):
         for name, value in environment(pod).items():
             secret = re.search("MLFLOW|AWS|PASSWORD|TOKEN|KEY", name)
@@ -188,7 +188,7 @@ def test_secrets_come_by_reference_and_pods_have_no_privileges(cluster: Manifest
     assert cluster["spec"]["authOptions"]["mode"] == "token"
 
 
-def test_drivers_go_where_no_worker_needs_the_place(cluster: Manifest, job: Manifest) -> None:
+def test_drivers_do_not_take_a_workers_place(cluster: Manifest, job: Manifest) -> None:
     (wanted,) = yaml.safe_load(job["spec"]["entrypointResources"])
     offered = [
         g["groupName"]

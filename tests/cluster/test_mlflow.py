@@ -17,7 +17,7 @@ def check(file: Path) -> str:
     return lint("check-jsonschema", "--builtin-schema", "vendor.compose-spec", file)
 
 
-def test_it_is_what_compose_takes() -> None:
+def test_compose_file_is_valid() -> None:
     assert check(COMPOSE) == ""
 
 
@@ -36,7 +36,7 @@ def test_a_broken_file_is_refused(tmp_path: Path, old: str, new: str, named: str
     assert named in check(tmp_path / "compose.yaml")
 
 
-def test_passwords_stand_in_a_file_that_is_not_committed() -> None:
+def test_passwords_are_only_in_an_ignored_file() -> None:
     services = yaml.safe_load(COMPOSE.read_text())["services"]
     secrets = {
         key: value
@@ -56,12 +56,12 @@ def test_passwords_stand_in_a_file_that_is_not_committed() -> None:
     assert ".env" in (PROJECT / ".gitignore").read_text().splitlines()
 
 
-def test_the_server_is_the_one_that_antdist_is_tested_with() -> None:
+def test_mlflow_version_is_the_tested_one() -> None:
     (version,) = re.findall(r"\bmlflow==\S+", (COMPOSE.parent / "Dockerfile").read_text())
     assert version in (PROJECT / "constraints.txt").read_text().splitlines()
 
 
-def test_nothing_but_the_server_is_published_and_that_on_loopback_unless_told() -> None:
+def test_only_the_server_is_published_by_default_on_loopback() -> None:
     services = yaml.safe_load(COMPOSE.read_text())["services"]
     assert {name: service.get("ports") for name, service in services.items()} == {
         "database": None,

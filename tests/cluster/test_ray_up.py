@@ -29,7 +29,7 @@ def config() -> dict[str, Any]:
     return yaml.safe_load((CLUSTER / "ray-up" / "aws.yaml").read_text())
 
 
-def test_ray_takes_it(config: dict[str, Any]) -> None:
+def test_config_is_valid_for_ray_up(config: dict[str, Any]) -> None:
     whole = prepared(config)
     assert whole["available_node_types"]["head"]["max_workers"] == 0
     # nothing of Ray's defaults, which install another Ray and open the dashboard to all addresses
@@ -57,7 +57,7 @@ def test_a_broken_file_is_refused(config: dict[str, Any], name: str) -> None:
         prepared(config)
 
 
-def test_the_nodes_match_the_elastic_range(config: dict[str, Any]) -> None:
+def test_node_types_match_the_elastic_range(config: dict[str, Any]) -> None:
     asked = load_config(PretrainConfig, PROJECT / "configs" / "scale.yaml").ray
     gpu = config["available_node_types"]["gpu"]
     assert (gpu["min_workers"], gpu["max_workers"]) == (asked.fewest, asked.workers)
@@ -65,7 +65,7 @@ def test_the_nodes_match_the_elastic_range(config: dict[str, Any]) -> None:
     assert config["max_workers"] == sum(kind.get("max_workers", 0) for kind in config["available_node_types"].values())
 
 
-def test_every_ray_asks_for_the_token(config: dict[str, Any]) -> None:
+def test_every_ray_start_requires_the_token(config: dict[str, Any]) -> None:
     for key in ("head_start_ray_commands", "worker_start_ray_commands"):
         assert all("RAY_AUTH_MODE=token" in command for command in config[key] if "ray start" in command)
     assert config["file_mounts"]["/home/ubuntu/.ray/auth_token"] == "~/.ray/auth_token"

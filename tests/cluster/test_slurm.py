@@ -93,7 +93,7 @@ def allocation(folder: Path, driver: str, nodes: int = 3) -> Allocation:
     return Allocation(folder, environment)
 
 
-def test_bash_and_shellcheck_find_no_fault() -> None:
+def test_script_passes_bash_and_shellcheck() -> None:
     assert subprocess.run(["bash", "-n", SCRIPT]).returncode == 0
     assert lint("shellcheck", SCRIPT) == ""
 
@@ -106,7 +106,7 @@ def test_a_broken_script_is_refused(tmp_path: Path) -> None:
     assert "SC2086" in lint("shellcheck", tmp_path / "script")
 
 
-def test_ray_is_raised_on_all_nodes_behind_a_token(tmp_path: Path) -> None:
+def test_ray_starts_on_all_nodes_with_a_token(tmp_path: Path) -> None:
     slurm = allocation(tmp_path, ENDS_BY_ITSELF.format(status=0))
     assert slurm.run("launch/pretrain.py", "--config", "configs/scale.yaml", "data.domains=[a, b]") == 0
     calls = slurm.calls
@@ -124,20 +124,20 @@ def test_ray_is_raised_on_all_nodes_behind_a_token(tmp_path: Path) -> None:
     assert not (tmp_path / ".antdist" / JOB).exists()
 
 
-def test_one_node_is_a_head_alone(tmp_path: Path) -> None:
+def test_one_node_runs_only_a_head(tmp_path: Path) -> None:
     slurm = allocation(tmp_path, ENDS_BY_ITSELF.format(status=0), nodes=1)
     assert slurm.run("launch/pretrain.py") == 0
     assert len([call for call in slurm.calls if call.startswith("srun")]) == 1
 
 
 @pytest.mark.parametrize("status", [0, 1, 2])
-def test_a_job_that_ends_by_itself_is_not_run_again(tmp_path: Path, status: int) -> None:
+def test_a_job_that_ends_by_itself_is_not_requeued(tmp_path: Path, status: int) -> None:
     slurm = allocation(tmp_path, ENDS_BY_ITSELF.format(status=status))
     assert slurm.run("launch/pretrain.py") == status
     assert not any("requeue" in call for call in slurm.calls)
 
 
-def test_slurms_signal_reaches_the_job_which_goes_back_to_the_queue(tmp_path: Path) -> None:
+def test_a_signalled_job_saves_its_state_and_is_requeued(tmp_path: Path) -> None:
     slurm = allocation(tmp_path, ENDS_WHEN_ASKED.format(status=Preempted.EXIT_CODE))
     with slurm.start("launch/pretrain.py") as process:
         slurm.await_call("python started")
@@ -149,7 +149,7 @@ def test_slurms_signal_reaches_the_job_which_goes_back_to_the_queue(tmp_path: Pa
     assert order == ["python asked", "ray ended", "ray ended", f"scontrol requeue {JOB}"]
 
 
-def test_a_job_that_fails_when_asked_is_a_failure(tmp_path: Path) -> None:
+def test_a_job_that_fails_when_signalled_is_not_requeued(tmp_path: Path) -> None:
     slurm = allocation(tmp_path, ENDS_WHEN_ASKED.format(status=1))
     with slurm.start("launch/pretrain.py") as process:
         slurm.await_call("python started")
@@ -159,7 +159,7 @@ def test_a_job_that_fails_when_asked_is_a_failure(tmp_path: Path) -> None:
     assert not any("requeue" in call for call in slurm.calls)
 
 
-def test_without_a_job_it_says_how(tmp_path: Path) -> None:
+def test_without_arguments_it_prints_its_usage(tmp_path: Path) -> None:
     slurm = allocation(tmp_path, "")
     assert slurm.run() == 2 and slurm.calls == []
 

@@ -46,7 +46,7 @@ from antdist.runs.comparison import record_config
 from antdist.runs.folder import run_folder
 from antdist.runs.trials import Trial, common_config, trials_of
 from antdist.runs.verdict import AdaptedModel
-from antdist.tracking.registry import resolve
+from antdist.tracking.resolve import resolve
 from antdist.tracking.run import start_run
 from tests.jobs.test_submission import EVIL, received
 from tests.worlds import give_features, make_domain, make_domains
@@ -503,7 +503,7 @@ def test_a_survey_refuses_what_would_fail_in_each_job(world: Path) -> None:
     record_config(run_folder(given), common_config(given))
     wider = {**SMALL, "dim": 32}
     for name, changes, message in [
-        ("refused", {"from": "elsewhere"}, "no such folder, and no reference to a model"),
+        ("refused", {"from": "elsewhere"}, "neither an existing folder nor a reference to a model"),
         ("refused", {"training": {"epochs": 7}}, "another configuration: training.epochs was 100, is 7"),
         ("refused", {"tracking": {"uri": "http://127.0.0.1:9"}}, "the tracking server does not answer"),
         ("other", {"model": wider}, "model.dim"),

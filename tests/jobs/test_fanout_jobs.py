@@ -21,7 +21,8 @@ from antdist.config.schema import ModelConfig
 from antdist.evaluation.results import load_ranks
 from antdist.model.io import ModelCard, save_model
 from antdist.model.recommender import build_recommender
-from antdist.tracking.registry import Lineage, register, resolve
+from antdist.tracking.registry import Lineage, register
+from antdist.tracking.resolve import resolve
 from antdist.tracking.run import start_run
 from tests.heads import PROJECT, Head, ray_head
 from tests.worlds import make_domains

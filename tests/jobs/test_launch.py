@@ -15,7 +15,7 @@ from antdist.features.catalogue import Catalogue
 from antdist.model.io import ModelCard, read_card, save_model
 from antdist.model.recommender import build_recommender
 from antdist.runs.checks import check_pretrain
-from antdist.tracking.registry import resolve
+from antdist.tracking.resolve import resolve
 from antdist.tracking.store import tracking_uri
 from tests.heads import PROJECT, Head, ray_head
 from tests.worlds import make_domains

@@ -24,7 +24,7 @@ from antdist.runs.lineage import lineage_of
 from antdist.runs.records import TrialResult
 from antdist.runs.trials import Trial, trials_of
 from antdist.runs.verdict import AdaptedModel, choose_strategy
-from antdist.tracking.registry import resolve
+from antdist.tracking.resolve import resolve
 from antdist.tracking.run import start_run
 from antdist.tracking.store import tracking_uri
 

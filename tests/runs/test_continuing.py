@@ -32,8 +32,8 @@ from antdist.runs.pretrain import collect_training_state, pretrain
 from antdist.runs.workers import pretrain as pretraining
 from antdist.runs.workers.common import learn
 from antdist.runs.workers.pretrain import PretrainSettings
-from antdist.tracking.overview import overview
-from antdist.tracking.registry import ResolvedModel, resolve
+from antdist.tracking.overview import load_overview
+from antdist.tracking.resolve import ResolvedModel, resolve
 from antdist.tracking.store import connect
 from antdist.training.checkpoints.local import load_latest
 from antdist.training.engines.plain import PlainEngine
@@ -248,7 +248,7 @@ def test_continue_through_ray_and_registry_with_lineage(tmp_path: Path, monkeypa
     assert found.tags["parent"] == longer.model
     assert found.tags["continued.a"] == f"a {a.manifest.ancestors[0][:12]} -> {a.fingerprint[:12]} (grown)"
     assert connect(done.tracking_uri).get_run(done.run_id).data.tags["parent"] == longer.model
-    lineage = overview(done.tracking_uri).lineage[done.model]
+    lineage = load_overview(done.tracking_uri).lineage[done.model]
     assert lineage[1] == longer.model and a.fingerprint[:8] in lineage[0] and a.manifest.ancestors[0][:8] in lineage[2]
     assert "it stays" in done.champion  # metrics on other data are not compared
     then, now = load_latest(was.folder / "checkpoints"), load_latest(done.folder / "checkpoints")

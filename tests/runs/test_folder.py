@@ -79,11 +79,11 @@ def test_a_lost_record_comes_back_if_the_store_knows_the_run(
     config = check_config(RelearnConfig, {"name": "name", "target": "target", "strategy": "scratch", "ray": ray})
     known = set[str]()
 
-    def check_known(uri: str, run_id: str) -> None:
+    def check_run_exists(uri: str, run_id: str) -> None:
         if run_id not in known:
             raise UserError(f"the tracking store knows no run {run_id!r}")
 
-    monkeypatch.setattr("antdist.runs.mlflow_runs.check_known", check_known)
+    monkeypatch.setattr("antdist.runs.mlflow_runs.check_run_exists", check_run_exists)
     trial, record = trials_of(config)[0].folder, RunRecord(run_id="abc", parent="p")
     trial.path.mkdir(parents=True)
     assert restore_record(trial, "x") is None

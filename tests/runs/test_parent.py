@@ -24,7 +24,8 @@ from antdist.runs.checks import check_pretrain, check_relearn
 from antdist.runs.folder import RunFolder
 from antdist.runs.parent import fetch_source, resolve_source
 from antdist.runs.pretrain import pretrain
-from antdist.tracking.registry import Lineage, ResolvedModel, register, resolve
+from antdist.tracking.registry import Lineage, register
+from antdist.tracking.resolve import ResolvedModel, resolve
 from antdist.tracking.run import start_run
 from antdist.tracking.store import tracking_uri
 from antdist.training.checkpoints.local import save_checkpoint

@@ -31,10 +31,10 @@ from antdist.model.io import read_card
 from antdist.runs import adapt as relearning
 from antdist.runs.adapt import relearn
 from antdist.runs.pretrain import PretrainedModel, pretrain
+from antdist.serving.apply import evaluate_model, open_model, recommend_items
 from antdist.serving.pyfunc import _load_pyfunc
-from antdist.serving.use import evaluate_model, open_model, recommend_items
 from antdist.tracking import store
-from antdist.tracking.registry import resolve
+from antdist.tracking.resolve import resolve
 from antdist.tracking.store import connect
 from tests.ranks import free_port
 from tests.worlds import make_domains
@@ -219,7 +219,7 @@ def test_item_embeddings_belong_to_one_catalogue(world: Path) -> None:
         relearn_config(world, name="ant_t", strategy="scratch", model={**SMALL_MODEL, "item_embeddings": True})
     )
     assert evaluate_model(open_model(done.model, world / "data/target", world / "runs"), "test")["users"] == 40
-    with pytest.raises(UserError, match=r"an embedding for each item of target as it was .* none for aa"):
+    with pytest.raises(UserError, match=r"an embedding for each item of target at fingerprint .* none for aa"):
         open_model(done.model, world / "data/aa", world / "runs")
 
 

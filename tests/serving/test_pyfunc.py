@@ -1,4 +1,4 @@
-"""What is registered loads as an MLflow model, in a process that has no training stack, and answers as `recommend` does."""
+"""A registered model loads through MLflow, without the training stack, and answers as `recommend` does."""
 
 from __future__ import annotations
 
@@ -23,10 +23,11 @@ from antdist.errors import UserError
 from antdist.features.catalogue import Catalogue
 from antdist.model.io import FeatureSource, ModelCard, load_model, save_model
 from antdist.model.recommender import build_recommender
+from antdist.serving.apply import find_model, open_model, parse_history
 from antdist.serving.pyfunc import _load_pyfunc, make_servable
-from antdist.serving.recommend import history_from, recommend
-from antdist.serving.use import find_model, open_model
-from antdist.tracking.registry import Lineage, folder_digest, register, resolve
+from antdist.serving.top_n import recommend
+from antdist.tracking.registry import Lineage, folder_digest, register
+from antdist.tracking.resolve import resolve
 from antdist.tracking.run import start_run
 from antdist.tracking.store import tracking_uri
 from tests.worlds import make_domain
@@ -82,7 +83,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory, domain: Domain) -> Path:
 
 @pytest.fixture(scope="module")
 def uri(tmp_path_factory: pytest.TempPathFactory, folder: Path) -> str:
-    """A store with `relearn-food`."""
+    """Make a store with `relearn-food`."""
     storage = tmp_path_factory.mktemp("storage")
     uri = tracking_uri(TrackingConfig(uri=f"sqlite:///{storage}/mlflow.db"), storage)
     run = start_run(uri, "serving", "run", storage / "run")
@@ -93,7 +94,7 @@ def uri(tmp_path_factory: pytest.TempPathFactory, folder: Path) -> str:
 
 def expected(folder: Path, domain: Domain, history: list[str], n: int) -> list[tuple[str, float]]:
     opened, ids = open_model(str(folder), domain.folder, folder), domain.item_ids()
-    best = recommend(opened.model, opened.item_embeddings, history_from(domain, history), n)
+    best = recommend(opened.model, opened.item_embeddings, parse_history(domain, history), n)
     return [(ids[index], score) for index, score in best]
 
 
@@ -101,15 +102,13 @@ def environment(uri: str) -> dict[str, str]:
     return {**os.environ, "MLFLOW_TRACKING_URI": uri, "PYTHONPATH": str(Path(__file__).resolve().parents[2])}
 
 
-def test_a_model_is_found_by_its_alias_and_told_by_its_version(uri: str, folder: Path) -> None:
+def test_an_alias_resolves_to_a_version_uri(uri: str, folder: Path) -> None:
     found = find_model("models:/relearn-food@champion", folder, uri)
     assert found.uri == "models:/relearn-food/1" and found.card.target == "food"
     assert (found.folder / "weights.safetensors").read_bytes() == (folder / "weights.safetensors").read_bytes()
 
 
-def test_a_process_without_the_training_stack_loads_it_from_the_registry(
-    uri: str, folder: Path, domain: Domain
-) -> None:
+def test_pyfunc_loads_without_the_training_stack(uri: str, folder: Path, domain: Domain) -> None:
     done = subprocess.run(
         [sys.executable, "-c", FRESH_PROCESS, "models:/relearn-food@champion", json.dumps(HISTORIES), *AWAY],
         capture_output=True,
@@ -129,21 +128,23 @@ def test_a_process_without_the_training_stack_loads_it_from_the_registry(
     assert resolve("models:/relearn-food@champion", uri).folder.is_dir()  # its digest is still the registered one
 
 
-def test_a_pre_trained_model_says_that_it_has_no_catalogue(tmp_path: Path, domain: Domain) -> None:
+def test_a_pretrained_model_without_catalogue_is_refused(tmp_path: Path, domain: Domain) -> None:
     import mlflow.pyfunc
 
     folder = save(tmp_path / "pre", domain, target=None)
     make_servable(folder, None)
-    with pytest.raises(UserError, match=r"a pre-trained model has no catalogue,.*Re-learn it for a target"):
+    with pytest.raises(
+        UserError, match=r"a pre-trained model has no catalogue, so it cannot be served.*Re-learn it for a target"
+    ):
         mlflow.pyfunc.load_model(str(folder))
 
 
-def test_nothing_registered_is_a_pickle(folder: Path) -> None:
+def test_registered_files_contain_no_pickle(folder: Path) -> None:
     names = {"MLmodel", "catalogue.json", "catalogue.safetensors", "model.json", "weights.safetensors"}
     assert {path.name for path in folder.iterdir()} == names
 
 
-def test_columns_and_rows(folder: Path, domain: Domain) -> None:
+def test_predict_columns_and_index(folder: Path, domain: Domain) -> None:
     model = _load_pyfunc(str(folder))
     asked = pd.DataFrame({"history": HISTORIES[:2]}, index=["ann", "bob"])
     answer = model.predict(asked)
@@ -153,11 +154,11 @@ def test_columns_and_rows(folder: Path, domain: Domain) -> None:
     assert len(model.predict(asked[:0])) == 0
 
 
-def test_batches_do_not_matter(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_predict_does_not_depend_on_batching(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = _load_pyfunc(str(folder))
     asked = pd.DataFrame({"history": HISTORIES * 3})
     whole = model.predict(asked)
-    monkeypatch.setattr("antdist.serving.recommend.TOGETHER", 2)
+    monkeypatch.setattr("antdist.serving.top_n.HISTORY_BATCH", 2)
     assert model.predict(asked)["items"].tolist() == whole["items"].tolist()
 
 
@@ -174,7 +175,7 @@ def test_batches_do_not_matter(folder: Path, monkeypatch: pytest.MonkeyPatch) ->
         ({"history": ["food-1"]}, "Failed to enforce schema"),
     ],
 )
-def test_mistakes_name_the_row(folder: Path, asked: dict[str, Any], told: str) -> None:
+def test_invalid_requests_name_the_row(folder: Path, asked: dict[str, Any], told: str) -> None:
     import mlflow.pyfunc
     from mlflow.exceptions import MlflowException
 
@@ -182,7 +183,7 @@ def test_mistakes_name_the_row(folder: Path, asked: dict[str, Any], told: str) -
         mlflow.pyfunc.load_model(str(folder)).predict(pd.DataFrame(asked))
 
 
-def test_made_once_for_the_same_weights_and_data(tmp_path: Path, domain: Domain) -> None:
+def test_servable_folder_is_rebuilt_only_for_new_weights(tmp_path: Path, domain: Domain) -> None:
     folder = save(tmp_path / "m", domain)
     make_servable(folder, domain)
     digest, times = folder_digest(folder), {path: path.stat().st_mtime_ns for path in folder.iterdir()}
@@ -203,7 +204,7 @@ def test_made_once_for_the_same_weights_and_data(tmp_path: Path, domain: Domain)
 
 
 @pytest.mark.parametrize("name", ["weights.safetensors", "catalogue.safetensors", "catalogue.json"])
-def test_a_file_that_was_not_registered_is_refused(tmp_path: Path, domain: Domain, name: str) -> None:
+def test_a_changed_or_missing_file_is_refused(tmp_path: Path, domain: Domain, name: str) -> None:
     folder = save(tmp_path / "m", domain)
     make_servable(folder, domain)
     (folder / name).write_bytes((folder / name).read_bytes()[:-1] + b" ")
@@ -215,7 +216,7 @@ def test_a_file_that_was_not_registered_is_refused(tmp_path: Path, domain: Domai
 
 
 @pytest.mark.slow
-def test_mlflow_serves_it_on_loopback(uri: str, folder: Path, domain: Domain) -> None:
+def test_mlflow_serves_the_model_on_loopback(uri: str, folder: Path, domain: Domain) -> None:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]

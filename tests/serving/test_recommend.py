@@ -1,4 +1,4 @@
-"""Top N: order, exclusion, items nobody touched; ids that are unknown; titles from the shards that hold them."""
+"""Top N for a history: order, exclusion, zero-shot items, unknown ids, names."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from antdist.data.writing import write_domain
 from antdist.errors import UserError
 from antdist.evaluation.ranking import embed_catalogue
 from antdist.model.recommender import Recommender, build_recommender
-from antdist.serving.recommend import describe, history_from, history_of, recommend
-from antdist.serving.use import find_model
+from antdist.serving.apply import find_model, load_history, load_names, parse_history
+from antdist.serving.top_n import recommend
 
 CONFIG = ModelConfig(modalities=["text"], dim=16, inner=16, experts=2, max_length=4)
 
@@ -53,7 +53,7 @@ def test_best_first_by_cosine_without_the_history(model: Recommender) -> None:
     assert len(recommend(model, embeddings, history, 100, exclude_history=False)) == 30
 
 
-def test_an_item_that_nobody_touched_can_come_first(model: Recommender) -> None:
+def test_zero_shot_item_can_rank_first(model: Recommender) -> None:
     """Zero-shot: item 20 is appended to a catalogue of 20 with the features that this user wants."""
 
     class Features:
@@ -73,7 +73,7 @@ def test_an_item_that_nobody_touched_can_come_first(model: Recommender) -> None:
     assert first == 20 and score == pytest.approx(1.0, abs=1e-4)
 
 
-def test_empty_history_and_broken_model(model: Recommender) -> None:
+def test_empty_history_and_nan_model_are_refused(model: Recommender) -> None:
     with pytest.raises(UserError, match="history is empty"):
         recommend(model, torch.randn(5, 16), [], 3)
     with pytest.raises(UserError, match="NaN or Inf"):
@@ -81,33 +81,33 @@ def test_empty_history_and_broken_model(model: Recommender) -> None:
 
 
 def test_histories_by_id(domain: Domain) -> None:
-    assert history_of(domain, "bob") == [5, 4, 5, 3]
-    assert history_from(domain, ["B00007", "B00001"]) == [7, 1]
+    assert load_history(domain, "bob") == [5, 4, 5, 3]
+    assert parse_history(domain, ["B00007", "B00001"]) == [7, 1]
 
 
-def test_unknown_ids_name_the_nearest(domain: Domain) -> None:
+def test_unknown_ids_suggest_the_nearest(domain: Domain) -> None:
     with pytest.raises(UserError, match=r"--user: toys has no user 'bop'\. Did you mean bob\?"):
-        history_of(domain, "bop")
+        load_history(domain, "bop")
     with pytest.raises(UserError, match=r"--history: toys has no item 'B0007'\. Did you mean .*B00007"):
-        history_from(domain, ["B00001", "B0007"])
+        parse_history(domain, ["B00001", "B0007"])
     with pytest.raises(UserError, match=r"has no item 'zzzz'\. Ids look like B00000, B00001, B00002\."):
-        history_from(domain, ["zzzz"])
+        parse_history(domain, ["zzzz"])
 
 
-def test_titles_from_the_shards_that_hold_them(domain: Domain) -> None:
+def test_names_are_read_only_from_shards_that_hold_them(domain: Domain) -> None:
     others = domain.manifest.item_shards[1:]
     assert len(others) == 2
-    (domain.folder / others[0].name).unlink()  # items 4 to 7: not asked for, so not missed
-    named = describe(domain, [9, 0, 3])
+    (domain.folder / others[0].name).unlink()  # items 4 to 7: not requested, so not needed
+    named = load_names(domain, [9, 0, 3])
     assert [n.item_id for n in named] == ["B00009", "B00000", "B00003"]
     assert [n.text for n in named] == ["title 9", "title 0", None]
     with pytest.raises(UserError, match=others[0].name):
-        describe(domain, [5])
+        load_names(domain, [5])
 
 
-def test_looking_a_model_up_makes_no_registry(tmp_path: Path) -> None:
+def test_resolving_a_model_creates_no_registry(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"typo/mlflow\.db: no registry here. Name the folder of the runs"):
         find_model("models:/m/1", tmp_path / "typo")
-    with pytest.raises(UserError, match="modls:/m/1: no such folder, and no reference to a model"):
+    with pytest.raises(UserError, match="modls:/m/1: neither an existing folder nor a reference to a model"):
         find_model("modls:/m/1", tmp_path / "typo")
     assert not list(tmp_path.iterdir())

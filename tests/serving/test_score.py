@@ -1,4 +1,4 @@
-"""Top N of everybody: what `recommend` gives one at a time, in files that are whole, made once, and never mixed."""
+"""`antdist score`: what `recommend` returns for each user, in complete files that are never mixed or written twice."""
 
 from __future__ import annotations
 
@@ -28,10 +28,11 @@ from antdist.errors import UserError
 from antdist.features.catalogue import Catalogue
 from antdist.model.io import FeatureSource, ModelCard, save_model
 from antdist.model.recommender import build_recommender
-from antdist.serving import score as score_module
-from antdist.serving.recommend import recommend
-from antdist.serving.score import ScoreReport, item_ranges, score
-from antdist.serving.use import embed_domain, evaluate_model, find_model, open_model, recommend_items
+from antdist.serving import scorer as scorer_module
+from antdist.serving.apply import embed_domain, evaluate_model, find_model, open_model, recommend_items
+from antdist.serving.score import ScoreReport, score
+from antdist.serving.scorer import item_ranges
+from antdist.serving.top_n import recommend
 from tests.stores import Bucket
 from tests.worlds import give_features, make_domain
 
@@ -99,7 +100,7 @@ def assert_same(found: dict[str, list[tuple[str, float]]], expected: dict[str, l
         np.testing.assert_allclose([s for _, s in found[user]], [s for _, s in best], atol=1e-6)
 
 
-def test_a_domain_under_a_uri_is_put_to_use_as_its_folder_is(
+def test_evaluate_and_recommend_read_a_domain_from_a_uri(
     model: Path, domain: Domain, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))  # where the cache is that verbs have
@@ -124,7 +125,7 @@ def test_a_domain_under_a_uri_is_put_to_use_as_its_folder_is(
         {"n": 100},  # more than there are: those that a user has not seen
     ],
 )
-def test_every_user_gets_what_recommend_gives_one_at_a_time(
+def test_score_equals_recommend_for_every_user(
     model: Path, domain: Domain, tmp_path: Path, options: dict[str, Any]
 ) -> None:
     report = run(model, domain, tmp_path / "out", **options)
@@ -135,18 +136,18 @@ def test_every_user_gets_what_recommend_gives_one_at_a_time(
     assert pq.read_schema(tmp_path / "out" / "part-00000.parquet").field("scores").type == pa.list_(pa.float32())
 
 
-def test_a_catalogue_in_ranges_and_pieces_gives_the_same(
+def test_ranges_and_pieces_do_not_change_scores(
     model: Path, domain: Domain, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run(model, domain, tmp_path / "whole")
-    monkeypatch.setattr("antdist.serving.top.PIECE", 4)
-    monkeypatch.setattr("antdist.serving.score.RANGE_ITEMS", 10)
+    monkeypatch.setattr("antdist.serving.top_n.PIECE", 4)
+    monkeypatch.setattr("antdist.serving.scorer.RANGE_ITEMS", 10)
     assert item_ranges(domain) == [(0, 2), (2, 4), (4, 5)]
     run(model, domain, tmp_path / "pieces")
     assert_same(rows(tmp_path / "pieces"), rows(tmp_path / "whole"))
 
 
-def test_the_summary_says_what_the_files_are(model: Path, domain: Domain, tmp_path: Path) -> None:
+def test_summary_lists_inputs_and_files(model: Path, domain: Domain, tmp_path: Path) -> None:
     from hashlib import sha256
 
     run(model, domain, tmp_path, n=3)
@@ -160,14 +161,16 @@ def test_the_summary_says_what_the_files_are(model: Path, domain: Domain, tmp_pa
     assert [file["users"] for file in said["files"]] == [8] * 12 + [4]
 
 
-def test_run_again_it_does_what_is_missing_or_damaged_and_nothing_else(
+def test_resume_scores_only_missing_and_damaged_parts(
     model: Path, domain: Domain, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run(model, domain, tmp_path)
     before, summary = parts(tmp_path), (tmp_path / "_score.json").read_bytes()
     scored: list[int] = []
-    real = score_module.Scorer.score
-    monkeypatch.setattr(score_module.Scorer, "score", lambda self, part: scored.append(part.number) or real(self, part))
+    real = scorer_module.Scorer.score
+    monkeypatch.setattr(
+        scorer_module.Scorer, "score", lambda self, part: scored.append(part.number) or real(self, part)
+    )
     report = run(model, domain, tmp_path)
     assert scored == [] and report.fresh_parts == 0 and "13 of them finished before" in report.lines()[0]
     (tmp_path / "part-00003.parquet").unlink()
@@ -184,7 +187,7 @@ def test_run_again_it_does_what_is_missing_or_damaged_and_nothing_else(
     assert not (tmp_path / "_score.json").exists()  # no longer true
 
 
-def test_stopped_midway_there_is_no_summary_and_no_half_file(
+def test_interrupted_run_leaves_no_summary_or_partial_file(
     model: Path, domain: Domain, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run(model, domain, tmp_path / "straight")
@@ -200,7 +203,7 @@ def test_stopped_midway_there_is_no_summary_and_no_half_file(
     assert not list((tmp_path / "out").glob(".*"))
 
 
-def test_items_and_users_that_came_after_training(model: Path, tmp_path: Path) -> None:
+def test_zero_shot_items_and_new_users_are_scored(model: Path, tmp_path: Path) -> None:
     """The domain has grown; the model has not: new items are recommended, new users are served."""
     grown = make_domain(tmp_path, "food", users=130, items=45, missing=0.0)
     run(model, grown, tmp_path / "out", n=45)
@@ -211,7 +214,7 @@ def test_items_and_users_that_came_after_training(model: Path, tmp_path: Path) -
     assert shown & {f"food-{item}" for item in range(30, 45)}
 
 
-def test_an_appended_domain_and_the_users_who_wait(tmp_path: Path) -> None:
+def test_appended_domain_and_pending_users(tmp_path: Path) -> None:
     """Users whom a later shard holds anew are scored once, with all that they did; those of one interaction, too."""
     source = tmp_path / "source"
     source.mkdir()
@@ -250,17 +253,19 @@ def featured(domain: Domain) -> Domain:
 
 
 @pytest.mark.parametrize("change", [{"n": 11}, {"include_seen": True}, {"model": 1}, {"features": 1}, {"users": 90}])
-def test_other_inputs_are_refused_by_name(model: Path, domain: Domain, tmp_path: Path, change: dict[str, Any]) -> None:
+def test_changed_inputs_are_refused_by_name(
+    model: Path, domain: Domain, tmp_path: Path, change: dict[str, Any]
+) -> None:
     copy = tmp_path / "food"
     shutil.copytree(domain.folder, copy)
     run(model, open_domain(copy), tmp_path / "out")
     before, options = parts(tmp_path / "out"), dict(change)
     told = {
-        "n": "n was 10, here it is 11",
-        "include_seen": "include_seen was False, here it is True",
+        "n": "n was 10, now it is 11",
+        "include_seen": "include_seen was False, now it is True",
         "model": "model.weights was",
         "features": "features.text was",
-        "users": f"domain was {domain.fingerprint[:12]}, here it is",
+        "users": f"domain was {domain.fingerprint[:12]}, now it is",
     }[next(iter(change))]
     if options.pop("model", 0):
         other = tmp_path / "model"
@@ -275,19 +280,19 @@ def test_other_inputs_are_refused_by_name(model: Path, domain: Domain, tmp_path:
     if options.pop("users", 0):
         shutil.rmtree(copy)
         make_domain(tmp_path, "food", users=90, missing=0.0)
-    with pytest.raises(UserError, match=rf"out: holds what was made from other inputs: {told}.*Name another --out"):
+    with pytest.raises(UserError, match=rf"out: holds scores of other inputs: {told}.*Name another --out"):
         run(model, open_domain(copy), tmp_path / "out", **options)
     assert parts(tmp_path / "out") == before
 
 
-def test_a_folder_with_other_things_is_left_alone(model: Path, domain: Domain, tmp_path: Path) -> None:
+def test_a_folder_with_foreign_files_is_refused(model: Path, domain: Domain, tmp_path: Path) -> None:
     (tmp_path / "part-00000.parquet").write_bytes(b"of somebody else")
-    with pytest.raises(UserError, match=r"is not empty, and `antdist score` did not begin it\. Name another --out"):
+    with pytest.raises(UserError, match=r"is not empty, and `antdist score` did not create it\. Name another --out"):
         run(model, domain, tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["part-00000.parquet"]
 
 
-def test_what_does_not_fit_is_refused_before_anything_is_written(model: Path, domain: Domain, tmp_path: Path) -> None:
+def test_mismatched_features_are_refused_before_writing(model: Path, domain: Domain, tmp_path: Path) -> None:
     bare = make_domain(tmp_path, "bare", dims={})
     with pytest.raises(UserError, match="domain bare has no text features"):
         run(model, bare, tmp_path / "out")
@@ -299,7 +304,8 @@ def test_what_does_not_fit_is_refused_before_anything_is_written(model: Path, do
     own = save(tmp_path / "ant-t", domain, CONFIG.model_copy(update={"item_embeddings": True}),
                target="food", made={"fingerprint": "0" * 64})  # fmt: skip
     with pytest.raises(
-        UserError, match=r"an embedding for each item of food as it was .*or a model without model.item_e"
+        UserError,
+        match=r"an embedding for each item of food at fingerprint 000000000000.*or a model without model.item_e",
     ):
         run(own, domain, tmp_path / "out")
     with pytest.raises(UserError, match="--device cuda: there is no GPU"):
@@ -307,7 +313,7 @@ def test_what_does_not_fit_is_refused_before_anything_is_written(model: Path, do
     assert not (tmp_path / "out").exists()
 
 
-def test_a_uri_is_filled_as_a_folder_is(model: Path, domain: Domain, tmp_path: Path) -> None:
+def test_output_to_a_uri_equals_output_to_a_folder(model: Path, domain: Domain, tmp_path: Path) -> None:
     import fsspec
 
     run(model, domain, tmp_path / "here")
@@ -319,13 +325,13 @@ def test_a_uri_is_filled_as_a_folder_is(model: Path, domain: Domain, tmp_path: P
     assert json.loads(files.cat_file("/scores/food/_score.json"))["users"] == report.users == 100
     files.rm_file("/scores/food/part-00002.parquet")
     assert run(model, domain, "memory://scores/food").fresh_parts == 1
-    with pytest.raises(UserError, match="memory://scores/food: holds what was made from other inputs: n was 10"):
+    with pytest.raises(UserError, match="memory://scores/food: holds scores of other inputs: n was 10"):
         run(model, domain, "memory://scores/food", n=3)
     with pytest.raises(UserError, match=r"--out nowhere://x: it cannot be used \(Protocol not known: nowhere\)"):
         run(model, domain, "nowhere://x")
 
 
-def test_a_domain_under_a_uri_is_scored_as_one_in_a_folder(
+def test_domain_from_a_uri_scores_the_same(
     model: Path, domain: Domain, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))  # where the cache is
@@ -336,7 +342,7 @@ def test_a_domain_under_a_uri_is_scored_as_one_in_a_folder(
 
 @pytest.mark.ray
 @pytest.mark.slow
-def test_a_bucket_is_filled_as_a_folder_is(model: Path, domain: Domain, tmp_path: Path, s3: Bucket) -> None:
+def test_output_to_s3_equals_output_to_a_folder(model: Path, domain: Domain, tmp_path: Path, s3: Bucket) -> None:
     """What its client has listed once it does not list again by itself: what workers wrote since must be seen."""
     run(model, domain, tmp_path / "here")
     out = f"{s3.uri}/scores"
@@ -349,18 +355,18 @@ def test_a_bucket_is_filled_as_a_folder_is(model: Path, domain: Domain, tmp_path
     assert s3.contents("scores") == there
     with pytest.raises(
         UserError,
-        match=r"^s3://nowhere-\S+: cannot be written to \(.* bucket does not exist\)\. Make the bucket first\.$",
+        match=r"^s3://nowhere-\S+: cannot be written to \(.* bucket does not exist\)\. Create the bucket first\.$",
     ):
         run(model, domain, f"s3://nowhere-{s3.name}/scores")
 
 
 @pytest.mark.ray
-def test_ray_workers_write_the_same_bytes_and_a_crashed_one_is_replaced(
+def test_ray_workers_survive_a_kill_and_write_the_same_bytes(
     model: Path, domain: Domain, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import ray
 
-    monkeypatch.setattr("antdist.serving.score.RANGE_ITEMS", 10)  # the catalogue in three objects
+    monkeypatch.setattr("antdist.serving.scorer.RANGE_ITEMS", 10)  # the catalogue in three objects
     run(model, domain, tmp_path / "here")
     once = tmp_path / "once"
     monkeypatch.setenv(faults.VARIABLE, json.dumps([{"fault": "kill", "at": "score", "step": 6, "once": str(once)}]))
@@ -379,9 +385,7 @@ def files(out: Path, pattern: str) -> dict[str, tuple[int, int]]:
 
 @pytest.mark.ray
 @pytest.mark.slow
-def test_a_job_killed_midway_goes_on_and_what_was_finished_is_not_touched(
-    model: Path, domain: Domain, tmp_path: Path
-) -> None:
+def test_resume_after_kill_keeps_finished_parts(model: Path, domain: Domain, tmp_path: Path) -> None:
     run(model, domain, tmp_path / "straight", n=4)
     out = tmp_path / "out"
     command = [sys.executable, "-m", "antdist", "score", str(model), str(domain.folder), "--out", str(out), "-n", "4"]

@@ -1,4 +1,4 @@
-"""Everybody's top N on a cluster of several nodes, one of which goes in mid-run."""
+"""`antdist score` on a cluster of several nodes, one of which is lost in mid-run."""
 
 from __future__ import annotations
 
@@ -11,22 +11,22 @@ from typing import Any
 import pytest
 
 from antdist import faults
+from antdist.serving.apply import find_model
 from antdist.serving.score import score
-from antdist.serving.use import find_model
 from tests.serving.test_score import parts, save
 from tests.worlds import make_domain
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
 
-def test_a_node_that_goes_in_mid_run_changes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Three nodes of a CPU each; the catalogue in five objects, some made on the node that goes."""
+def test_a_lost_node_does_not_change_scores(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three nodes of a CPU each; the catalogue in five objects, some created on the node that is lost."""
     import ray
     from ray.cluster_utils import Cluster
 
     domain = make_domain(tmp_path, "food", users=100, missing=0.0, items_per_shard=7)
     found = find_model(str(save(tmp_path / "model", domain)), tmp_path)
-    monkeypatch.setattr("antdist.serving.score.RANGE_ITEMS", 5)
+    monkeypatch.setattr("antdist.serving.scorer.RANGE_ITEMS", 5)
     score(found, domain, str(tmp_path / "here"), workers=0)
     slow = [{"fault": "stall", "at": "score", "seconds": 1.0}]
     monkeypatch.setenv(faults.VARIABLE, json.dumps(slow))  # nodes inherit it

@@ -21,5 +21,5 @@ def uri(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture(autouse=True)
 def short_waits(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As many trials as ever, without the minutes between them."""
+    """Keep the number of retries, without the minutes between them."""
     monkeypatch.setattr(store, "WAITS", (0.01,) * len(store.WAITS))

@@ -1,4 +1,4 @@
-"""A tracking server in the test's own process, with what a run needs of MLflow's REST interface, that fails as it is told to."""
+"""A fake tracking server in the test's process: the part of MLflow's REST API that a run needs, failing on request."""
 
 from __future__ import annotations
 
@@ -15,8 +15,11 @@ from urllib.parse import parse_qs, urlsplit
 
 @dataclass
 class FakeServer:
-    """`mode`: up; 500: refuses before it has done anything; lost: does it and answers 500; slow: holds each answer until
-    `released` is set. It keeps what a real one does: a point of a metric is known by key, step, value and time."""
+    """A server that keeps what a real one does: a point of a metric is identified by key, step, value and time.
+
+    `mode`: up; 500: refuses before it does anything; lost: does it and answers 500; slow: holds each answer until
+    `released` is set.
+    """
 
     folder: Path
     mode: Literal["up", "500", "lost", "slow"] = "up"
@@ -32,7 +35,7 @@ class FakeServer:
         return f"http://127.0.0.1:{self.port}"
 
     def history(self, key: str) -> list[tuple[int, float]]:
-        """Of all runs, in the order of arrival."""
+        """Return the points of all runs, in the order of arrival."""
         return [(step, value) for points in self.points.values() for k, step, value, _ in points if k == key]
 
     def answer(self, path: str, asked: dict[str, Any]) -> dict[str, Any]:
@@ -82,7 +85,7 @@ class FakeServer:
 
 @contextmanager
 def listening(server: FakeServer) -> Iterator[FakeServer]:
-    """Within the block the server listens, at the port that it had before if it had one."""
+    """Listen within the block, on the same port each time."""
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:

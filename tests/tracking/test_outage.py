@@ -1,4 +1,4 @@
-"""The tracking server away at the start, killed, slow, answering 500: training goes on, its records arrive later, once each."""
+"""Tracking outages (no server, killed, slow, answering 500): training continues, each record arrives later, once."""
 
 from __future__ import annotations
 
@@ -16,9 +16,10 @@ from hypothesis import strategies as st
 from mlflow.entities import Metric
 
 from antdist.errors import UserError
+from antdist.tracking import outbox as outbox_module
 from antdist.tracking import run as run_module
 from antdist.tracking import store
-from antdist.tracking.run import TrackedRun, start_run, stored_run
+from antdist.tracking.run import TrackedRun, resolve_run_id, start_run
 from antdist.tracking.store import connect, patiently
 from tests.ranks import free_port
 from tests.tracking.server import FakeServer, listening
@@ -26,21 +27,21 @@ from tests.tracking.server import FakeServer, listening
 
 @pytest.fixture
 def by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Leave the delivering to the test's own flush()."""
-    monkeypatch.setattr(run_module, "INTERVAL", 3600.0)
+    """Leave delivery to the test's own flush()."""
+    monkeypatch.setattr(run_module, "DELIVERY_SECONDS", 3600.0)
 
 
-def line(steps: range) -> list[tuple[int, float]]:
+def points_of(steps: range) -> list[tuple[int, float]]:
     return [(step, step / 7) for step in steps]
 
 
 def log(run: TrackedRun, steps: range) -> None:
-    for step, value in line(steps):
+    for step, value in points_of(steps):
         run.log({"loss": value}, step)
 
 
 @pytest.mark.usefixtures("by_hand")
-def test_killed_and_answering_500_for_a_while_each_point_arrives_once_and_in_order(tmp_path: Path) -> None:
+def test_outage_and_500s_each_point_arrives_once_in_order(tmp_path: Path) -> None:
     server = FakeServer(tmp_path / "artifacts")
     with listening(server):
         run = start_run(server.uri, "e", "n", tmp_path / "run")
@@ -48,29 +49,29 @@ def test_killed_and_answering_500_for_a_while_each_point_arrives_once_and_in_ord
         assert run.flush()
     log(run, range(1500, 3000))
     assert not run.flush()  # nobody listens
-    assert sum(1 for _ in run.outbox.open()) == 1500
+    assert sum(1 for _ in run.outbox.path.open()) == 1500
     server.mode = "500"
     with listening(server):
         assert not run.flush()
-        server.mode = "lost"  # the first thousand arrive, and we do not know
+        server.mode = "lost"  # the first thousand arrive, and the answer is lost
         assert not run.flush()
         log(run, range(3000, 3100))
         server.mode = "up"
         assert run.flush()
         assert run.finish() is None
-    assert server.history("loss") == line(range(3100))
-    assert run.outbox.stat().st_size == 0 and not run.rejected.exists()
+    assert server.history("loss") == points_of(range(3100))
+    assert run.outbox.path.stat().st_size == 0 and not run.rejected.exists()
 
 
-def test_logging_goes_on_while_a_slow_server_holds_its_answer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(run_module, "INTERVAL", 0.01)
+def test_log_does_not_wait_for_a_slow_server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(run_module, "DELIVERY_SECONDS", 0.01)
     server = FakeServer(tmp_path / "artifacts")
     with listening(server):
         run = start_run(server.uri, "e", "n", tmp_path / "run")
         server.mode = "slow"
         log(run, range(10))
         assert server.held.wait(30)
-        log(run, range(10, 2000))  # the server has not answered anything, and does not before this is done
+        log(run, range(10, 2000))  # the server answers nothing before this is done
         assert not server.released.is_set() and len(server.history("loss")) < 2000
         left = run.finish(status=None, timeout=0.1)
         assert left is not None and left.records >= 1990
@@ -78,12 +79,12 @@ def test_logging_goes_on_while_a_slow_server_holds_its_answer(tmp_path: Path, mo
         server.released.set()
         again = TrackedRun(server.uri, run.run_id, tmp_path / "run", resumed=True)
         assert again.finish() is None
-    assert server.history("loss") == line(range(2000))
+    assert server.history("loss") == points_of(range(2000))
 
 
 @pytest.mark.usefixtures("by_hand")
-def test_a_handle_that_gave_up_leaves_the_outbox_to_the_next(tmp_path: Path) -> None:
-    """The driver's last request hangs, the worker goes on with the same outbox: the late answer must not empty it."""
+def test_a_released_outbox_belongs_to_the_next_process(tmp_path: Path) -> None:
+    """A late answer to the driver's last request must not empty the outbox that the worker now writes."""
     server = FakeServer(tmp_path / "artifacts")
     with listening(server):
         driver = start_run(server.uri, "e", "n", tmp_path / "run")
@@ -96,57 +97,57 @@ def test_a_handle_that_gave_up_leaves_the_outbox_to_the_next(tmp_path: Path) -> 
         server.mode = "up"
         server.released.set()
         driver._thread.join(30)
-        assert worker._waiting() == 5
+        assert worker.outbox.count_pending() == 5
         log(worker, range(5, 9))
         assert worker.finish() is None
-    assert server.history("loss") == line(range(9))
+    assert server.history("loss") == points_of(range(9))
 
 
-def test_a_request_is_not_sent_again_unseen(tmp_path: Path) -> None:
-    """MLflow's own retries would make a second version or run where an answer was lost."""
+def test_mlflow_does_not_retry_requests_by_itself(tmp_path: Path) -> None:
+    """MLflow's own retries would create a second version or run after a lost answer."""
     with listening(FakeServer(tmp_path, mode="lost")) as server:
         with pytest.raises(Exception, match="500"):
             connect(server.uri).create_run("1")
         assert len(server.runs) == 1
 
 
-def test_without_a_server_a_run_does_not_start_but_with_offline_ok(tmp_path: Path, caplog: Any) -> None:
+def test_a_run_starts_offline_only_with_offline_ok(tmp_path: Path, caplog: Any) -> None:
     uri = f"http://127.0.0.1:{free_port()}"
     with pytest.raises(UserError, match="does not answer"):
         start_run(uri, "e", "n", tmp_path / "run")
     with caplog.at_level(logging.WARNING, "antdist"):
         run = start_run(uri, "e", "n", tmp_path / "run", offline_ok=True)
-    assert caplog.text.count("the run begins offline, its records wait") == 1
+    assert caplog.text.count("the run starts offline, its records wait in the outbox") == 1
     log(run, range(5))
     left = run.finish(timeout=0.1)
     assert left is not None and left.records >= 6
 
 
 @pytest.mark.usefixtures("by_hand")
-def test_a_run_begun_offline_is_made_once_and_delivered_by_a_later_start(tmp_path: Path) -> None:
+def test_an_offline_run_is_created_once_and_delivered_later(tmp_path: Path) -> None:
     server = FakeServer(tmp_path / "artifacts", port=free_port())
     first = start_run(server.uri, "e", "n", tmp_path / "run", config={"a": 1}, offline_ok=True)
     log(first, range(5))
     assert first.finish("FAILED", timeout=0.1) is not None
     with listening(server):
-        server.mode = "lost"  # the run is made, and we do not know
+        server.mode = "lost"  # the run is created, and the answer is lost
         again = start_run(server.uri, "e", "n", tmp_path / "run", run_id=first.run_id)
         assert not again.flush() and not again.flush()
         server.mode = "up"
         log(again, range(3, 8))  # from a checkpoint
         assert again.finish("FINISHED") is None
-        stored = stored_run(server.uri, first.run_id, tmp_path / "run")
+        stored = resolve_run_id(server.uri, first.run_id, tmp_path / "run")
         third = start_run(server.uri, "e", "n", tmp_path / "run", run_id=first.run_id)
         log(third, range(8, 10))
         assert third.finish() is None
     assert list(server.runs) == [stored] and server.runs[stored]["info"]["status"] == "FINISHED"
-    assert server.history("loss") == line(range(10))
+    assert server.history("loss") == points_of(range(10))
     assert server.runs[stored]["data"]["params"] == [{"key": "a", "value": "1"}]
 
 
 @pytest.mark.usefixtures("by_hand")
-def test_a_large_outbox_is_told_as_it_grows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: Any) -> None:
-    monkeypatch.setattr(run_module, "SPARSER_EACH", 2**20)
+def test_a_growing_outbox_is_logged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: Any) -> None:
+    monkeypatch.setattr(outbox_module, "THINNING_BYTES", 2**20)
     run = TrackedRun("http://127.0.0.1:9", "0" * 32, tmp_path, resumed=True)
     for _ in range(7):
         run.log_text("t", "x" * 2**19)
@@ -157,12 +158,12 @@ def test_a_large_outbox_is_told_as_it_grows(tmp_path: Path, monkeypatch: pytest.
 
 
 @pytest.mark.usefixtures("by_hand")
-def test_a_long_outage_makes_long_curves_sparser_and_loses_nothing_else(
+def test_a_long_outage_thins_long_curves_and_loses_nothing_else(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: Any
 ) -> None:
     each, few, steps = 20_000, 50, 40_000
-    monkeypatch.setattr(run_module, "SPARSER_EACH", each)
-    monkeypatch.setattr(run_module, "FEW_POINTS", few)
+    monkeypatch.setattr(outbox_module, "THINNING_BYTES", each)
+    monkeypatch.setattr(outbox_module, "UNTHINNED_POINTS", few)
     server = FakeServer(tmp_path / "artifacts", port=free_port())
     run = start_run(server.uri, "e", "n", tmp_path / "run", config={"a": 1}, offline_ok=True)
     for step in range(steps):
@@ -173,7 +174,7 @@ def test_a_long_outage_makes_long_curves_sparser_and_loses_nothing_else(
             assert run.finish(None, timeout=0) is not None
             run = TrackedRun(server.uri, run.run_id, tmp_path / "run", resumed=True)
             log(run, range(step - 500, step + 1))
-    assert run.outbox.stat().st_size < 8 * each  # of 4 MB
+    assert run.outbox.path.stat().st_size < 8 * each  # of 4 MB
     with listening(server):
         assert run.flush()
         log(run, range(steps, steps + 100))
@@ -181,16 +182,16 @@ def test_a_long_outage_makes_long_curves_sparser_and_loses_nothing_else(
     assert server.history("recall") == [(step, step / 9) for step in range(999, steps, 1000)]
     assert next(iter(server.runs.values()))["data"]["params"] == [{"key": "a", "value": "1"}]
     points = server.history("loss")
-    assert points == [(step, step / 7) for step, _ in points] and points[:few] == line(range(few))
+    assert points == [(step, step / 7) for step, _ in points] and points[:few] == points_of(range(few))
     gaps = [after - before for (before, _), (after, _) in itertools.pairwise(points)]
-    assert min(gaps) == 1 and 8 <= max(gaps) <= steps / 50  # as long as it is, the curve is seen over all of its length
-    assert points[-100:] == line(range(steps, steps + 100))  # and as fine as ever once the server is back
-    told = re.findall(r"(\d+) points of long curves were left out, as the outbox was large", caplog.text)
-    assert len(told) == 2 and 0 <= len(points) + sum(map(int, told)) - (steps + 100) <= 500  # those that came again
+    assert min(gaps) == 1 and 8 <= max(gaps) <= steps / 50  # the curve covers its full length
+    assert points[-100:] == points_of(range(steps, steps + 100))  # in full detail once the server is back
+    dropped = re.findall(r"(\d+) points of long curves were dropped because the outbox was large", caplog.text)
+    assert len(dropped) == 2 and 0 <= len(points) + sum(map(int, dropped)) - (steps + 100) <= 500  # the repeated steps
 
 
 @pytest.mark.parametrize("failing", [1, len(store.WAITS)])
-def test_what_cannot_wait_is_tried_again_so_often(failing: int) -> None:
+def test_retry_until_the_store_answers(failing: int) -> None:
     from mlflow.exceptions import MlflowException
 
     calls = []
@@ -205,7 +206,7 @@ def test_what_cannot_wait_is_tried_again_so_often(failing: int) -> None:
     assert len(calls) == failing + 1
 
 
-def test_what_cannot_wait_is_not_tried_for_ever_nor_against_a_refusal() -> None:
+def test_retry_ends_and_never_repeats_a_refused_request() -> None:
     from mlflow.exceptions import MlflowException
 
     def trials(error: MlflowException) -> int:
@@ -223,11 +224,11 @@ def test_what_cannot_wait_is_not_tried_for_ever_nor_against_a_refusal() -> None:
     assert trials(MlflowException.invalid_parameter_value("no such thing")) == 1
 
 
-# -- the outbox, whatever happens in whatever order --------------------------------------------------------------------
+# -- the outbox under any sequence of events ---------------------------------------------------------------------------
 
 
 class Store:
-    """A client that keeps what a server would, and fails as it is told to: before it took anything, in the middle, after."""
+    """A client that keeps what a server would, and fails on request: before, in the middle of or after a batch."""
 
     def __init__(self) -> None:
         self.points: dict[tuple[str, int, float, int], None] = {}
@@ -270,15 +271,15 @@ actions = st.one_of(
 
 @settings(max_examples=300, deadline=None)
 @given(story=st.lists(actions, max_size=30))
-def test_whatever_fails_and_dies_in_whatever_order_nothing_is_lost_or_doubled(
+def test_outbox_property_nothing_is_lost_or_doubled(
     story: list[tuple[str, Any]], tmp_path_factory: pytest.TempPathFactory
 ) -> None:
-    """Points of two metrics; a crash goes back to a checkpoint some steps before and may leave half a record."""
+    """Points of two metrics; a crash returns to a checkpoint some steps before and may leave an incomplete record."""
     folder, server = tmp_path_factory.mktemp("outbox"), Store()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(run_module, "INTERVAL", 3600.0)
-        patch.setattr(run_module, "MOST_ENTRIES", 5)
-        patch.setattr(threading.Thread, "start", lambda self: None)  # deliveries are the story's own
+        patch.setattr(run_module, "DELIVERY_SECONDS", 3600.0)
+        patch.setattr(outbox_module, "MAX_ENTRIES", 5)
+        patch.setattr(threading.Thread, "start", lambda self: None)  # only the story delivers
 
         def opened() -> TrackedRun:
             run = TrackedRun("http://nowhere", "r", folder, resumed=True)
@@ -295,15 +296,15 @@ def test_whatever_fails_and_dies_in_whatever_order_nothing_is_lost_or_doubled(
                 run.flush()
             elif kind == "fail":
                 server.failure = detail
-            else:  # a crash leaves the process' memory behind; a restart may be on a file with half a record at its end
+            else:  # a crash loses the process's memory, and may leave an incomplete record at the end of the file
                 back, torn = detail if kind == "crash" else (detail, False)
                 if torn:
-                    with run.outbox.open("ab") as file:
+                    with run.outbox.path.open("ab") as file:
                         file.write(json.dumps({"kind": "metric", "key": "loss", "value": 0.0}).encode()[:-7])
                 step = max(0, step - back)
                 run = opened()
             highest = max(highest, step)
-        while step < highest:  # from the last checkpoint on, the steps come again
+        while step < highest:  # the steps after the last checkpoint are repeated
             run.log({"loss": step / 7, "rate": step * 2.0}, step)
             step += 1
         server.failure = None
@@ -311,4 +312,4 @@ def test_whatever_fails_and_dies_in_whatever_order_nothing_is_lost_or_doubled(
     for key, value in (("loss", 1 / 7), ("rate", 2.0)):
         arrived = [(s, v) for k, s, v, _ in server.points if k == key]
         assert arrived == [(s, pytest.approx(s * value)) for s in range(highest)]
-    assert run.outbox.stat().st_size == 0 and not run.rejected.exists()
+    assert run.outbox.path.stat().st_size == 0 and not run.rejected.exists()

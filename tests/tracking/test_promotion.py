@@ -8,7 +8,8 @@ from click.testing import CliRunner
 from antdist.cli.main import cli
 from antdist.errors import UserError
 from antdist.tracking.promotion import promote
-from antdist.tracking.registry import Lineage, resolve
+from antdist.tracking.registry import Lineage
+from antdist.tracking.resolve import resolve
 from tests.tracking.versions import make_version
 
 FOOD = Lineage({"food": "f1"}, target="food", strategy="relearn")
@@ -20,7 +21,7 @@ def held(uri: str, name: str, alias: str) -> int | None:
 
 @pytest.fixture(scope="module")
 def name(uri: str, tmp_path_factory: pytest.TempPathFactory) -> str:
-    """`food` with validation 0.25 (champion), 0.125, 0.5 with no transfer shown, one not validated, one of other data."""
+    """Register `food`: validation 0.25 (champion), 0.125, 0.5 without transfer, none, and 0.75 on other data."""
     folder = tmp_path_factory.mktemp("models")
     make_version(uri, folder, "food", FOOD, validation=0.25)
     make_version(uri, folder, "food", FOOD, validation=0.125)
@@ -30,9 +31,9 @@ def name(uri: str, tmp_path_factory: pytest.TempPathFactory) -> str:
     return "food"
 
 
-def test_an_alias_moves_to_what_is_better_and_stays_from_what_is_not(uri: str, name: str) -> None:
+def test_an_alias_moves_only_to_a_better_version(uri: str, name: str) -> None:
     assert promote("models:/food/2", "trial", uri).lines() == [
-        "trial of food: from nobody to version 2 (trial: the first, with validation Recall@10 0.1250)"
+        "trial of food: from no version to version 2 (trial: the first, with validation Recall@10 0.1250)"
     ]
     told = promote("models:/food/1", "trial", uri)
     assert (told.before, told.after, told.forced) == (2, 1, None) and held(uri, name, "trial") == 1
@@ -64,9 +65,7 @@ def test_champion_is_refused(uri: str, name: str, version: int, told: str) -> No
 
 
 @pytest.mark.parametrize("transfer", [None, "ground truth", "positive"])
-def test_champion_moves_to_what_is_better_and_no_doubtful_transfer(
-    uri: str, tmp_path: Path, transfer: str | None
-) -> None:
+def test_champion_moves_only_with_proven_transfer(uri: str, tmp_path: Path, transfer: str | None) -> None:
     made = f"moving {transfer}"
     make_version(uri, tmp_path, made, FOOD, validation=0.25)
     tags = {} if transfer is None else {"transfer": transfer}
@@ -74,11 +73,11 @@ def test_champion_moves_to_what_is_better_and_no_doubtful_transfer(
     assert promote(f"models:/{made}/2", "champion", uri).forced is None and held(uri, made, "champion") == 2
 
 
-def test_other_aliases_ask_for_no_transfer(uri: str, name: str) -> None:
+def test_other_aliases_do_not_require_transfer(uri: str, name: str) -> None:
     assert promote("models:/food/3", "doubtful", uri).forced is None and held(uri, name, "doubtful") == 3
 
 
-def test_force_moves_it_and_leaves_a_tag(uri: str, name: str) -> None:
+def test_force_moves_an_alias_and_records_a_tag(uri: str, name: str) -> None:
     assert promote("models:/food/1", "best", uri, force=True).forced is None
     assert "forced.best" not in resolve("models:/food/1", uri).tags
     told = promote("models:/food/2", "best", uri, force=True)
@@ -87,10 +86,10 @@ def test_force_moves_it_and_leaves_a_tag(uri: str, name: str) -> None:
     assert resolve("models:/food/2", uri).tags["forced.best"].endswith(told.forced)
 
 
-def test_the_verb(uri: str, name: str) -> None:
+def test_promote_command(uri: str, name: str) -> None:
     where = ["--tracking-uri", uri]
     told = CliRunner().invoke(cli, ["promote", "models:/food/2", "mine", *where], catch_exceptions=False)
-    assert told.output.startswith("mine of food: from nobody to version 2") and held(uri, name, "mine") == 2
+    assert told.output.startswith("mine of food: from no version to version 2") and held(uri, name, "mine") == 2
     CliRunner().invoke(cli, ["promote", "models:/food/4", "mine", "--force", *where], catch_exceptions=False)
     assert held(uri, name, "mine") == 4
 
@@ -107,6 +106,6 @@ def test_the_verb(uri: str, name: str) -> None:
         ("models:/food/1", "a b", "cannot name an alias"),
     ],
 )
-def test_mistakes(uri: str, name: str, model: str, alias: str, told: str) -> None:
+def test_promote_refuses_bad_references_and_aliases(uri: str, name: str, model: str, alias: str, told: str) -> None:
     with pytest.raises(UserError, match=told):
         promote(model, alias, uri, force=True)

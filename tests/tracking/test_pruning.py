@@ -8,9 +8,10 @@ from click.testing import CliRunner
 
 from antdist.cli.main import cli
 from antdist.errors import UserError
-from antdist.tracking.overview import Version, registered
-from antdist.tracking.pruning import prune, superfluous
-from antdist.tracking.registry import Lineage, register, resolve
+from antdist.tracking.overview import Version, load_versions
+from antdist.tracking.pruning import prune, select_prunable
+from antdist.tracking.registry import Lineage, register
+from antdist.tracking.resolve import resolve
 from antdist.tracking.run import start_run
 from antdist.tracking.store import connect
 from tests.tracking.versions import make_version, version
@@ -19,10 +20,10 @@ DATA = Lineage({"books": "f1"})
 
 
 def goes(versions: list[Version], keep: int, pattern: str = "*") -> list[str]:
-    return sorted(v.uri.removeprefix("models:/") for v in superfluous(versions, keep, pattern))
+    return sorted(v.uri.removeprefix("models:/") for v in select_prunable(versions, keep, pattern))
 
 
-def test_the_newest_of_each_name_and_those_with_an_alias_stay() -> None:
+def test_newest_versions_and_those_with_an_alias_stay() -> None:
     many = [version("a", n) for n in range(1, 8)] + [version("b", 1), version("a", 9, aliases=["champion"])]
     assert goes(many, 5) == ["a/1", "a/2", "a/3"]
     many[1] = version("a", 2, aliases=["mine"])
@@ -30,7 +31,7 @@ def test_the_newest_of_each_name_and_those_with_an_alias_stay() -> None:
     assert goes(many, 100) == [] and goes(many, 1, "b") == []
 
 
-def test_ancestors_of_what_stays_stay() -> None:
+def test_ancestors_of_kept_versions_stay() -> None:
     pre = [
         version("pre", 1),
         version("pre", 2, "models:/pre/1"),
@@ -44,12 +45,12 @@ def test_ancestors_of_what_stays_stay() -> None:
         "pre/3",
         "pre/4",
     ]  # pre/1 is a grandparent; food/1 goes, so does pre/3
-    assert goes([*pre, old, new], 1, "pre") == ["pre/4"]  # food/1 is not asked for, so it keeps its parent
+    assert goes([*pre, old, new], 1, "pre") == ["pre/4"]  # food/1 does not match, so its parent stays
     gone = version("food", 3, "models:/pre/9")
     assert goes([*pre, gone], 1) == ["pre/1", "pre/2", "pre/3", "pre/4"]
 
 
-def test_what_others_registered_and_what_was_copied_stays() -> None:
+def test_foreign_and_copied_versions_stay() -> None:
     foreign = version("a", 1, digest=None)
     original, newest = version("a", 2), version("a", 3)
     copy = version("b", 1, source="models:/a/2", digest=original.digest)
@@ -57,7 +58,7 @@ def test_what_others_registered_and_what_was_copied_stays() -> None:
     assert goes([foreign, original, newest, copy], 1) == []
 
 
-def test_pruning_removes_versions_and_their_files_and_tells(uri: str, tmp_path: Path) -> None:
+def test_prune_removes_versions_and_files_and_reports(uri: str, tmp_path: Path) -> None:
     for _ in range(3):
         state = tmp_path / "state"
         state.mkdir(exist_ok=True)
@@ -69,19 +70,19 @@ def test_pruning_removes_versions_and_their_files_and_tells(uri: str, tmp_path: 
         cli, ["models", "--name", "pruned", "--prune", "--keep", "2", "--dry-run", "--tracking-uri", uri]
     )
     assert told.output.splitlines()[0].startswith("would remove models:/pruned/1 (registered 20")
-    assert told.output.splitlines()[-1] == "would remove 1 versions, 2 stay" and folders[0].is_dir()
+    assert told.output.splitlines()[-1] == "would remove 1 version, 2 stay" and folders[0].is_dir()
     file = tmp_path / "pruned.json"
     CliRunner().invoke(
         cli, ["models", "--prune", "--keep", "1", "--tracking-uri", uri, "--json", str(file)], catch_exceptions=False
     )
     assert json.loads(file.read_text())["removed"] == ["models:/pruned/2", "models:/pruned/1"]
-    assert [v.uri for v in registered(uri) if v.name == "pruned"] == ["models:/pruned/3"]
+    assert [v.uri for v in load_versions(uri) if v.name == "pruned"] == ["models:/pruned/3"]
     assert [folder.exists() for folder in folders] == [False, False, True]
     assert [any(place.iterdir()) for place in states] == [False, False, True]
     assert resolve("models:/pruned@newest", uri).version == 3
 
 
-def test_files_that_two_versions_share_stay_until_the_last_goes(uri: str, tmp_path: Path) -> None:
+def test_shared_files_stay_until_the_last_version_goes(uri: str, tmp_path: Path) -> None:
     folder = tmp_path / "model"
     folder.mkdir()
     (folder / "weights").write_text("shared")
@@ -97,7 +98,7 @@ def test_files_that_two_versions_share_stay_until_the_last_goes(uri: str, tmp_pa
     assert not shared.exists()
 
 
-def test_a_run_that_mlflow_has_collected_does_not_stop_it(uri: str, tmp_path: Path) -> None:
+def test_prune_works_after_mlflow_gc_removed_the_run(uri: str, tmp_path: Path) -> None:
     for _ in range(2):
         make_version(uri, tmp_path, "collected", DATA)
     oldest, client = resolve("models:/collected/1", uri), connect(uri)
@@ -107,13 +108,11 @@ def test_a_run_that_mlflow_has_collected_does_not_stop_it(uri: str, tmp_path: Pa
     assert not oldest.folder.exists()
 
 
-def test_an_alias_that_came_meanwhile_keeps_its_version(
-    uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_alias_set_meanwhile_keeps_its_version(uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for _ in range(2):
         make_version(uri, tmp_path, "late", DATA)
-    known = registered(uri)
-    monkeypatch.setattr("antdist.tracking.pruning.registered", lambda uri: known)
+    known = load_versions(uri)
+    monkeypatch.setattr("antdist.tracking.pruning.load_versions", lambda uri: known)
     connect(uri).set_registered_model_alias("late", "mine", "1")
     done = prune(uri, pattern="late", keep=1)
     assert not done.removed and resolve("models:/late@mine", uri).version == 1
@@ -138,6 +137,6 @@ def test_files_that_cannot_be_removed_keep_their_version(
     assert [v.uri for v in prune(uri, pattern="stuck", keep=1).removed] == ["models:/stuck/1"]
 
 
-def test_options_of_prune_need_it() -> None:
+def test_options_of_prune_require_prune() -> None:
     told = CliRunner().invoke(cli, ["models", "--dry-run"])
     assert told.exit_code == 2 and "belong to --prune" in told.output

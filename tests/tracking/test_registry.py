@@ -9,14 +9,8 @@ import pytest
 
 from antdist.errors import UserError
 from antdist.tracking import store
-from antdist.tracking.registry import (
-    Lineage,
-    folder_digest,
-    judge,
-    register,
-    resolve,
-    resolve_training_state,
-)
+from antdist.tracking.registry import Lineage, compare_with_holder, folder_digest, register
+from antdist.tracking.resolve import resolve, resolve_training_state
 from antdist.tracking.run import start_run
 from antdist.tracking.store import connect
 
@@ -38,7 +32,7 @@ def new_run(uri: str, folder: Path) -> str:
 
 @pytest.fixture(scope="module")
 def known(uri: str, tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """`known-model` with one version that has training state."""
+    """Register `known-model` with one version that has training state."""
     folder = tmp_path_factory.mktemp("known")
     model, state = model_folder(folder / "m", "known"), model_folder(folder / "s", "state")
     run_id = new_run(uri, folder / "run")
@@ -47,7 +41,7 @@ def known(uri: str, tmp_path_factory: pytest.TempPathFactory) -> Any:
     )
 
 
-def test_what_becomes_known_later_is_told_of_the_version_that_is_there(uri: str, tmp_path: Path) -> None:
+def test_registering_again_updates_tags_of_the_version(uri: str, tmp_path: Path) -> None:
     run_id, folder = new_run(uri, tmp_path / "run"), model_folder(tmp_path / "m", "later")
     first = register(uri, run_id, folder, "later", PRETRAIN, promote=False, tags={"transfer": "unknown", "seed": "1"})
     again = register(uri, run_id, folder, "later", PRETRAIN, tags={"transfer": "positive"})
@@ -56,7 +50,7 @@ def test_what_becomes_known_later_is_told_of_the_version_that_is_there(uri: str,
     assert (tags["transfer"], tags["seed"]) == ("positive", "1")
 
 
-def test_a_version_comes_back_whole_with_its_lineage(uri: str, tmp_path: Path) -> None:
+def test_a_version_is_resolved_with_its_lineage(uri: str, tmp_path: Path) -> None:
     run_id = new_run(uri, tmp_path / "run")
     parent = register(uri, run_id, model_folder(tmp_path / "p", "p"), "whole", PRETRAIN, validation=0.5)
     lineage = Lineage({"toys": "f3"}, target="toys", strategy="relearn", parent=parent.uri)
@@ -71,11 +65,11 @@ def test_a_version_comes_back_whole_with_its_lineage(uri: str, tmp_path: Path) -
     assert found.tags["parent"] == "models:/whole/1" and found.tags["fingerprint.toys"] == "f3"
     assert found.tags["strategy"] == "relearn" and found.tags["task"] == "target:f3"
     assert resolve("models:/whole@champion", uri).version == 1
-    # Both versions of one run are still what they were, though they have the same file names.
+    # Both versions of one run keep their content, though they have the same file names.
     assert (resolve("models:/whole/1", uri).folder / "weights.safetensors").read_text() == "p"
 
 
-def test_registering_again_makes_no_second_version(uri: str, tmp_path: Path) -> None:
+def test_registering_again_creates_no_second_version(uri: str, tmp_path: Path) -> None:
     run_id = new_run(uri, tmp_path / "run")
     a, b = model_folder(tmp_path / "a", "a"), model_folder(tmp_path / "b", "b")
     first = register(uri, run_id, a, "again", PRETRAIN, validation=0.2)
@@ -88,7 +82,7 @@ def test_registering_again_makes_no_second_version(uri: str, tmp_path: Path) -> 
     assert register(uri, other, a, "again", PRETRAIN).version == 3
 
 
-def test_registering_goes_on_where_it_was_cut_off(uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_registering_resumes_after_an_interruption(uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from mlflow import MlflowClient
     from mlflow.exceptions import MlflowException
 
@@ -107,11 +101,11 @@ def test_registering_goes_on_where_it_was_cut_off(uri: str, tmp_path: Path, monk
     assert resolve("models:/cut@newest", uri).version == resolve("models:/cut@champion", uri).version == 1
 
 
-@pytest.mark.parametrize("then", ["is tried again by itself", "the command runs again"])
+@pytest.mark.parametrize("then", ["register retries", "the command runs again"])
 @pytest.mark.parametrize(
     "step", ["log_artifacts", "create_registered_model", "create_model_version", "set_registered_model_alias"]
 )
-def test_an_answer_lost_at_any_step_of_registering_leaves_no_double(
+def test_a_lost_answer_never_registers_a_version_twice(
     uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str, then: str
 ) -> None:
     from mlflow import MlflowClient
@@ -162,8 +156,8 @@ def version(number: int, metric: float | None, task: str = "t") -> SimpleNamespa
         (version(1, None), version(2, 0.9), False, "not comparable"),
     ],
 )
-def test_champion(holder: Any, candidate: Any, moves: bool, told: str) -> None:
-    verdict, words = judge("champion", holder, candidate)
+def test_champion_rule(holder: Any, candidate: Any, moves: bool, told: str) -> None:
+    verdict, words = compare_with_holder("champion", holder, candidate)
     assert verdict is moves and told in words
 
 
@@ -193,7 +187,7 @@ def test_artifacts_of_a_run_are_a_model(uri: str, known: Any, tmp_path: Path) ->
         resolve(f"runs:/{run.run_id}/model", uri)
 
 
-def test_training_state_comes_back_checked(uri: str, known: Any, tmp_path: Path) -> None:
+def test_training_state_is_resolved_and_checked(uri: str, known: Any, tmp_path: Path) -> None:
     state = resolve_training_state("models:/known-model/1", uri).folder
     assert (state / "weights.safetensors").read_text() == "state"
     run_id = new_run(uri, tmp_path / "run")
@@ -207,7 +201,7 @@ def test_training_state_comes_back_checked(uri: str, known: Any, tmp_path: Path)
     (state / "weights.safetensors").write_text("state")
 
 
-def test_a_longer_run_without_a_better_model_is_resumed_from_its_later_state(uri: str, tmp_path: Path) -> None:
+def test_resume_uses_the_later_state_of_the_same_best_model(uri: str, tmp_path: Path) -> None:
     run_id, model = new_run(uri, tmp_path / "run"), model_folder(tmp_path / "m", "best")
     for epoch in ("early", "late"):
         state = model_folder(tmp_path / epoch, epoch)
@@ -236,9 +230,7 @@ def test_a_damaged_version_is_refused(uri: str, tmp_path: Path, damage: str) -> 
 
 
 @pytest.mark.parametrize("left", [[], ["deeper/model.json"]])
-def test_a_download_whose_files_were_swept_away_is_not_used(
-    uri: str, known: Any, tmp_path: Path, left: list[str]
-) -> None:
+def test_an_incomplete_cached_download_is_not_used(uri: str, known: Any, tmp_path: Path, left: list[str]) -> None:
     swept = tmp_path / known.digest
     (swept / "deeper").mkdir(parents=True)
     for name in left:
@@ -247,9 +239,7 @@ def test_a_download_whose_files_were_swept_away_is_not_used(
     assert found != swept and folder_digest(found) == known.digest
 
 
-def test_loading_through_mlflow_does_not_spoil_the_digest(
-    uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_loading_through_mlflow_keeps_the_digest(uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import mlflow.artifacts
 
     folder = model_folder(tmp_path / "m", "pyfunc")
@@ -261,11 +251,11 @@ def test_loading_through_mlflow_does_not_spoil_the_digest(
     assert (found / "registered_model_meta").exists() and not (folder / "registered_model_meta").exists()
 
 
-def test_a_version_that_others_registered_is_refused(uri: str, known: Any, tmp_path: Path) -> None:
+def test_a_version_without_a_digest_is_refused(uri: str, known: Any, tmp_path: Path) -> None:
     client, found = connect(uri), resolve("models:/known-model/1", uri)
     client.create_registered_model("foreign")
     client.create_model_version("foreign", found.folder.as_uri(), found.run_id)
-    with pytest.raises(UserError, match="without a digest"):
+    with pytest.raises(UserError, match="has no digest, so antdist did not register it"):
         resolve("models:/foreign/1", uri)
 
 
@@ -282,22 +272,22 @@ def test_a_version_that_others_registered_is_refused(uri: str, known: Any, tmp_p
         ("runs:/0123", "not a reference to a run's artifacts"),
         ("runs:/0123/../../etc", "not a reference to a run's artifacts"),
         ("runs:/0123/model", "no run '0123' in the tracking store"),
-        ("s3://bucket/model", "no such folder, and no reference to a model"),
-        ("no/such/folder", "no such folder, and no reference to a model"),
+        ("s3://bucket/model", "neither an existing folder nor a reference to a model"),
+        ("no/such/folder", "neither an existing folder nor a reference to a model"),
     ],
 )
-def test_bad_references(uri: str, known: Any, reference: str, told: str) -> None:
+def test_invalid_references_are_refused(uri: str, known: Any, reference: str, told: str) -> None:
     with pytest.raises(UserError) as error:
         resolve(reference, uri)
     assert str(error.value).startswith(f"{reference}: ") and told in str(error.value)
 
 
-def test_an_empty_registry_is_told(tmp_path: Path) -> None:
+def test_an_empty_registry_is_reported(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="the registry is empty"):
         resolve("models:/any/1", f"sqlite:///{tmp_path}/mlflow.db")
 
 
-def test_folders_that_cannot_be_registered(uri: str, tmp_path: Path) -> None:
+def test_invalid_model_folders_are_refused(uri: str, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no such folder"):
         register(uri, "0", tmp_path / "absent", "n", PRETRAIN)
     (tmp_path / "empty").mkdir()
@@ -311,7 +301,7 @@ def test_folders_that_cannot_be_registered(uri: str, tmp_path: Path) -> None:
         register(uri, "0", tmp_path, "a/b", PRETRAIN)
 
 
-def test_digest_tells_names_and_contents_apart(tmp_path: Path) -> None:
+def test_digest_depends_on_names_and_contents(tmp_path: Path) -> None:
     a = model_folder(tmp_path / "a", "x")
     assert folder_digest(a) == folder_digest(model_folder(tmp_path / "b", "x"))
     assert folder_digest(a) != folder_digest(model_folder(tmp_path / "c", "y"))

@@ -14,18 +14,19 @@ import pytest
 
 from antdist.errors import UserError
 from antdist.tracking import run as run_module
-from antdist.tracking.run import TrackedRun, environment_tags, flatten, start_run
+from antdist.tracking.run import TrackedRun, start_run
 from antdist.tracking.store import connect
+from antdist.tracking.tags import environment_tags, flatten
 
 
 @pytest.fixture
 def slow_thread(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Leave the delivering to the test's own flush()."""
-    monkeypatch.setattr(run_module, "INTERVAL", 3600.0)
+    """Leave delivery to the test's own flush()."""
+    monkeypatch.setattr(run_module, "DELIVERY_SECONDS", 3600.0)
 
 
 class Flaky:
-    """A client whose log_batch fails on the calls named, before or after the store has taken the records."""
+    """A client whose log_batch fails on the given calls, before or after the store has the records."""
 
     def __init__(self, client: Any, before: set[int], after: set[int]) -> None:
         self.client, self.before, self.after, self.calls = client, before, after, 0
@@ -36,7 +37,7 @@ class Flaky:
     def log_batch(self, *args: Any, **kwargs: Any) -> None:
         call, self.calls = self.calls, self.calls + 1
         if call in self.before:
-            raise ConnectionError("away")
+            raise ConnectionError("unavailable")
         self.client.log_batch(*args, **kwargs)
         if call in self.after:
             raise ConnectionError("the answer was lost")
@@ -73,7 +74,7 @@ def test_a_run_holds_params_tags_config_and_metrics(uri: str, tmp_path: Path) ->
 
 
 @pytest.mark.usefixtures("slow_thread")
-def test_points_arrive_once_and_in_order_though_the_client_fails(uri: str, tmp_path: Path) -> None:
+def test_points_arrive_once_in_order_despite_failing_requests(uri: str, tmp_path: Path) -> None:
     run = start_run(uri, "first", "flaky", tmp_path)
     assert run.flush()
     flaky = Flaky(connect(uri), before={0, 1, 4}, after={3})
@@ -87,7 +88,7 @@ def test_points_arrive_once_and_in_order_though_the_client_fails(uri: str, tmp_p
     assert run.finish(timeout=20) is None
     assert flushed.count(False) == 4 and flushed[-1]
     assert history(uri, run.run_id, "loss") == [(step, step / 7) for step in range(steps)]
-    assert run.outbox.stat().st_size == 0
+    assert run.outbox.path.stat().st_size == 0
 
 
 @pytest.mark.usefixtures("slow_thread")
@@ -100,15 +101,15 @@ def test_logging_never_waits_for_the_store(uri: str, tmp_path: Path) -> None:
     assert time.monotonic() - begin < 2
     undelivered = run.finish(timeout=1)
     assert time.monotonic() - begin < 5
-    assert undelivered is not None and undelivered.outbox == run.outbox
-    assert undelivered.records == len(run.outbox.read_text().splitlines()) > 2000
+    assert undelivered is not None and undelivered.outbox == run.outbox.path
+    assert undelivered.records == len(run.outbox.path.read_text().splitlines()) > 2000
 
 
 KILLED = """
 import os, sys, signal
 from pathlib import Path
 from antdist.tracking import run as run_module
-run_module.INTERVAL = 3600.0
+run_module.DELIVERY_SECONDS = 3600.0
 run = run_module.TrackedRun(sys.argv[1], sys.argv[2], Path(sys.argv[3]), resumed=True)
 for step in range(100):
     run.log({"loss": step * 1.0}, step)
@@ -119,12 +120,12 @@ os.kill(os.getpid(), signal.SIGKILL)
 
 
 @pytest.mark.usefixtures("slow_thread")
-def test_a_killed_and_resumed_run_has_each_step_once(uri: str, tmp_path: Path) -> None:
+def test_kill_and_resume_record_each_step_once(uri: str, tmp_path: Path) -> None:
     first = start_run(uri, "first", "killed", tmp_path, config={"a": 1})
     assert first.finish(status=None) is None
     subprocess.run([sys.executable, "-c", KILLED, uri, first.run_id, str(tmp_path)], timeout=120)
     assert len(history(uri, first.run_id, "loss")) == 61
-    with first.outbox.open("ab") as file:
+    with first.outbox.path.open("ab") as file:
         file.write(b'{"kind": "metric", "key": "lo')  # torn
     again = start_run(uri, "first", "killed", tmp_path, config={"a": 2}, run_id=first.run_id)
     for step in range(40, 120):  # from the checkpoint at step 40
@@ -136,7 +137,7 @@ def test_a_killed_and_resumed_run_has_each_step_once(uri: str, tmp_path: Path) -
     assert not again.rejected.exists()
 
 
-def test_resuming_on_another_machine_keeps_steps_once(uri: str, tmp_path: Path) -> None:
+def test_resume_on_another_machine_records_each_step_once(uri: str, tmp_path: Path) -> None:
     first = start_run(uri, "first", "moved", tmp_path / "a")
     for step in range(10):
         first.log({"loss": 1.0}, step)
@@ -149,42 +150,42 @@ def test_resuming_on_another_machine_keeps_steps_once(uri: str, tmp_path: Path) 
     assert connect(uri).get_run(first.run_id).info.status == "RUNNING"
 
 
-def test_a_new_run_needs_the_store_and_a_resumed_one_does_not(tmp_path: Path, caplog: Any) -> None:
-    away = "http://me:hidden@127.0.0.1:9"
+def test_only_a_new_run_needs_the_store_not_a_resumed_one(tmp_path: Path, caplog: Any) -> None:
+    unavailable = "http://me:hidden@127.0.0.1:9"
     with pytest.raises(UserError, match="does not answer"):
-        start_run(away, "first", "n", tmp_path)
+        start_run(unavailable, "first", "n", tmp_path)
     with caplog.at_level(logging.WARNING, "antdist"):
-        run = start_run(away, "first", "n", tmp_path, run_id="0" * 32)
+        run = start_run(unavailable, "first", "n", tmp_path, run_id="0" * 32)
         run.log({"loss": 1.0}, 1)
         undelivered = run.finish(timeout=0.1)
     assert undelivered is not None and undelivered.records >= 2
     assert "records wait" in caplog.text and "hidden" not in caplog.text
-    assert "hidden" not in run.outbox.read_text()
+    assert "hidden" not in run.outbox.path.read_text()
 
 
-def test_a_server_that_is_there_and_fails_counts_as_away(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failing_server_counts_as_unavailable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(run_module, "check_reachable", lambda uri: None)  # /health answers, nothing else does
-    away = "http://127.0.0.1:9"
+    unavailable = "http://127.0.0.1:9"
     with pytest.raises(UserError, match="refused or failed"):
-        start_run(away, "first", "n", tmp_path)
-    run = start_run(away, "first", "n", tmp_path, offline_ok=True)
+        start_run(unavailable, "first", "n", tmp_path)
+    run = start_run(unavailable, "first", "n", tmp_path, offline_ok=True)
     assert run.run_id.startswith(run_module.OFFLINE)
     assert run.finish(timeout=0.1) is not None
 
 
-def test_an_unknown_run_is_told(uri: str, tmp_path: Path) -> None:
+def test_an_unknown_run_is_refused(uri: str, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="knows no run 'feedbeef'"):
         start_run(uri, "first", "n", tmp_path, run_id="feedbeef")
 
 
-def test_a_deleted_experiment_is_told(uri: str, tmp_path: Path) -> None:
+def test_a_deleted_experiment_is_refused(uri: str, tmp_path: Path) -> None:
     client = connect(uri)
     client.delete_experiment(client.create_experiment("gone"))
     with pytest.raises(UserError, match="mlflow experiments restore --experiment-id"):
         start_run(uri, "gone", "n", tmp_path)
 
 
-def test_numbers_that_are_not_finite(uri: str, tmp_path: Path, caplog: Any) -> None:
+def test_nan_and_inf_are_recorded_as_nan(uri: str, tmp_path: Path, caplog: Any) -> None:
     run = start_run(uri, "first", "nan", tmp_path)
     for step, value in enumerate([1.0, math.nan, math.inf, -math.inf]):
         run.log({"loss": value}, step)
@@ -194,7 +195,7 @@ def test_numbers_that_are_not_finite(uri: str, tmp_path: Path, caplog: Any) -> N
     assert caplog.text.count("recorded as NaN") == 1
 
 
-def test_a_refused_record_is_set_aside_and_holds_up_nothing(uri: str, tmp_path: Path) -> None:
+def test_a_refused_record_is_rejected_and_blocks_nothing(uri: str, tmp_path: Path) -> None:
     run = start_run(uri, "first", "refused", tmp_path)
     run.log({"good": 1.0, "a/../b": 2.0, "also good": 3.0}, 0)
     assert run.finish() is None
@@ -204,13 +205,13 @@ def test_a_refused_record_is_set_aside_and_holds_up_nothing(uri: str, tmp_path: 
 
 def test_a_full_disk_keeps_records_in_memory(uri: str, tmp_path: Path, monkeypatch: Any, caplog: Any) -> None:
     run = start_run(uri, "first", "full", tmp_path)
-    outbox, run.outbox = run.outbox, Path("/dev/full")
-    if not run.outbox.exists():
+    path, run.outbox.path = run.outbox.path, Path("/dev/full")
+    if not run.outbox.path.exists():
         pytest.skip("no /dev/full on this system")
     run.log({"loss": 1.0}, 0)
     run.log({"loss": 2.0}, 1)
     assert caplog.text.count("wait in memory") == 1
-    run.outbox = outbox
+    run.outbox.path = path
     run.log({"loss": 3.0}, 2)
     assert run.finish() is None
     assert history(uri, run.run_id, "loss") == [(0, 1.0), (1, 2.0), (2, 3.0)]
@@ -241,10 +242,10 @@ def test_environment_tags_with_and_without_a_checkout(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("2")
     assert environment_tags(tmp_path)["git.changed"] == "true"
     (tmp_path / ".git" / "index").write_bytes(b"damaged")
-    assert "git.changed" not in environment_tags(tmp_path)  # git did not say
+    assert "git.changed" not in environment_tags(tmp_path)  # git status failed
 
 
-def test_a_second_handle_goes_on_where_the_first_left(uri: str, tmp_path: Path) -> None:
+def test_a_second_process_continues_the_run(uri: str, tmp_path: Path) -> None:
     driver = start_run(uri, "first", "handed", tmp_path)
     assert driver.finish(status=None) is None
     worker = TrackedRun(uri, driver.run_id, tmp_path, resumed=True)

@@ -16,7 +16,8 @@ import pytest
 
 from antdist.tracking import run as run_module
 from antdist.tracking import store
-from antdist.tracking.registry import Lineage, folder_digest, register, resolve
+from antdist.tracking.registry import Lineage, folder_digest, register
+from antdist.tracking.resolve import resolve
 from antdist.tracking.run import start_run
 from antdist.tracking.store import connect
 from tests.stores import Bucket, Database, TrackingServer
@@ -31,7 +32,8 @@ LINEAGE = Lineage({"books": "f" * 64})
 FREIGHT = r"""
 import json, re, sys
 from pathlib import Path
-from antdist.tracking.registry import Lineage, register, resolve, resolve_training_state
+from antdist.tracking.registry import Lineage, register
+from antdist.tracking.resolve import resolve, resolve_training_state
 from antdist.tracking.run import start_run
 
 uri, run_folder, model, state, cache = sys.argv[1], *map(Path, sys.argv[2:])
@@ -70,7 +72,7 @@ def served(
     """How files go: "links", straight to the bucket by links that the server signs, as MLflow has it where it can; "server",
     all through it; "keys", the server has nothing to do with them. Only then a job needs the bucket's keys."""
     way = request.param
-    monkeypatch.setattr(run_module, "LONGEST_WAIT", 2.0)
+    monkeypatch.setattr(run_module, "MAX_RETRY_SECONDS", 2.0)
     monkeypatch.setattr(store, "WAITS", (1.0,) * 60)
     if way != "keys":
         for name in s3.environment:
@@ -83,7 +85,7 @@ def served(
 
 
 @pytest.mark.parametrize("served", ["links", "server", "keys"], indirect=True)
-def test_hundreds_of_megabytes_go_and_come_in_little_memory(served: TrackingServer, tmp_path: Path) -> None:
+def test_large_artifacts_transfer_in_little_memory(served: TrackingServer, tmp_path: Path) -> None:
     model, state = heavy(tmp_path / "model", 1), heavy(tmp_path / "state", 2, 16)
     done = subprocess.run(
         [sys.executable, "-c", FREIGHT, served.uri, tmp_path / "run", model, state, tmp_path / "cache"],
@@ -101,7 +103,7 @@ def test_hundreds_of_megabytes_go_and_come_in_little_memory(served: TrackingServ
 
 
 @pytest.mark.parametrize("served", ["server"], indirect=True)
-def test_a_server_killed_while_a_run_records_and_registers_gets_all_once(
+def test_server_killed_during_transfer_gets_everything_once(
     served: TrackingServer, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     """What it had taken, it has again after its restart: PostgreSQL and the bucket keep it."""

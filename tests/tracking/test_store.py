@@ -19,10 +19,10 @@ from antdist.tracking.store import (
     artifact_location,
     check_reachable,
     connect,
-    open_pages_command,
     redact,
-    told_clearly,
     tracking_uri,
+    translate_errors,
+    ui_command,
 )
 
 
@@ -31,7 +31,7 @@ def no_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
 
 
-def test_configuration_before_environment_before_sqlite(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_uri_from_config_then_environment_then_sqlite(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert tracking_uri(TrackingConfig(), tmp_path) == f"sqlite:///{tmp_path}/mlflow.db"
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://from-environment:5000/")
     assert tracking_uri(TrackingConfig(), tmp_path) == "http://from-environment:5000"
@@ -51,11 +51,11 @@ def test_sqlite_paths_become_absolute(tmp_path: Path, monkeypatch: pytest.Monkey
     [
         ("postgresql://me:hidden@db/mlflow", "mlflow server --backend-store-uri"),
         ("/a/folder", "start `mlflow server"),
-        ("sqlite://", "seen by one process only"),
+        ("sqlite://", "visible to one process only"),
         ("sqlite:///:memory:", "Give sqlite:///FILE"),
     ],
 )
-def test_other_stores_are_refused(uri: str, told: str, tmp_path: Path) -> None:
+def test_unsupported_stores_are_refused(uri: str, told: str, tmp_path: Path) -> None:
     with pytest.raises(UserError) as error:
         tracking_uri(TrackingConfig(uri=uri), tmp_path)
     assert str(error.value).startswith("tracking.uri: ") and told in str(error.value)
@@ -77,7 +77,7 @@ def test_redact(text: str, clean: str) -> None:
     assert redact(text) == clean
 
 
-def test_server_away_is_told_quickly_and_without_credentials() -> None:
+def test_unavailable_server_is_reported_without_credentials() -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -89,7 +89,7 @@ def test_server_away_is_told_quickly_and_without_credentials() -> None:
     assert "hidden" not in str(error.value)
 
 
-def test_server_that_accepts_and_says_nothing_is_given_up() -> None:
+def test_silent_server_times_out() -> None:
     with socket.create_server(("127.0.0.1", 0)) as silent:
         begin = time.monotonic()
         with pytest.raises(UserError, match=r"does not answer within 0\.5 s"):
@@ -117,8 +117,10 @@ def server() -> Iterator[tuple[str, dict[str, int]]]:
     running.server_close()
 
 
-@pytest.mark.parametrize(("status", "told"), [(404, "not as MLflow does"), (500, "is in trouble")])
-def test_server_in_trouble(server: tuple[str, dict[str, int]], status: int, told: str) -> None:
+@pytest.mark.parametrize(
+    ("status", "told"), [(404, "does not answer as MLflow does"), (500, "reports an internal error")]
+)
+def test_server_errors_are_reported(server: tuple[str, dict[str, int]], status: int, told: str) -> None:
     uri, answer = server
     check_reachable(uri)
     answer["status"] = status
@@ -128,11 +130,11 @@ def test_server_in_trouble(server: tuple[str, dict[str, int]], status: int, told
     check_reachable(uri)
 
 
-def test_sqlite_store_that_cannot_be_written(tmp_path: Path) -> None:
+def test_sqlite_store_that_is_not_writable(tmp_path: Path) -> None:
     check_reachable(f"sqlite:///{tmp_path}/new/mlflow.db")
     assert not (tmp_path / "new/mlflow.db").exists()
     (tmp_path / "file").write_text("no folder")
-    with pytest.raises(UserError, match="cannot be made"):
+    with pytest.raises(UserError, match="cannot be created"):
         check_reachable(f"sqlite:///{tmp_path}/file/below/mlflow.db")
     (tmp_path / "text.db").write_text("no database" * 100)
     with pytest.raises(UserError, match="not a database") as error:
@@ -151,25 +153,25 @@ def test_sqlite_store_that_is_locked(tmp_path: Path) -> None:
     holder.close()
 
 
-def test_pages_open_on_loopback_only(tmp_path: Path) -> None:
-    command = open_pages_command(f"sqlite:///{tmp_path}/mlflow.db")
+def test_ui_command_binds_to_loopback(tmp_path: Path) -> None:
+    command = ui_command(f"sqlite:///{tmp_path}/mlflow.db")
     assert f"ui --backend-store-uri sqlite:///{tmp_path}/mlflow.db" in command
     assert command.endswith("--host 127.0.0.1")
-    assert "hidden" not in open_pages_command("http://me:hidden@server:5000")
+    assert "hidden" not in ui_command("http://me:hidden@server:5000")
 
 
-def test_mlflow_errors_are_told_without_credentials() -> None:
+def test_mlflow_errors_are_redacted() -> None:
     from mlflow.exceptions import MlflowException
 
-    with pytest.raises(UserError) as error, told_clearly("http://me:hidden@server"):
+    with pytest.raises(UserError) as error, translate_errors("http://me:hidden@server"):
         raise MlflowException("API request to http://me:hidden@server/api failed\nmore")
     assert "API request" in str(error.value) and "hidden" not in str(error.value)
     assert error.value.__suppress_context__
 
 
 @pytest.mark.parametrize("error", [requests.ConnectionError(), requests.ConnectionError("  \n")])
-def test_errors_without_words_are_told_by_their_kind(error: Exception) -> None:
-    with pytest.raises(UserError, match="refused or failed: ConnectionError"), told_clearly("http://server"):
+def test_errors_without_a_message_show_their_type(error: Exception) -> None:
+    with pytest.raises(UserError, match="refused or failed: ConnectionError"), translate_errors("http://server"):
         raise error
 
 

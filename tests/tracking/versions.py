@@ -11,7 +11,7 @@ from antdist.tracking.run import start_run
 
 
 def make_version(uri: str, folder: Path, name: str, lineage: Lineage, **options: object) -> ModelVersionInfo:
-    """A version with content of its own."""
+    """Register a version with unique content."""
     place = folder / f"{len(list(folder.iterdir()))}"
     place.mkdir()
     (place / "weights.safetensors").write_text(place.name)
@@ -21,7 +21,7 @@ def make_version(uri: str, folder: Path, name: str, lineage: Lineage, **options:
 
 
 def version(name: str, number: int, parent: str | None = None, **others: object) -> Version:
-    """One that no store knows."""
+    """Make a version that no store knows."""
     nothing = dict.fromkeys(("validation", "target", "strategy", "transfer", "training_state"))
     given = {"aliases": [], "fingerprints": {}, "registered": datetime.now(UTC), "run_id": "r", "parent": parent}
     stored = {"digest": f"{number:012}", "source": f"file:///r/artifacts/model/{number:012}"}

@@ -412,7 +412,7 @@ def _write_append(
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir()
     try:
-        faults.at("append", file="items")
+        faults.inject("append", file="items")
         records = make_item_records(new_items, ModalityCounts(), tally, quarantine, old.manifest.items)
         item_shards = write_items(
             partial, records, packing.items_per_shard, first=old.manifest.items, prefix=f"{name}/"
@@ -423,12 +423,12 @@ def _write_append(
         shutil.copyfile(folder / MANIFEST_NAME, partial / archived_manifest_name(old.fingerprint))
         for path in [*partial.iterdir(), partial]:
             flush_to_disk(path)
-        faults.at("append", file="rename")
+        faults.inject("append", file="rename")
         shutil.rmtree(folder / name, ignore_errors=True)  # left by an append that died before its manifest
         partial.rename(folder / name)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-    faults.at("append", file="manifest")
+    faults.inject("append", file="manifest")
     write_manifest(folder, manifest)
     return manifest
 
@@ -444,15 +444,15 @@ def _write_histories(
 ) -> Manifest:
     """Write the updated histories, pending users and popularity of an append; return the new manifest."""
     before = old.manifest
-    faults.at("append", file="sequences")
+    faults.inject("append", file="sequences")
     old_shards = _mark_superseded(old, update)
     users = sum(shard.users for shard in old_shards)
     sequence_shards = write_sequences(
         folder, *update.live, packing.block_users, packing.blocks_per_shard, first_user=users, prefix=prefix
     )
-    faults.at("append", file="pending")
+    faults.inject("append", file="pending")
     pending = _write_pending_users(old, update, folder, prefix, packing.block_users)
-    faults.at("append", file="superseded")
+    faults.inject("append", file="superseded")
     items = before.items + sum(shard.items for shard in item_shards)
     popularity = write_array(folder / "popularity.npy", _update_popularity(old, update, items), prefix)
     superseded = before.superseded

@@ -22,7 +22,7 @@ from antdist.runs.parent import load_parent
 from antdist.runs.records import Preemption, TrialResult
 from antdist.runs.trials import SPLITS, Trial, trials_of
 from antdist.runs.workers.common import best_model, check_features, lead_if_leader, learn, save_best, track_result
-from antdist.tracking.registry import ResolvedModel
+from antdist.tracking.resolve import ResolvedModel
 from antdist.tracking.run import TrackedRun
 from antdist.training.adaptation import adapt
 from antdist.training.progress import Metrics

@@ -72,25 +72,25 @@ def save_checkpoint(
     for leftover in parent.glob(f".writing-{PREFIX}*"):  # of a process that was killed
         shutil.rmtree(leftover, ignore_errors=True)
     folder.mkdir()
-    faults.at("save", rank=0, step=step, file="weights.safetensors")
+    faults.inject("save", rank=0, step=step, file="weights.safetensors")
     write_tensors(folder / "weights.safetensors", state.weights)
     flat = {f"{moment}/{name}": value for moment, values in state.moments.items() for name, value in values.items()}
-    faults.at("save", rank=0, step=step, file="moments.safetensors")
+    faults.inject("save", rank=0, step=step, file="moments.safetensors")
     write_tensors(folder / "moments.safetensors", flat)
     document = {**document, "engine": {"updates": state.updates, "scale": state.scale}}
-    faults.at("save", rank=0, step=step, file="progress.json")
+    faults.inject("save", rank=0, step=step, file="progress.json")
     (folder / "progress.json").write_text(json.dumps(document, indent=1, allow_nan=False))
     flush_to_disk(folder / "progress.json")
     files = {path.name: describe(path) for path in sorted(folder.iterdir())}
-    faults.at("save", rank=0, step=step, file=MARKER)
+    faults.inject("save", rank=0, step=step, file=MARKER)
     (folder / MARKER).write_text(json.dumps(files, indent=1))
     flush_to_disk(folder / MARKER)
     flush_to_disk(folder)
-    faults.at("save", rank=0, step=step, file="rename")
+    faults.inject("save", rank=0, step=step, file="rename")
     shutil.rmtree(final, ignore_errors=True)
     folder.rename(final)
     flush_to_disk(parent)
-    faults.at("save", rank=0, step=step, file="prune")
+    faults.inject("save", rank=0, step=step, file="prune")
     steps = steps_in(parent)
     for old in set(steps[:-keep]) - permanent_steps(steps, keep_every) - {*in_use}:
         shutil.rmtree(parent / f"{PREFIX}{old:08d}", ignore_errors=True)

@@ -86,15 +86,15 @@ class Remote:
             best = json.loads((local / "progress.json").read_text()).get("best")
             if best and best != self._uploaded_best:
                 path = best_weights(folder, best["epoch"])
-                faults.at("upload", rank=0, step=step, file="best")
+                faults.inject("upload", rank=0, step=step, file="best")
                 self._put(path, f"best/{path.name}")
                 self._uploaded_best = best
             for file in FILES:
-                faults.at("upload", rank=0, step=step, file=file)
+                faults.inject("upload", rank=0, step=step, file=file)
                 self._put(local / file, f"checkpoints/{name}/{file}")
-            faults.at("upload", rank=0, step=step, file=MARKER)
+            faults.inject("upload", rank=0, step=step, file=MARKER)
             self.write(f"checkpoints/{name}/{MARKER}", marker)
-        faults.at("upload", rank=0, step=step, file="prune")
+        faults.inject("upload", rank=0, step=step, file="prune")
         self._prune(step, keep, keep_every)
 
     def _prune(self, newest: int, keep: int, keep_every: int | None) -> None:

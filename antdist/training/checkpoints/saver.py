@@ -91,7 +91,7 @@ def save_with_best(
         path = best_weights(folder, progress.best_epoch)
         is_new_best = (progress.epoch, progress.batch) == (progress.best_epoch, 0)
         if is_new_best:
-            faults.at("save", rank=0, step=progress.step, file="best")
+            faults.inject("save", rank=0, step=progress.step, file="best")
             path.parent.mkdir(parents=True, exist_ok=True)
             write_tensors(path, state.weights)
             flush_to_disk(path.parent)

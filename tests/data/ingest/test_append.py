@@ -26,7 +26,7 @@ from antdist.data.manifest import read_manifest, write_manifest
 from antdist.data.stream.stream import Stream
 from antdist.data.verify import verify_domain
 from antdist.errors import UserError
-from antdist.serving.score import histories as users_to_score
+from antdist.serving.scorer import iterate_histories as users_to_score
 from tests.domains import numbered_domain
 
 Row = tuple[str, str, int]  # user, item, time

@@ -1,10 +1,10 @@
-"""The folder that `antdist score` fills: files come there whole, and it says what they were made from.
+"""The folder that `antdist score` fills: every file appears complete, and the folder records its inputs.
 
+_parts/inputs.json      written first: digests of everything that the files are computed from
 part-00000.parquet ...  the parts
-_parts/inputs.json      written first: what all that lies here was made from
-_parts/00000.json       a note of each part, written after it: a part counts by its note
-_score.json             written last: all of that
-Whoever reads a folder of Parquet files passes over names that begin with "_".
+_parts/00000.json       the note of a part, written after it: a part is finished when its note exists
+_score.json             written last: the summary
+Readers of a folder of Parquet files skip names that start with "_".
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ from antdist.io.storage import asking, open_storage
 SUMMARY, INPUTS = "_score.json", "_parts/inputs.json"
 
 
-class Output:
-    """A local folder, which all nodes of a cluster share, or a URI that fsspec knows.
+class ScoreFolder:
+    """The output of `antdist score`: a local folder that all nodes of a cluster share, or a URI that fsspec knows.
 
     Raises (every method, too):
         UserError: fsspec knows no such storage, its package is missing, it does not answer, or refuses.
@@ -40,19 +40,19 @@ class Output:
         self.is_local = "file" in self._files.protocol
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return Output, (self.place,)
+        return ScoreFolder, (self.place,)
 
     def claim(self, inputs: Mapping[str, str]) -> None:
-        """Make this the folder of what is made from `inputs`, if it is empty or is that already.
+        """Reserve an empty folder for what is computed from `inputs`, or check that it was reserved for the same.
 
         Raises:
-            UserError: it holds something else; naming what differs.
+            UserError: it holds something else; the message names the input that differs.
         """
         known = self.read_json(INPUTS)
         if known is None:
             if self._sizes():
                 raise UserError(
-                    "is not empty, and `antdist score` did not begin it",
+                    "is not empty, and `antdist score` did not create it",
                     where=self.place,
                     remedy="name another --out, or empty this one",
                 )
@@ -62,37 +62,39 @@ class Output:
         if differing:
             key, *more = differing
             raise UserError(
-                f"holds what was made from other inputs: {key} was {_short(known.get(key))}, here it is "
-                f"{_short(inputs.get(key))}" + (f"; {', '.join(more)} differ too" if more else ""),
+                f"holds scores of other inputs: {key} was {_abbreviate(known.get(key))}, now it is "
+                f"{_abbreviate(inputs.get(key))}" + (f"; {', '.join(more)} differ too" if more else ""),
                 where=self.place,
                 remedy="name another --out, or empty this one",
             )
 
-    def finished(self) -> dict[int, dict[str, Any]]:
-        """The notes of the parts that are whole, by number: of the size that was written, in a local folder of the same
-        digest."""
+    def read_finished(self) -> dict[int, dict[str, Any]]:
+        """Read the notes of complete parts, by number: of the recorded size, in a local folder also of its digest."""
         names = [name for name in self._sizes("_parts") if name.partition(".")[0].isdigit()]
         with ThreadPoolExecutor(16) as pool:
             notes = [
                 note for note in pool.map(self.read_json, [f"_parts/{name}" for name in names]) if note is not None
             ]
-        lost = set(self.lost(notes))
-        whole = [note for note in notes if note["name"] not in lost]
+        missing = set(self.find_missing(notes))
+        complete = [note for note in notes if note["name"] not in missing]
         if self.is_local:
-            whole = [note for note in whole if file_sha256(Path(self._root / note["name"])) == note["sha256"]]
-        return {note["number"]: note for note in whole}
+            complete = [note for note in complete if file_sha256(Path(self._root / note["name"])) == note["sha256"]]
+        return {note["number"]: note for note in complete}
 
-    def lost(self, notes: Iterable[Mapping[str, Any]]) -> list[str]:
-        """The parts that are not there, or of another size than their notes say."""
+    def find_missing(self, notes: Iterable[Mapping[str, Any]]) -> list[str]:
+        """List the parts that are missing, or whose size differs from their note's."""
         sizes = self._sizes()
         return [note["name"] for note in notes if sizes.get(note["name"]) != note["bytes"]]
 
     @contextlib.contextmanager
     def writing(self, name: str) -> Iterator[tuple[Path, dict[str, Any]]]:
-        """A local file to write, which comes to its place when the block ends, and a dictionary that then says its `name`,
-        `bytes` and `sha256`."""
+        """Write a local file that moves to its place, complete and flushed, when the block ends.
+
+        Yields:
+            The file, and a dictionary that gets its `name`, `bytes` and `sha256` at the end of the block.
+        """
         facts: dict[str, Any] = {}
-        with self._beside(name) as path:
+        with self._temporary_file(name) as path:
             yield path, facts
             facts |= {"name": name, "bytes": path.stat().st_size, "sha256": file_sha256(path)}
             flush_to_disk(path)
@@ -109,12 +111,12 @@ class Output:
                 self._files.put_file(str(path), place)
         except FileNotFoundError as error:
             raise UserError(
-                f"cannot be written to ({error})", where=self.place, remedy="make the bucket first"
+                f"cannot be written to ({error})", where=self.place, remedy="create the bucket first"
             ) from None
 
     @contextlib.contextmanager
-    def _beside(self, name: str) -> Iterator[Path]:
-        """A temporary file: in a local folder on the same disk, so that it can be renamed."""
+    def _temporary_file(self, name: str) -> Iterator[Path]:
+        """Name a temporary file, in a local folder on the same disk, so that it can be renamed."""
         if not self.is_local:
             with tempfile.TemporaryDirectory() as folder:
                 yield Path(folder) / PurePosixPath(name).name
@@ -128,7 +130,7 @@ class Output:
             path.unlink(missing_ok=True)
 
     def read_json(self, name: str) -> dict[str, Any] | None:
-        """None where there is no such file, or what it holds is no JSON object."""
+        """Read a JSON object, or return None if there is no such file or it holds something else."""
         try:
             with self._asking():
                 text = self._files.cat_file(str(self._root / name))
@@ -145,14 +147,14 @@ class Output:
         with contextlib.suppress(FileNotFoundError), self._asking():
             self._files.rm_file(str(self._root / name))
 
-    def sweep(self) -> None:
-        """Remove what killed workers left half written."""
+    def remove_partial(self) -> None:
+        """Remove the files that killed workers left incomplete."""
         for name in self._sizes():
             if name.startswith(".part-") and name.endswith(".tmp"):
                 self.remove(name)
 
     def _sizes(self, folder: str = "") -> dict[str, int]:
-        """What lies in a folder, and how many bytes each file has, as it is at this moment."""
+        """List a folder's files with their current sizes in bytes, past fsspec's cache."""
         try:
             with self._asking():
                 self._files.invalidate_cache()
@@ -165,6 +167,6 @@ class Output:
         return contextlib.nullcontext() if self.is_local else asking(self.place)
 
 
-def _short(value: object) -> str:
-    """A digest by its first digits."""
+def _abbreviate(value: object) -> str:
+    """Cut a digest to its first digits."""
     return "absent" if value is None else str(value)[:12]
