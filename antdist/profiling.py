@@ -9,6 +9,7 @@ import contextlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from antdist.io.files import write_atomically
 from antdist.io.logs import get_logger
 
 logger = get_logger(__name__)
@@ -49,9 +50,10 @@ def profile_steps(file: Path | None, *, on_gpu: bool = False) -> Iterator[Callab
     def write(trace: torch.profiler.profile) -> None:
         _set_enabled(False)
         file.parent.mkdir(parents=True, exist_ok=True)
-        partial = file.with_name(f".{file.name}")
-        trace.export_chrome_trace(str(partial))
-        partial.replace(file)
+        with write_atomically(
+            file, sync="none", suffix=f".partial{file.suffix}"
+        ) as partial:  # torch zips by the suffix
+            trace.export_chrome_trace(str(partial))
         logger.info(f"profile of steps {WAIT + WARM_UP + 1} and later: {file} (open it in https://ui.perfetto.dev)")
 
     _set_enabled(True)

@@ -12,7 +12,7 @@ from pydantic import Field, ValidationError, model_validator
 
 from antdist.data.entries import PLAIN_NAME, Count, Digest, File, FrozenRecord
 from antdist.errors import UserError
-from antdist.io.files import flush_to_disk
+from antdist.io.files import write_atomically
 
 if TYPE_CHECKING:
     from antdist.data.places import Place
@@ -207,11 +207,8 @@ def _check_equal(what: str, stated: int, counted: int) -> None:
 def write_manifest(folder: Path, manifest: Manifest) -> None:
     """Write `manifest.json` into the folder, atomically; equal manifests give equal bytes."""
     text = json.dumps(manifest.model_dump(mode="json"), sort_keys=True, indent=1, ensure_ascii=True)
-    partial = folder / f".{MANIFEST_NAME}.partial"
-    partial.write_text(text + "\n", encoding="utf-8")
-    flush_to_disk(partial)
-    partial.replace(folder / MANIFEST_NAME)
-    flush_to_disk(folder)
+    with write_atomically(folder / MANIFEST_NAME, sync="folder") as partial:
+        partial.write_text(text + "\n", encoding="utf-8")
 
 
 def archived_manifest_name(fingerprint: str) -> str:

@@ -27,7 +27,7 @@ from antdist.data.shards import (
     encode_npy,
 )
 from antdist.errors import UserError
-from antdist.io.files import write_json
+from antdist.io.files import write_folder_atomically, write_json
 
 BLOCK_USERS = 1024
 ITEMS_PER_SHARD = 4096
@@ -77,10 +77,9 @@ def write_domain(
     assert sequences.offsets[0] == 0
 
     folder.parent.mkdir(parents=True, exist_ok=True)
-    partial = folder.parent / f".{folder.name}.partial-{os.getpid()}"
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir()
-    try:
+    temporary = folder.parent / f".{folder.name}.partial-{os.getpid()}"
+    old = temporary.with_name(f"{temporary.name}-old")
+    with write_folder_atomically(folder, temporary) as partial:
         item_shards = write_items(partial, items, items_per_shard)
         count = sum(shard.items for shard in item_shards)
         assert not len(sequences.items) or 0 <= sequences.items.min() <= sequences.items.max() < count
@@ -99,9 +98,9 @@ def write_domain(
             document = {"fingerprint": manifest.fingerprint, "shard": shard.model_dump(mode="json")}
             write_json(partial / PENDING_DESCRIPTION_NAME, document)
         write_manifest(partial, manifest)
-        _replace_folder(partial, folder)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        if folder.exists():
+            folder.rename(old)
+    shutil.rmtree(old, ignore_errors=True)
     return manifest
 
 
@@ -122,14 +121,6 @@ def check_target_folder(folder: Path, overwrite: bool) -> None:
         raise UserError(
             "is not a prepared domain, so it is not overwritten", where=folder, remedy="choose another name"
         )
-
-
-def _replace_folder(partial: Path, folder: Path) -> None:
-    old = partial.with_name(partial.name + "-old")
-    if folder.exists():
-        folder.rename(old)
-    partial.rename(folder)
-    shutil.rmtree(old, ignore_errors=True)
 
 
 def write_items(

@@ -18,6 +18,7 @@ from antdist.config.schema import RelearnConfig
 from antdist.config.semantics import comparable
 from antdist.errors import UserError
 from antdist.evaluation.ranking import Ranks
+from antdist.io.files import write_atomically
 
 # what zip files, their decompression and numpy's headers raise on damaged bytes
 UNREADABLE = (
@@ -91,8 +92,7 @@ def save_ranks(path: str | Path, run: Run) -> None:
     assert len(run.ranks) == len(run.key.seeds)
     assert all(np.array_equal(r.users, first.users) and np.array_equal(r.seen, first.seen) for r in run.ranks)
     path.parent.mkdir(parents=True, exist_ok=True)
-    half_written = path.with_name(f".{path.name}.part")
-    with half_written.open("wb") as file:
+    with write_atomically(path, sync="none") as partial, partial.open("wb") as file:
         np.savez_compressed(
             file,
             ranks=np.stack([r.ranks for r in run.ranks]),
@@ -100,7 +100,6 @@ def save_ranks(path: str | Path, run: Run) -> None:
             seen=first.seen,
             key=np.array(run.key.model_dump_json()),
         )
-    half_written.replace(path)
 
 
 def load_ranks(path: str | Path) -> Run:

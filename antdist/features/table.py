@@ -8,7 +8,6 @@ a table exists when it does. If no item has the modality, the table has no parts
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -26,7 +25,7 @@ from antdist.data.places import PARALLEL_FETCHES, Place, RemotePath
 from antdist.errors import UserError
 from antdist.features.gather import group_by_range, take_rows
 from antdist.features.parts import MappedParts, check_array, map_file
-from antdist.io.files import file_sha256, write_json
+from antdist.io.files import file_sha256, write_atomically, write_json, writer_suffix
 
 if TYPE_CHECKING:
     from antdist.data.domain import Domain
@@ -130,14 +129,10 @@ def write_part(
 
 
 def _write_array(path: Path, array: NDArray[Any]) -> tuple[int, str]:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with temporary.open("wb") as file:
-        np.save(file, np.ascontiguousarray(array), allow_pickle=False)
-        file.flush()
-        os.fsync(file.fileno())
-    size, digest = temporary.stat().st_size, file_sha256(temporary)
-    temporary.replace(path)
-    return size, digest
+    with write_atomically(path, suffix=writer_suffix()) as temporary:
+        with temporary.open("wb") as file:
+            np.save(file, np.ascontiguousarray(array), allow_pickle=False)
+        return temporary.stat().st_size, file_sha256(temporary)
 
 
 def write_meta(folder: Path, meta: FeatureMeta) -> None:

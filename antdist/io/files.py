@@ -1,28 +1,77 @@
-"""Small things about files that every room needs: whole or not at all, down to the disk, and what is in them."""
+"""Files: write them atomically and durably, read and digest them."""
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
+import shutil
+import socket
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from antdist.errors import UserError
 
+# What is flushed to disk, and when:
+# none    nothing. Other processes see the old file or the new one; after a power cut the new one may be empty.
+# file    the content, before the name. After a power cut there is the old file or the new one.
+# folder  the name, too, before the writer goes on. For a file that something written later vouches for.
+Sync = Literal["none", "file", "folder"]
 
-def write_json(path: Path, content: dict[str, Any], *, lasting: bool = True) -> None:
-    """Write JSON so that a reader sees the whole file or none, after a power cut, too; that is left out of what is not
-    `lasting`, as it costs the time of a disk."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(json.dumps(content, indent=1, sort_keys=True) + "\n", encoding="utf-8")
-    if lasting:
-        flush_to_disk(temporary)
-    temporary.replace(path)
+
+@contextlib.contextmanager
+def write_atomically(path: Path, *, sync: Sync = "file", suffix: str = ".partial") -> Iterator[Path]:
+    """Yield a temporary path to write; when the block ends, it replaces `path`, so that nobody reads half a file.
+
+    If the block fails, the temporary file is removed and `path` is as before. A killed process leaves it behind; the next
+    one overwrites it.
+
+    Args:
+        suffix: of the temporary name; `writer_suffix()` where several processes may write the same file at once.
+    """
+    temporary = path.with_name(f".{path.name}{suffix}")
+    try:
+        yield temporary
+        if sync != "none":
+            flush_to_disk(temporary)
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    if sync == "folder":
+        flush_to_disk(path.parent)
+
+
+def writer_suffix() -> str:
+    """Return a suffix that no other process on any node uses."""
+    return f".{socket.gethostname()}-{os.getpid()}.tmp"
+
+
+@contextlib.contextmanager
+def write_folder_atomically(folder: Path, temporary: Path) -> Iterator[Path]:
+    """Yield the empty folder `temporary` to fill; when the block ends, it is renamed to `folder`.
+
+    What a killed process left in `temporary` is removed first, and so is the folder if the block fails.
+    """
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    try:
+        yield temporary
+        temporary.rename(folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def write_json(path: Path, content: dict[str, Any], *, sync: Sync = "file") -> None:
+    """Write JSON atomically."""
+    with write_atomically(path, sync=sync, suffix=writer_suffix()) as temporary:
+        temporary.write_text(json.dumps(content, indent=1, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def read_json(path: Path) -> dict[str, Any] | None:
-    """The mapping in a JSON file, or None if there is no such file. Raises UserError: something else is in it."""
+    """Read the JSON object in a file; None if there is no such file. Raises UserError if it holds anything else."""
     if not path.is_file():
         return None
     try:
@@ -37,13 +86,13 @@ def read_json(path: Path) -> dict[str, Any] | None:
 
 
 def file_sha256(path: Path) -> str:
-    """The digest of a file's bytes, in hexadecimal."""
+    """Return the hexadecimal SHA-256 digest of a file."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def flush_to_disk(path: Path) -> None:
-    """Of a file or folder, so that what is written after it never survives a power cut that it does not."""
+    """Flush a file or folder to disk (fsync), so that later writes cannot become durable before this one."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

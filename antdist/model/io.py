@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from antdist.config.schema import ModelConfig, Strategy
 from antdist.errors import UserError
-from antdist.io.files import flush_to_disk
+from antdist.io.files import write_atomically
 
 if TYPE_CHECKING:
     from antdist.model.recommender import Recommender
@@ -56,10 +56,10 @@ def save_model(folder: str | Path, model: Recommender, card: ModelCard) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / CARD).unlink(missing_ok=True)
     weights = {name: value.detach().to("cpu", torch.float32).contiguous() for name, value in model.named_parameters()}
-    save_file(weights, folder / f"{WEIGHTS}.tmp", metadata={"format": "pt"})
-    _publish(folder / WEIGHTS)
-    (folder / f"{CARD}.tmp").write_text(card.model_dump_json(indent=2) + "\n", encoding="utf-8")
-    _publish(folder / CARD)
+    with write_atomically(folder / WEIGHTS, sync="folder") as partial:
+        save_file(weights, partial, metadata={"format": "pt"})
+    with write_atomically(folder / CARD, sync="folder") as partial:
+        partial.write_text(card.model_dump_json(indent=2) + "\n", encoding="utf-8")
 
 
 def load_model(folder: str | Path) -> tuple[Recommender, ModelCard]:
@@ -124,11 +124,3 @@ def read_card(folder: str | Path) -> ModelCard:
             where=path,
             remedy="check that the file is complete and was written by this version of antdist",
         ) from error
-
-
-def _publish(path: Path) -> None:
-    """Rename PATH.tmp to PATH once its bytes are on disk; then the name is, before anything after it."""
-    temporary = path.with_name(f"{path.name}.tmp")
-    flush_to_disk(temporary)
-    temporary.replace(path)
-    flush_to_disk(path.parent)

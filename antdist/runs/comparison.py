@@ -10,7 +10,7 @@ from antdist.config.load import dump_config
 from antdist.config.schema import PretrainConfig, RelearnConfig, Resume
 from antdist.config.semantics import resume_changes
 from antdist.errors import UserError, redact
-from antdist.io.files import flush_to_disk
+from antdist.io.files import write_atomically
 from antdist.io.logs import get_logger
 from antdist.runs.folder import RunFolder
 from antdist.runs.locks import lock_files
@@ -30,10 +30,8 @@ def record_config(folder: RunFolder, config: PretrainConfig | RelearnConfig, all
     with lock_files(folder):
         refuse_other_config(folder, config, allowed)
         file, text = folder.config_file, redact(dump_config(config)).encode()
-        partial = file.with_suffix(".partial")
-        partial.write_bytes(text)
-        flush_to_disk(partial)
-        partial.replace(file)
+        with write_atomically(file) as partial:
+            partial.write_bytes(text)
         if (remote := folder.open_copy()) is not None:
             remote.write(file.name, text)
 

@@ -133,7 +133,7 @@ class RunFolder:
         return None if content is None else Status(**content)
 
     def write_status(self, status: Status) -> None:
-        write_json(self.status_file, asdict(status), lasting=False)
+        write_json(self.status_file, asdict(status), sync="none")
 
     def open_copy(self) -> Remote | None:
         """The copy of this folder; None without `ray.remote_storage`. Raises UserError if that cannot be used."""

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from antdist.config.schema import PretrainConfig, RelearnConfig
 from antdist.errors import UserError
+from antdist.io.files import write_folder_atomically
 from antdist.model.io import ModelCard, load_model
 from antdist.model.recommender import Recommender
 from antdist.runs.folder import RunFolder
@@ -62,9 +63,8 @@ def fetch_source(model: str, found: ResolvedModel, folder: RunFolder) -> Path:
     if place.is_dir() and folder_digest(place) != digest:
         shutil.rmtree(place)
     if not place.is_dir():
-        shutil.rmtree(folder.partial_source, ignore_errors=True)
-        shutil.copytree(found.folder, folder.partial_source)
-        folder.partial_source.rename(place)
+        with write_folder_atomically(place, folder.partial_source) as partial:
+            shutil.copytree(found.folder, partial, dirs_exist_ok=True)
     now = f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC"
     folder.write_source(model, Source(uri=found.uri, run_id=found.run_id, digest=digest, resolved=now))
     return place

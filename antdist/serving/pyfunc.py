@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import yaml
 
 from antdist.errors import UserError
-from antdist.io.files import file_sha256
+from antdist.io.files import file_sha256, write_atomically
 from antdist.model.io import CARD, WEIGHTS, load_model, read_card
 
 if TYPE_CHECKING:
@@ -87,9 +87,8 @@ def _write_mlmodel(folder: Path, names: Sequence[str], fingerprint: str | None) 
         "signature": {key: json.dumps(columns) for key, columns in SIGNATURE.items()},
         "metadata": {"fingerprint": fingerprint, "sha256": {name: file_sha256(folder / name) for name in names}},
     }
-    partial = folder / f"{MLMODEL}.tmp"
-    partial.write_text(yaml.safe_dump(mlmodel, sort_keys=False, width=120), encoding="utf-8")
-    partial.replace(folder / MLMODEL)
+    with write_atomically(folder / MLMODEL, sync="none") as partial:
+        partial.write_text(yaml.safe_dump(mlmodel, sort_keys=False, width=120), encoding="utf-8")
 
 
 def _is_servable(folder: Path, fingerprint: str | None) -> bool:

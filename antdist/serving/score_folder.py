@@ -11,8 +11,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
-import socket
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -20,7 +18,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from antdist.errors import UserError
-from antdist.io.files import file_sha256, flush_to_disk
+from antdist.io.files import file_sha256, write_atomically, writer_suffix
 from antdist.io.storage import asking, open_storage
 
 SUMMARY, INPUTS = "_score.json", "_parts/inputs.json"
@@ -97,13 +95,8 @@ class ScoreFolder:
         with self._temporary_file(name) as path:
             yield path, facts
             facts |= {"name": name, "bytes": path.stat().st_size, "sha256": file_sha256(path)}
-            flush_to_disk(path)
-            place = self._root / name
-            if self.is_local:
-                path.replace(place)
-                flush_to_disk(Path(place.parent))
-            else:
-                self._put(path, str(place))
+            if not self.is_local:
+                self._put(path, str(self._root / name))
 
     def _put(self, path: Path, place: str) -> None:
         try:
@@ -116,18 +109,15 @@ class ScoreFolder:
 
     @contextlib.contextmanager
     def _temporary_file(self, name: str) -> Iterator[Path]:
-        """Name a temporary file, in a local folder on the same disk, so that it can be renamed."""
+        """Yield a temporary file, which in a local folder takes the place of `name` when the block ends."""
         if not self.is_local:
             with tempfile.TemporaryDirectory() as folder:
                 yield Path(folder) / PurePosixPath(name).name
             return
         place = Path(self._root / name)
         place.parent.mkdir(parents=True, exist_ok=True)
-        path = place.with_name(f".{place.name}.{socket.gethostname()}-{os.getpid()}.tmp")
-        try:
+        with write_atomically(place, sync="folder", suffix=writer_suffix()) as path:
             yield path
-        finally:
-            path.unlink(missing_ok=True)
 
     def read_json(self, name: str) -> dict[str, Any] | None:
         """Read a JSON object, or return None if there is no such file or it holds something else."""

@@ -23,6 +23,7 @@ import threading
 from pathlib import Path
 from typing import Any
 
+from antdist.io.files import write_atomically
 from antdist.io.logs import get_logger
 
 THINNING_BYTES = 64 * 2**20
@@ -133,8 +134,11 @@ class Outbox:
     def _repair(self) -> None:
         """Drop lines that a killed process left incomplete, and index the points that are pending."""
         self.path.touch()
-        repaired = self.path.with_suffix(".repaired")
-        with self.path.open("rb") as file, repaired.open("wb") as kept:
+        with (
+            write_atomically(self.path, sync="none") as repaired,
+            self.path.open("rb") as file,
+            repaired.open("wb") as kept,
+        ):
             for line in file:
                 try:
                     record = json.loads(line)
@@ -146,7 +150,6 @@ class Outbox:
                     key = record["key"]
                     self._last_steps[key] = max(self._last_steps.get(key, -1), record["step"])
                     self._points[key] = self._points.get(key, 0) + 1
-        repaired.replace(self.path)
 
     def _set_level(self, pending: int) -> None:
         level = pending // THINNING_BYTES

@@ -10,7 +10,7 @@ from torch import nn
 
 from antdist.data.stream.stream import Stream
 from antdist.errors import UserError
-from antdist.io.files import flush_to_disk
+from antdist.io.files import write_atomically
 from antdist.training.checkpoints.local import Checkpoint, best_weights, load_latest, remove_newer
 from antdist.training.checkpoints.remote import Remote
 from antdist.training.engines.base import full_shape
@@ -68,12 +68,10 @@ def _copy_best_weights(folder: Path, found: Checkpoint) -> None:
         return
     if not there.is_file():
         raise UserError(f"the best weights (epoch {epoch}) are missing", where=there)
-    partial = here.with_suffix(".partial")
     try:
         here.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(there, partial)
-        flush_to_disk(partial)
-        partial.rename(here)
+        with write_atomically(here) as partial:
+            shutil.copyfile(there, partial)
     except OSError as error:
         raise UserError(
             f"the best weights (epoch {epoch}) cannot be copied here ({error.strerror or error})",

@@ -28,6 +28,7 @@ from antdist import ragged
 from antdist.batch import GlobalBatch, IntArray
 from antdist.config.schema import TrainingConfig
 from antdist.data.stream.stream import Stream
+from antdist.io.files import write_atomically
 from antdist.io.logs import get_logger
 from antdist.training.divergence import Diverged
 from antdist.training.meter import Window
@@ -98,9 +99,8 @@ class SkipPolicy:
             lines = file.read_text(encoding="utf-8").splitlines(keepends=True)
             # a line cut short by a kill belongs to a step that is repeated
             kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
-            partial = file.with_suffix(".partial")
-            partial.write_text("".join(kept), encoding="utf-8")
-            partial.replace(file)
+            with write_atomically(file, sync="none") as partial:
+                partial.write_text("".join(kept), encoding="utf-8")
 
 
 def recently_skipped(skipped: Sequence[int], step: int, limit: int) -> list[int]:

@@ -59,7 +59,7 @@ from antdist.data.writing import (
     write_sequences,
 )
 from antdist.errors import UserError
-from antdist.io.files import flush_to_disk
+from antdist.io.files import flush_to_disk, write_folder_atomically
 from antdist.io.progress import track
 from antdist.report import Report
 
@@ -408,10 +408,7 @@ def _write_append(
     manifest names it, so no manifest can refer to files that a power cut has lost.
     """
     folder, name = old.writable_folder(), f"append-{len(old.manifest.earlier) + 1:05d}"
-    partial = folder / f".{name}.partial"
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir()
-    try:
+    with write_folder_atomically(folder / name, folder / f".{name}.partial") as partial:
         faults.inject("append", file="items")
         records = make_item_records(new_items, ModalityCounts(), tally, quarantine, old.manifest.items)
         item_shards = write_items(
@@ -425,9 +422,6 @@ def _write_append(
             flush_to_disk(path)
         faults.inject("append", file="rename")
         shutil.rmtree(folder / name, ignore_errors=True)  # left by an append that died before its manifest
-        partial.rename(folder / name)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
     faults.inject("append", file="manifest")
     write_manifest(folder, manifest)
     return manifest

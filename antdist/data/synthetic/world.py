@@ -11,7 +11,6 @@ from __future__ import annotations
 import gzip
 import json
 import re
-import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -23,6 +22,7 @@ from numpy.typing import NDArray
 from antdist.data.synthetic.drawing import draw_item
 from antdist.data.synthetic.grammar import LONGEST, MIN_INTERACTIONS, SyntheticDomain, generator, make_domain
 from antdist.errors import UserError
+from antdist.io.files import write_folder_atomically
 from antdist.io.progress import track
 from antdist.report import Report
 
@@ -157,10 +157,8 @@ def generate_world(
     for name in names:
         size = (target_users, target_items) if name == names[-1] else (users, items)
         domain = make_domain(name, users=size[0], items=size[1], mean_length=mean_length, seed=seed)
-        partial = out / f".{name}.partial"
-        shutil.rmtree(partial, ignore_errors=True)
-        written.append(_write_domain(partial, domain, missing, pixels if with_images else None, seed))
-        partial.rename(out / name)
+        with write_folder_atomically(out / name, out / f".{name}.partial") as partial:
+            written.append(_write_domain(partial, domain, missing, pixels if with_images else None, seed))
     return WorldReport(out, names[-1], written)
 
 
@@ -192,7 +190,6 @@ def _check_range(key: str, value: float, least: float, most: float | None = None
 def _write_domain(
     folder: Path, domain: SyntheticDomain, missing: float, pixels: int | None, seed: int
 ) -> GeneratedDomain:
-    folder.mkdir(parents=True)
     size = len(domain.weights)
     dice = generator(seed, domain.name, "missing").random(size)
     has_text, has_price = dice >= missing, (dice < 2 * missing) | (dice >= 3 * missing)

@@ -21,7 +21,7 @@ from antdist.features.encoders.base import (
     model_folder_digest,
 )
 from antdist.features.source import has_text
-from antdist.io.files import file_sha256
+from antdist.io.files import file_sha256, write_atomically
 
 if TYPE_CHECKING:
     from antdist.data.shards import ItemRecord
@@ -191,11 +191,10 @@ def fit_projection(texts: Sequence[str], dim: int, path: Path, fitted_on: Sequen
     scale = max(float(np.sqrt(np.square(projected - mean).mean())), 1e-12)
     arrays = {"components": components, "mean": mean.astype(np.float32), "scale": np.array([scale], dtype=np.float32)}
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
-    # A single metadata key: safetensors does not fix the order of several, and the digest must be reproducible.
-    temporary.write_bytes(save(arrays, metadata={"fitted_on": json.dumps(list(fitted_on))}))
-    digest = file_sha256(temporary)
-    temporary.replace(path)
+    with write_atomically(path, sync="none") as partial:
+        # A single metadata key: safetensors does not fix the order of several, and the digest must be reproducible.
+        partial.write_bytes(save(arrays, metadata={"fitted_on": json.dumps(list(fitted_on))}))
+        digest = file_sha256(partial)
     _digest_file(path).write_text(f"{digest}  {path.name}\n", encoding="utf-8")
     return HashedText(path.resolve(), digest)
 

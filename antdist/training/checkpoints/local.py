@@ -27,7 +27,7 @@ from torch import Tensor
 
 from antdist import faults
 from antdist.errors import UserError
-from antdist.io.files import file_sha256, flush_to_disk
+from antdist.io.files import file_sha256, flush_to_disk, write_atomically
 from antdist.io.logs import get_logger
 from antdist.training.engines.base import EngineState, empty_moments
 
@@ -108,13 +108,11 @@ def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
-    partial = path.with_suffix(".partial")
-    try:
-        save_file({name: value.contiguous() for name, value in tensors.items()}, partial)
-    except SafetensorError as error:  # the system's error is only in its text
-        raise OSError(errno.EIO, str(error).removeprefix("Error while serializing: "), str(path)) from error
-    flush_to_disk(partial)
-    partial.rename(path)
+    with write_atomically(path) as partial:
+        try:
+            save_file({name: value.contiguous() for name, value in tensors.items()}, partial)
+        except SafetensorError as error:  # the system's error is only in its text
+            raise OSError(errno.EIO, str(error).removeprefix("Error while serializing: "), str(path)) from error
 
 
 def steps_in(parent: Path) -> list[int]:

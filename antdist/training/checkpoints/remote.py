@@ -24,7 +24,7 @@ from typing import Any, TypeVar
 
 from antdist import faults
 from antdist.errors import UserError
-from antdist.io.files import flush_to_disk
+from antdist.io.files import flush_to_disk, write_atomically
 from antdist.io.logs import get_logger
 from antdist.io.storage import Unreachable, asking, open_storage, patiently
 from antdist.training.checkpoints.local import (
@@ -185,10 +185,8 @@ class Remote:
             path = best_weights(folder, best["epoch"])
             if not path.is_file() or describe(path) != best["file"]:
                 path.parent.mkdir(exist_ok=True)
-                fetched = path.with_suffix(".partial")
-                self._get(f"best/{path.name}", fetched, best["file"])
-                fetched.rename(path)
-                flush_to_disk(path.parent)
+                with write_atomically(path, sync="folder") as fetched:
+                    self._get(f"best/{path.name}", fetched, best["file"])
         flush_to_disk(partial)
         shutil.rmtree(parent / name, ignore_errors=True)  # a damaged one, else there would be no need to fetch
         partial.rename(parent / name)

@@ -136,6 +136,7 @@ def _full_disk(data: Path, folder: Path, options: dict[str, Any]) -> tuple[str, 
 KILLED = """
 import os, signal, sys, threading
 from pathlib import Path
+from antdist.io import files
 from antdist.training.checkpoints import local as checkpoint
 from tests.training.runs import run
 
@@ -149,7 +150,7 @@ def flush_or_die(path):
             os.kill(os.getpid(), signal.SIGKILL)
     flush(path)
 
-checkpoint.flush_to_disk = flush_or_die
+checkpoint.flush_to_disk = files.flush_to_disk = flush_or_die
 run(Path(sys.argv[1]), Path(sys.argv[2]), noise=True, checkpoint_every=1)
 """
 
