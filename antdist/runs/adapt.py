@@ -1,4 +1,4 @@
-"""`antdist relearn`: train one target's trials, judge the transfer and choose on validation, test once.
+"""`antdist relearn`: train one target's trials, judge and choose on validation, test once.
 
 All trials of a call share one group of workers. Or each is trained by a command of its own, beside the others, and a last
 command judges them (`antdist fanout`).
@@ -54,7 +54,7 @@ class TrainedTrial(Report):
 
 
 def relearn(config: RelearnConfig) -> AdaptedModel:
-    """Adapt to `target` (spec, section 6), judge the transfer (section 7), register the model chosen on validation.
+    """Adapt to `target` (spec, section 6), judge the transfer and register the best model (section 7).
 
     Trials that are finished under the same name are not run again.
 
@@ -95,8 +95,10 @@ def train_trial(config: RelearnConfig) -> TrainedTrial:
 
 
 def judge_trials(config: RelearnConfig) -> Judgement:
-    """Judge the trials that are trained, and train none. A model is registered (`AdaptedModel`) once all of them are: a
-    champion chosen among some would stand in the way of a better one.
+    """Judge the trials that are trained, and train none.
+
+    A model is registered (`AdaptedModel`) once all of them are: a champion chosen among some would stand in the way of a
+    better one.
 
     Raises:
         UserError: no strategy has its trials of all seeds; another command works on this run.

@@ -1,4 +1,4 @@
-"""What is checked before a run takes a cluster's time, cheap checks first; the result is the run's context.
+"""Checks before a run takes a cluster's time, cheap ones first; they result in the run's context.
 
 `antdist validate` prints the report of these checks.
 """
@@ -68,14 +68,14 @@ def check_relearn(config: RelearnConfig) -> AdaptContext:
 
 
 def resolve_trained(config: RelearnConfig) -> AdaptContext:
-    """Resolve an adaptation whose trials are judged and not trained: without its parent, features and shards."""
+    """Resolve an adaptation to judge its trials: without its parent, features and shards."""
     check_settings(config)
     store = tracking_uri(config.tracking, storage(config.ray))
     return AdaptContext(config, store, run_folder(config), None, CheckReport(), open_target(config))
 
 
 def check_strategies(target: Target, report: CheckReport) -> Inputs:
-    """Check that each strategy can start with these data and this parent; return the last one's inputs. Raises UserError."""
+    """Check that each strategy can start; return the last one's inputs. Raises UserError."""
     config, parent = target.config, target.parent
     for strategy in strategies_of(config):
         inputs = target.inputs(strategy, config.seeds[0])
@@ -229,7 +229,7 @@ def _parts(tables: list[FeatureTable]) -> list[TablePart]:
 
 
 def estimate_memory(config: PretrainConfig | RelearnConfig, inputs: Inputs) -> int:
-    """Bytes that one worker's step takes at its peak, roughly: weights and optimizer, tower, transformer, softmax.
+    """Estimate the bytes of one worker's step at its peak: weights, optimizer, tower, transformer, softmax.
 
     The tower keeps each distinct item's K expert outputs, the transformer about 16 d-wide and 2 inner-wide tensors a
     token and layer plus attention weights, the softmax three chunks of logits.

@@ -1,4 +1,4 @@
-"""Whether a start under an existing name goes on with the same run: its configuration against `config.yaml`."""
+"""Compare a configuration with `config.yaml`: a start under an existing name must be of the same run."""
 
 from __future__ import annotations
 
@@ -42,7 +42,10 @@ def refuse_other_config(
     allowed: Collection[Resume] = (),
     quiet: bool = False,
 ) -> None:
-    """Raise UserError if the folder or its copy holds a run of another configuration; log, unless `quiet`, that it goes on."""
+    """Raise UserError if the folder or its copy holds a run of another configuration.
+
+    If it holds this one, that is logged, unless `quiet`.
+    """
     file, remote = folder.config_file, folder.open_copy()
     recorded = {str(folder): file.read_bytes()} if file.is_file() else {}
     if remote is not None and (text := remote.read(file.name)) is not None:

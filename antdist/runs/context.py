@@ -1,4 +1,4 @@
-"""What the checks resolved of a run, once: everything after them takes it, or the part of it that it needs."""
+"""A run as the checks resolved it, once: what follows takes it, or the part of it that it needs."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ Config = TypeVar("Config", PretrainConfig, RelearnConfig)
 
 @dataclass(repr=False)
 class CheckReport(Report):
-    """What was checked, a line each; notes on what is allowed but worth knowing; figures for people to judge."""
+    """What was checked, a line each; notes on what is allowed but worth knowing; figures to judge by."""
 
     checked: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
@@ -61,7 +61,7 @@ class RunContext(Generic[Config]):
 
 @dataclass(frozen=True)
 class PretrainContext(RunContext[PretrainConfig]):
-    """A pre-training, resolved. `recorded`: the fingerprints in `run.json`, by which the domains were opened."""
+    """A pre-training, resolved. `recorded`: fingerprints in `run.json`, by which domains were opened."""
 
     inputs: Inputs
     recorded: dict[str, str] | None

@@ -1,4 +1,4 @@
-"""`pretrain continue=MODEL`: a new run that begins with the weights and optimizer state of another run's last checkpoint.
+"""`pretrain continue=MODEL`: a new run from the weights and optimizer state of another run.
 
 Its data may be appended domains or others; its stream, epochs and learning rate begin anew.
 """
@@ -20,7 +20,7 @@ from antdist.tracking.tags import clean_key
 
 
 def check_continues(config: PretrainConfig, state: ResolvedModel, inputs: Inputs) -> list[str]:
-    """Check that a training state is of the configured model and of the domains' features; return what is worth knowing.
+    """Check that a training state fits the configured model and the domains' features; return notes.
 
     Raises:
         UserError: it is of another model or of other features, or does not record them.
@@ -76,7 +76,7 @@ def compare_data(state: ResolvedModel, domains: Sequence[Domain]) -> dict[str, s
 
 
 def appended_notes(domains: Sequence[Domain], appended: Sequence[str]) -> list[str]:
-    """What is worth knowing about domains that were appended to since the run began, which goes on with the older data."""
+    """Notes on domains that were appended to since the run began, which goes on with the older data."""
     return [
         f"domain {domain.name} was appended to since this run began; the run goes on with the data it began with "
         f"({domain.fingerprint[:12]}). To train on all data: name=NEW continue=MODEL"

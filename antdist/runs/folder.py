@@ -34,6 +34,8 @@ from antdist.config.schema import PretrainConfig, RayConfig, RelearnConfig, Stra
 from antdist.io.files import read_json, write_json
 from antdist.io.storage import is_uri
 from antdist.runs.records import PretrainResult, RunRecord, Source, TrialResult
+from antdist.tracking.registry import MODEL, TRAINING_STATE
+from antdist.training.checkpoints import BEST, CHECKPOINTS
 from antdist.training.status import Status
 
 if TYPE_CHECKING:
@@ -83,10 +85,10 @@ class RunFolder:
     command_lock = _Inside("lock")
     leader_lock = _Inside("leader.lock")
     files_lock = _Inside("settling.lock")
-    checkpoints = _Inside("checkpoints")
-    best = _Inside("best")
-    model = _Inside("model")
-    training_state = _Inside("training_state")
+    checkpoints = _Inside(CHECKPOINTS)
+    best = _Inside(BEST)
+    model = _Inside(MODEL)
+    training_state = _Inside(TRAINING_STATE)
     profile = _Inside("profile")
     partial_source = _Inside("from.partial")  # while the files of a source are copied
 
@@ -143,7 +145,7 @@ class RunFolder:
 
 
 def run_folder(config: PretrainConfig | RelearnConfig) -> RunFolder:
-    """The folder of a pre-training, STORAGE/NAME, or of an adaptation, STORAGE/NAME/TARGET, with an absolute path."""
+    """The folder of a pre-training, STORAGE/NAME, or of an adaptation, STORAGE/NAME/TARGET; absolute."""
     parts = [config.name] if isinstance(config, PretrainConfig) else [config.name, str(config.target)]
     place = "/".join(parts)
     return RunFolder(storage(config.ray) / place, _copy(config.ray, place))

@@ -1,4 +1,4 @@
-"""The leading worker logs to the run's folder, and the driver shows that log and the status on the terminal."""
+"""The leading worker logs to the run's folder; the driver shows that log and the status."""
 
 from __future__ import annotations
 
@@ -7,6 +7,9 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn
 
 from antdist.io.logs import get_logger, log_to_file
 from antdist.io.progress import QUIET_SECONDS
@@ -33,7 +36,7 @@ def lead(folder: RunFolder) -> Iterator[None]:
 
 @contextlib.contextmanager
 def follow(folder: RunFolder) -> Iterator[None]:
-    """On the driver: show the run's log as it grows, and its status: a bar on a terminal, a line now and then elsewhere."""
+    """On the driver: show the log as it grows, and the status: a bar on a terminal, else a line at times."""
     stop = threading.Event()
     folder.log_file.touch()
     start = folder.log_file.stat().st_size
@@ -80,9 +83,6 @@ def _show_lines() -> Iterator[Callable[[Status], None]]:
 
 @contextlib.contextmanager
 def _show_bar() -> Iterator[Callable[[Status], None]]:
-    from rich.console import Console
-    from rich.progress import BarColumn, Progress, TextColumn
-
     columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[figures]}"))
     # standard error is redirected while the bar is shown, so that lines logged meanwhile appear above it
     with Progress(*columns, console=Console(stderr=True), transient=True, redirect_stderr=True) as progress:

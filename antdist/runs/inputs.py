@@ -96,7 +96,7 @@ class Target:
         return available_modalities(self.config, self.domain)
 
     def inputs(self, strategy: Strategy, seed: int) -> Inputs:
-        """The inputs of a trial. Raises UserError if the features do not fit, or the data are too few for the workers."""
+        """The inputs of a trial. Raises UserError if features do not fit or data are too few for the workers."""
         is_inherited = self.parent is not None and treatments(strategy)["theta"].inherited
         catalogue = self._inherited_catalogue if is_inherited else self._own_catalogue
         return _make_inputs([self.domain], catalogue, self.config, seed)

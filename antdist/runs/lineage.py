@@ -22,7 +22,7 @@ def lineage_of(trial: Trial, fingerprint: str, parent: str | None) -> Lineage:
 
 
 def refuse_other_origin(trial: Trial, record: RunRecord | None, lineage: Lineage) -> None:
-    """Raise UserError if the trial began with another parent, or ended on data that were prepared anew since.
+    """Raise UserError if the trial began with another parent or ended on other data.
 
     Args:
         record: the trial's `run.json`, if it has begun.

@@ -1,4 +1,4 @@
-"""Who may work in a run's folder: one command, or several on trials of their own; one leading worker at a time.
+"""Locks of a run's folder: for one command, or several on a trial each; for one leading worker.
 
 A command holds `lock` exclusively. Commands that train one trial each hold the run's `lock` shared and their trial's `lock`
 exclusively, so they run beside each other but not beside a command on the whole run. Locks are flock: the system releases them
@@ -64,7 +64,7 @@ def lock_leader(folder: RunFolder) -> Iterator[None]:
 
 @contextlib.contextmanager
 def lock_files(folder: RunFolder) -> Iterator[None]:
-    """Lock what commands that share a run's folder write there: its configuration and the sources it starts from."""
+    """Lock the files that commands on one run share: its configuration and its sources."""
     with contextlib.ExitStack() as stack:
         if not _lock(folder.files_lock, stack, EARLIER_WORKERS_SECONDS):
             raise UserError("another command holds the run's folder", where=folder, remedy="stop it")

@@ -1,4 +1,4 @@
-"""The MLflow runs of a run's folder: taken up after a restart, ended after a failure, delivered at last."""
+"""The MLflow runs of a folder: restored after a restart, ended after a failure, delivered at last."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def restore_record(folder: RunFolder, store: str) -> RunRecord | None:
 
 @contextlib.contextmanager
 def end_failed_runs(store: str, folders: Sequence[RunFolder]) -> Iterator[None]:
-    """If the block fails or is stopped, end the MLflow runs of the folders without a result as FAILED or KILLED."""
+    """If the block fails or is stopped, end the MLflow runs of folders without a result as such."""
     try:
         yield
     except BaseException as error:

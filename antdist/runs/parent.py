@@ -1,4 +1,4 @@
-"""What a run starts from (`from`, `continue`, `resume`): resolved in the registry, copied to the run's folder.
+"""What a run starts from (`from`, `continue`, `resume`): resolved and copied to the run's folder.
 
 The copy lets all nodes read it, and lets a later start go on while the registry is unreachable.
 """
@@ -35,7 +35,7 @@ def resolve_source(
     offline_ok: bool,
     note: Callable[[str], None],
 ) -> ResolvedModel:
-    """Resolve MODEL with `find(model, store)`; if the store is unreachable and `offline_ok`, from the copy in `folder`.
+    """Resolve MODEL with `find(model, store)` or, `offline_ok` and the store unreachable, in `folder`.
 
     Args:
         note: takes a sentence that says so.
@@ -55,7 +55,7 @@ def resolve_source(
 
 
 def fetch_source(model: str, found: ResolvedModel, folder: RunFolder) -> Path:
-    """Copy the files of a model or training state to the run's folder, and record what MODEL was; return the copy."""
+    """Copy a model or training state to the run's folder and record what MODEL was; return the copy."""
     digest = folder_digest(found.folder)
     place = folder.source(digest)
     if found.folder == place:  # recalled
@@ -112,7 +112,7 @@ def check_parent_named(config: RelearnConfig) -> None:
 def resolve_parent(
     config: RelearnConfig, store: str, folder: RunFolder, note: Callable[[str], None]
 ) -> ResolvedModel | None:
-    """Resolve the model that `from` names; None without one. Raises UserError as `resolve_source`, `check_parent_named`."""
+    """Resolve the model that `from` names; None without one. Raises UserError, also if one is needed."""
     check_parent_named(config)
     if config.parent is None:
         return None
@@ -145,7 +145,7 @@ def parent_notes(config: RelearnConfig, parent: Parent) -> list[str]:
 def resolve_state(
     config: PretrainConfig, store: str, folder: RunFolder, note: Callable[[str], None]
 ) -> ResolvedModel | None:
-    """Resolve the training state that `resume` or `continue` names; None without one, or if the run has checkpoints already.
+    """Resolve the training state that `resume` or `continue` names; None if the run has checkpoints.
 
     Raises:
         UserError: as `resolve_source`; the state has no complete checkpoint.

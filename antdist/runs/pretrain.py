@@ -62,7 +62,7 @@ class PretrainedModel(Report):
 
 
 def pretrain(config: PretrainConfig) -> PretrainedModel:
-    """Pre-train on the auxiliary domains (spec, section 5), register the best epoch's model with its training state.
+    """Pre-train on the auxiliary domains (spec, section 5) and register the best epoch's model.
 
     Started again under the same name, it goes on from the last checkpoint; with `resume=MODEL` it goes on from what the
     registry holds, in the MLflow run that it came from; with `continue=MODEL` it begins a new run with weights and optimizer
@@ -171,7 +171,7 @@ def _lineage(context: PretrainContext, record: RunRecord) -> Lineage:
 
 
 def collect_training_state(folder: RunFolder) -> Path:
-    """Copy the newest checkpoint, the best weights and the model's card to one folder, to be registered with the model."""
+    """Copy newest checkpoint, best weights and the model's card to a folder, to be registered with it."""
     state = RunFolder(folder.training_state)
     shutil.rmtree(state.path, ignore_errors=True)
     newest = f"{PREFIX}{steps_in(folder.checkpoints)[-1]:08d}"

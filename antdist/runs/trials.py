@@ -1,4 +1,4 @@
-"""The trials of an adaptation: one strategy with one seed each, with a folder and an MLflow run of its own."""
+"""The trials of an adaptation: one strategy with one seed each, in a folder and MLflow run of its own."""
 
 from __future__ import annotations
 

@@ -123,6 +123,6 @@ def choose_strategy(
 
 
 def _find_scratch(context: AdaptContext, split: str) -> Run | None:
-    """The `scratch` trials of an earlier call in this run's folder, if there is one for each of the same seeds."""
+    """The `scratch` trials of an earlier call in this folder, if there is one for each of the seeds."""
     files = _ranks_files(context, "scratch", split)
     return _pool(files) if all(file.is_file() for file in files) else None

@@ -11,6 +11,7 @@ from torch import nn
 from antdist.data.stream.stream import Stream
 from antdist.errors import UserError
 from antdist.io.files import write_atomically
+from antdist.training.checkpoints import CHECKPOINTS
 from antdist.training.checkpoints.local import Checkpoint, best_weights, load_latest, remove_newer
 from antdist.training.checkpoints.remote import Remote
 from antdist.training.engines.base import full_shape
@@ -27,7 +28,7 @@ def find_checkpoint(
     Raises:
         UserError: none is complete though there are some; it belongs to another model; it cannot be copied.
     """
-    checkpoints = folder / "checkpoints"
+    checkpoints = folder / CHECKPOINTS
     if remote is not None:
         remote.fetch_newest(folder)
     found = load_latest(checkpoints) or start

@@ -1,4 +1,4 @@
-"""`pretrain continue=MODEL`: what a new run on appended data begins with, what it refuses, and its lineage."""
+"""`pretrain continue=MODEL`: what a new run begins with, what it refuses, and its lineage."""
 
 from __future__ import annotations
 
@@ -188,7 +188,7 @@ def test_continue_refusals(world: Path, tmp_path: Path) -> None:
 
 
 def test_resume_uses_the_data_the_run_began_with(world: Path, tmp_path: Path, monkeypatch: Any) -> None:
-    """Stopped in mid-epoch, then its domain and features appended to: bit for bit equal to an undisturbed run."""
+    """Stopped in mid-epoch, then its data appended to: bit for bit equal to an undisturbed run."""
     monkeypatch.setattr("antdist.runs.workers.common.node_is_going", lambda: False)
     for place in ("alone", "grown"):
         for name in ("a", "b"):

@@ -1,4 +1,4 @@
-"""The cluster outlives what starts a run: a driver killed while its workers train, the client of a submitted job."""
+"""The cluster outlives what starts a run: a killed driver, the client of a submitted job."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def last_step(run: Path) -> int:
 
 
 def assert_same_end(folder: Path, name: str) -> None:
-    """Check model, last checkpoint and curves against the undisturbed run, bit for bit, all in one MLflow run."""
+    """Check model, last checkpoint and curves against the undisturbed run, bit for bit."""
     mine, theirs = folder / "runs" / name, folder / "runs" / "straight"
     step = last_step(theirs)
     for file in (
@@ -96,7 +96,7 @@ def assert_same_end(folder: Path, name: str) -> None:
 
 @pytest.mark.parametrize("more", [(), ("ray.min_workers=1",)], ids=["fixed", "range"])
 def test_killed_driver_resumes_to_the_same_run(head: Head, world: Path, more: tuple[str, ...]) -> None:
-    """The command starts again while the old workers still run and all of the cluster is still reserved for them."""
+    """The command starts again while the old workers still run and hold all of the cluster."""
     name = "range" if more else "fixed"
     run, said = world / "runs" / name, world / f"{name}.said"
     driver = start(head, world, name, *more)

@@ -1,4 +1,4 @@
-"""The records in a run's folder: those that earlier versions wrote load, and a lost one comes back from its copy."""
+"""Records in a run's folder: those of earlier versions load, lost ones come back from the copy."""
 
 from __future__ import annotations
 

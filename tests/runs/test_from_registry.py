@@ -1,4 +1,4 @@
-"""A job resumes a run of which only the registry is left: MLflow over HTTP, on PostgreSQL and a bucket."""
+"""A job resumes a run that only the registry still has: MLflow over HTTP, on PostgreSQL and a bucket."""
 
 from __future__ import annotations
 

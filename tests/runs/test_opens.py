@@ -23,7 +23,7 @@ SMALL = {"dim": 8, "inner": 8, "experts": 2, "max_length": 5}
 
 @pytest.fixture
 def opened(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[str]]:
-    """The domains whose manifests driver and worker read, in order; the worker runs in this process, in Ray's place."""
+    """The domains whose manifests driver and worker read, in order; the worker runs in this process."""
     names: dict[str, list[str]] = {"driver": [], "worker": []}
     where, real = "driver", domain.read_manifest
 

@@ -130,7 +130,7 @@ def test_remote_data_give_the_same_run(world: Path, pretrained: PretrainedModel,
 
 
 def test_resume_through_registry_equals_uninterrupted_run(world: Path, pretrained: PretrainedModel) -> None:
-    """Law 3, with the first run's folder deleted: optimizer, schedule and stream come from the registered state."""
+    """Law 3, with the first run's folder deleted: all state comes from the registered one."""
     first = pretrain(pretrain_config(world, "parts", training={"stop_after": 3}))
     assert first.finished is None
     shutil.rmtree(first.folder)
@@ -250,7 +250,7 @@ def test_diverged_run_resumes_as_its_error_advises(world: Path) -> None:
 
 
 def test_killed_worker_resumes_bit_for_bit(world: Path, tmp_path: Path) -> None:
-    """Ray starts another, which resumes from the last checkpoint to the same weights, also as with a profile."""
+    """Ray starts another, which resumes to the same weights, also as with a profile."""
     training = {"epochs": 40, "validate_every": 40}
     straight = pretrain(pretrain_config(world, "unkilled", training=training, workers=1, profile=True))
     trace = straight.folder / "profile" / "rank-0.json.gz"
@@ -272,7 +272,7 @@ def test_killed_worker_resumes_bit_for_bit(world: Path, tmp_path: Path) -> None:
 
 
 def test_preempted_pretrain_resumes_bit_for_bit(world: Path, pretrained: PretrainedModel) -> None:
-    """SIGTERM to the driver, before the second of nine steps: no worker dies, nothing is repeated, nothing differs."""
+    """SIGTERM to the driver before the second of nine steps: no worker dies, nothing differs."""
     folder = world / "runs" / "terminated"
     config = pretrain_config(world, "terminated")
     terminator = threading.Thread(target=terminate_once, args=(folder / "lock",))
@@ -302,7 +302,7 @@ def terminate_once(ready: Path) -> None:
 def test_runs_resume_from_remote_storage_without_folders(
     world: Path, pretrained: PretrainedModel, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A pre-training that was stopped, in the same MLflow run; and a finished trial, which is not trained again."""
+    """A stopped pre-training, in the same MLflow run; and a finished trial, not trained again."""
 
     def copied(config: Any) -> Any:
         ray = config.ray.model_copy(update={"remote_storage": f"file://{tmp_path}"})

@@ -1,4 +1,4 @@
-"""What the workers of pre-training and adaptation share: the leader's lock and MLflow run, training, the best weights as a model."""
+"""What workers of pre-training and adaptation share: training, the best model, result and MLflow run."""
 
 from __future__ import annotations
 
@@ -70,17 +70,6 @@ def learn(
         if tracked is not None:
             tracked.log(metrics, step)
 
-    saved = False
-
-    def poll_signal() -> Signal | None:
-        nonlocal saved
-        if world.leader and control.stop_file.exists():
-            return "stop"
-        if saved or not node_is_going():
-            return None
-        saved = True
-        return "save"
-
     trainer = Trainer(
         engine=engine,
         feed=Feed(inputs.stream, inputs.catalogue, config.loss, inputs.popularity, training.accumulation, seed, world),
@@ -91,7 +80,7 @@ def learn(
         evaluate=validate,
         log_metrics=report,
         show_status=control.write_status,
-        poll_signal=poll_signal,
+        poll_signal=_make_poll(world, control),
         name=name,
         start=start,
         remote=folder.open_copy() if world.leader else None,
@@ -103,10 +92,27 @@ def learn(
     return progress
 
 
-def check_features(catalogue: Catalogue) -> None:
-    """Check that the feature tables on this node are those that were made; each of the node's workers reads a share of them.
+def _make_poll(world: World, control: RunFolder) -> Callable[[], Signal | None]:
+    """Make the function that reports whether the driver asks to stop, or, once, that a node is about to be lost."""
+    saved = False
 
-    The driver has read those on its own node, some time before. Shards are checked whenever they are read.
+    def poll() -> Signal | None:
+        nonlocal saved
+        if world.leader and control.stop_file.exists():
+            return "stop"
+        if saved or not node_is_going():
+            return None
+        saved = True
+        return "save"
+
+    return poll
+
+
+def check_features(catalogue: Catalogue) -> None:
+    """Check that the feature tables on this node are those that were made.
+
+    Each of the node's workers reads a share of them. The driver has read those on its own node, some time before. Shards are
+    checked whenever they are read.
 
     Raises:
         UserError: on the worker that finds the damage; the others end with it.
@@ -115,7 +121,7 @@ def check_features(catalogue: Catalogue) -> None:
 
 
 def best_model(model: Recommender, folder: RunFolder, progress: Progress, world: World) -> Recommender:
-    """Build a model with the best validation's weights (the last ones before any validation), on every rank. Collective.
+    """Build the model with the best validation's weights, or else the last, on every rank. Collective.
 
     Raises:
         UserError: on all ranks, if the weights are not as they were saved.
@@ -159,7 +165,7 @@ def track_result(
     *,
     ends_run: bool,
 ) -> None:
-    """Run `work` with the folder's MLflow run, and write its result or the error that it diverged with, on the leader.
+    """Run `work` with the folder's MLflow run, and write its result, or how it diverged, on the leader.
 
     Args:
         work: trains; returns None if it was stopped early.

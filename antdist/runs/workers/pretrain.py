@@ -107,7 +107,7 @@ def train_model(
 
 
 def make_evaluator(config: PretrainConfig, inputs: Inputs, world: World) -> Callable[[Recommender], Metrics]:
-    """Make the full ranking of each domain's validation users, whose mean over domains selects the best epoch.
+    """Make the full ranking of the validation users, whose mean over domains selects the best epoch.
 
     A rank holds only the histories of its own share of the users.
     """

@@ -1,4 +1,4 @@
-"""What a worker of `antdist relearn` does: train the trials that are not finished, one after the other."""
+"""What a worker of `antdist relearn` does: train the unfinished trials one after the other."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ def run_trial(settings: AdaptSettings, target: Target, trial: Trial, world: Worl
 def train_trial(
     settings: AdaptSettings, target: Target, trial: Trial, world: World, tracked: TrackedRun | None
 ) -> TrialResult | None:
-    """Train a trial, rank all users with its best epoch, and write its model; None if it was stopped early."""
+    """Train a trial, rank all users with its best epoch, write its model; None if it was stopped early."""
     config, parent = settings.config, target.parent
     inputs = target.inputs(trial.strategy, trial.seed)
     check_features(inputs.catalogue)
@@ -139,7 +139,7 @@ def train_trial(
 
 
 def _rank_all(model: Recommender, inputs: Inputs, target: Target, trial: Trial, world: World) -> dict[str, Any]:
-    """Rank all users' validation and test targets; write the ranks and return the metrics of both. Collective."""
+    """Rank all users' validation and test targets; write the ranks, return both metrics. Collective."""
     sequences, longest = target.domain.sequences(), target.config.model.max_length
     metrics: dict[str, Any] = {}
     for split, queries_of in zip(SPLITS, (validation_queries, test_queries), strict=True):

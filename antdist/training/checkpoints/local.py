@@ -29,6 +29,7 @@ from antdist import faults
 from antdist.errors import UserError
 from antdist.io.files import file_sha256, flush_to_disk, write_atomically
 from antdist.io.logs import get_logger
+from antdist.training.checkpoints import BEST, CHECKPOINTS
 from antdist.training.engines.base import EngineState, empty_moments
 
 logger = get_logger(__name__)
@@ -150,7 +151,7 @@ def load_best(folder: Path, epoch: int) -> dict[str, Tensor]:
     """Load a run's best weights, those of `epoch`, by name. Raises UserError if they are damaged."""
     from safetensors.torch import load_file
 
-    recorded = recorded_best(folder / "checkpoints", epoch)
+    recorded = recorded_best(folder / CHECKPOINTS, epoch)
     path = best_weights(folder, epoch)
     _check_file(path, recorded["file"] if recorded else None)
     return load_file(path)
@@ -238,7 +239,7 @@ def _check_file(path: Path, described: dict[str, Any] | None) -> None:
 
 def best_weights(folder: Path, epoch: int) -> Path:
     """Return the path of a run's weights after `epoch` (from 1), the best on validation so far."""
-    return folder / "best" / f"epoch-{epoch:05d}.safetensors"
+    return folder / BEST / f"epoch-{epoch:05d}.safetensors"
 
 
 def describe(path: Path) -> dict[str, Any]:

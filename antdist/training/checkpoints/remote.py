@@ -27,6 +27,7 @@ from antdist.errors import UserError
 from antdist.io.files import flush_to_disk, write_atomically
 from antdist.io.logs import get_logger
 from antdist.io.storage import Unreachable, asking, open_storage, patiently
+from antdist.training.checkpoints import BEST, CHECKPOINTS
 from antdist.training.checkpoints.local import (
     FILES,
     MARKER,
@@ -77,11 +78,11 @@ class Remote:
             UserError: the local files are damaged.
         """
         name = f"{PREFIX}{step:08d}"
-        local = folder / "checkpoints" / name
+        local = folder / CHECKPOINTS / name
         check_checkpoint(local)
         marker = (local / MARKER).read_bytes()
-        if self.read(f"checkpoints/{name}/{MARKER}") != marker:
-            self._remove(f"checkpoints/{name}/{MARKER}")
+        if self.read(f"{CHECKPOINTS}/{name}/{MARKER}") != marker:
+            self._remove(f"{CHECKPOINTS}/{name}/{MARKER}")
             self._best_names.pop(step, None)
             best = json.loads((local / "progress.json").read_text()).get("best")
             if best and best != self._uploaded_best:
@@ -91,20 +92,20 @@ class Remote:
                 self._uploaded_best = best
             for file in FILES:
                 faults.inject("upload", rank=0, step=step, file=file)
-                self._put(local / file, f"checkpoints/{name}/{file}")
+                self._put(local / file, f"{CHECKPOINTS}/{name}/{file}")
             faults.inject("upload", rank=0, step=step, file=MARKER)
-            self.write(f"checkpoints/{name}/{MARKER}", marker)
+            self.write(f"{CHECKPOINTS}/{name}/{MARKER}", marker)
         faults.inject("upload", rank=0, step=step, file="prune")
         self._prune(step, keep, keep_every)
 
     def _prune(self, newest: int, keep: int, keep_every: int | None) -> None:
         complete = [step for step in self.steps() if step <= newest]
         kept = {*complete[-keep:], *permanent_steps(complete, keep_every)}
-        for name in self._list("checkpoints"):
+        for name in self._list(CHECKPOINTS):
             if name not in {f"{PREFIX}{step:08d}" for step in kept}:  # also what a killed upload left
                 self._remove_checkpoint(name)
         needed = {self._best_name(step) for step in kept}
-        for name in self._list("best"):
+        for name in self._list(BEST):
             if name not in needed:
                 self._remove(f"best/{name}")
 
@@ -113,14 +114,14 @@ class Remote:
         if step not in self._best_names:
             best = None
             with contextlib.suppress(ValueError):
-                best = json.loads(self.read(f"checkpoints/{PREFIX}{step:08d}/progress.json") or b"{}").get("best")
+                best = json.loads(self.read(f"{CHECKPOINTS}/{PREFIX}{step:08d}/progress.json") or b"{}").get("best")
             self._best_names[step] = best_weights(Path(), best["epoch"]).name if best else None
         return self._best_names[step]
 
     def _remove_checkpoint(self, name: str) -> None:
         """Remove a checkpoint, its marker first: a partly removed one must not pass for complete."""
-        self._remove(f"checkpoints/{name}/{MARKER}")
-        self._remove(f"checkpoints/{name}")
+        self._remove(f"{CHECKPOINTS}/{name}/{MARKER}")
+        self._remove(f"{CHECKPOINTS}/{name}")
 
     def fetch_newest(self, folder: Path) -> None:
         """Fetch the newest complete checkpoint and its best weights, if it is newer than that of `folder`.
@@ -130,7 +131,7 @@ class Remote:
         Raises:
             UserError: the storage is unreachable or has damaged ones only, and `folder` has no complete one.
         """
-        here, damaged = newest_complete(folder / "checkpoints"), dict[int, UserError]()
+        here, damaged = newest_complete(folder / CHECKPOINTS), dict[int, UserError]()
         try:
             for step in reversed(_patiently(self.steps)):
                 if here is not None and step <= here:
@@ -165,8 +166,8 @@ class Remote:
 
     def _fetch(self, folder: Path, step: int) -> None:
         """Fetch one checkpoint into `folder`, atomically. Raises UserError if it is damaged, naming the file."""
-        parent, name = folder / "checkpoints", f"{PREFIX}{step:08d}"
-        there = f"checkpoints/{name}"
+        parent, name = folder / CHECKPOINTS, f"{PREFIX}{step:08d}"
+        there = f"{CHECKPOINTS}/{name}"
         parent.mkdir(parents=True, exist_ok=True)
         for leftover in parent.glob(f".fetching-{PREFIX}*"):
             shutil.rmtree(leftover)
@@ -205,9 +206,9 @@ class Remote:
 
     def steps(self) -> list[int]:
         """List the steps of the checkpoints that have a marker, oldest first. Raises Unreachable."""
-        numbers = [name.removeprefix(PREFIX) for name in self._list("checkpoints") if name.startswith(PREFIX)]
+        numbers = [name.removeprefix(PREFIX) for name in self._list(CHECKPOINTS) if name.startswith(PREFIX)]
         steps = sorted(int(number) for number in numbers if number.isdigit())
-        return [step for step in steps if MARKER in self._list(f"checkpoints/{PREFIX}{step:08d}")]
+        return [step for step in steps if MARKER in self._list(f"{CHECKPOINTS}/{PREFIX}{step:08d}")]
 
     def check(self) -> None:
         """Check that the storage can be written within a minute and outlives the process.

@@ -13,6 +13,7 @@ from antdist.config.schema import TrainingConfig
 from antdist.errors import UserError
 from antdist.io.files import flush_to_disk
 from antdist.io.logs import get_logger
+from antdist.training.checkpoints import BEST, CHECKPOINTS
 from antdist.training.checkpoints.local import (
     best_weights,
     describe,
@@ -86,7 +87,7 @@ def save_with_best(
     Best weights are on disk before the checkpoint that names them, and stay as long as any checkpoint names them:
     after a crash at any point, the best weights of every checkpoint exist.
     """
-    progress, checkpoints = Progress(**document["progress"]), folder / "checkpoints"
+    progress, checkpoints = Progress(**document["progress"]), folder / CHECKPOINTS
     if progress.best_epoch is not None:
         path = best_weights(folder, progress.best_epoch)
         is_new_best = (progress.epoch, progress.batch) == (progress.best_epoch, 0)
@@ -104,6 +105,6 @@ def save_with_best(
         uploads.offer(progress.step)
     epochs = [kept["progress"]["best_epoch"] for kept in read_documents(checkpoints)]
     needed = {best_weights(folder, epoch) for epoch in epochs if epoch is not None}
-    for path in (folder / "best").glob("*.safetensors"):
+    for path in (folder / BEST).glob("*.safetensors"):
         if path not in needed:
             path.unlink()

@@ -14,6 +14,7 @@ from types import TracebackType
 from antdist.errors import UserError
 from antdist.io.logs import get_logger
 from antdist.io.storage import Unreachable
+from antdist.training.checkpoints import CHECKPOINTS
 from antdist.training.checkpoints.local import steps_in
 from antdist.training.checkpoints.remote import Remote
 
@@ -48,7 +49,7 @@ class Uploads:
             self._changed.notify()
 
     def __enter__(self) -> Uploads:
-        self._offered = max(steps_in(self.folder / "checkpoints"), default=None)
+        self._offered = max(steps_in(self.folder / CHECKPOINTS), default=None)
         self._thread.start()
         return self
 
