@@ -110,8 +110,8 @@ def _run_console(example: Example, shell: Shell, edits: list[tuple[int, int, str
     """Run a block's commands one after the other, and compare their output with what stands below each."""
     written, differing = [], []
     for command, expected in transcript(example.parsed):
-        actual = shell.run(command).strip("\n").split("\n")
-        actual = [] if actual == [""] else [line.rstrip() for line in actual]
+        actual = "\n".join(line.rstrip() for line in shell.run(command).split("\n")).strip("\n").split("\n")
+        actual = [] if actual == [""] else actual
         same = matches(expected, actual)
         if not same:
             differing.append(
