@@ -118,8 +118,14 @@ class Trainer:
         return self.progress
 
     def resume(self) -> None:
-        """Load the newest complete checkpoint, else `start`, else begin anew; the leader decides."""
-        found, failure = self._find_checkpoint() if self.world.leader else (None, None)
+        """Load the newest complete checkpoint, else `start`, else start over; the leader decides."""
+        found: Checkpoint | None = None
+        failure: UserError | None = None
+        try:
+            if self.world.leader:
+                found = find_checkpoint(self.folder, self.remote, self.start, self.engine.model)
+        except UserError as error:
+            failure = error
         document, failure = agree(self.world, (found.document if found else None, failure))
         if failure is not None:
             raise failure
@@ -142,12 +148,6 @@ class Trainer:
                 where = f"at step {progress.step}, epoch {progress.epoch + 1}, {workers}, from {found.folder}"
                 logger.info(f"{self.name}: {'resumes' if progress.step else 'begins'} {where}")
         barrier(self.world)
-
-    def _find_checkpoint(self) -> tuple[Checkpoint | None, UserError | None]:
-        try:
-            return find_checkpoint(self.folder, self.remote, self.start, self.engine.model), None
-        except UserError as error:
-            return None, error
 
     def _set_up(self, resources: contextlib.ExitStack) -> None:
         """Acquire what the loop needs: exact matrix products, uploads, saver and profiler."""

@@ -17,7 +17,6 @@ import threading
 from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
-from types import TracebackType
 from typing import Literal
 
 from antdist.config.schema import HangConfig
@@ -46,7 +45,7 @@ class Watchdog:
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
 
     def step_done(self) -> None:
-        """Note that a step is done: the limit of a step, with its wait for data, begins anew."""
+        """Note that a step is done: the limit of a step, with its wait for data, restarts."""
         self._begin("step")
 
     @contextlib.contextmanager
@@ -66,9 +65,7 @@ class Watchdog:
         self._thread.start()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: object, error: object, trace: object) -> None:
         self._over.set()
         self._thread.join()
         faulthandler.cancel_dump_traceback_later()

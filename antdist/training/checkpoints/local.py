@@ -181,7 +181,7 @@ def load_latest(parent: Path) -> Checkpoint | None:
     """Load the newest complete checkpoint below `parent`, None if it has none; report damaged ones.
 
     Raises:
-        UserError: all are damaged. Whether to begin anew then is for the user to decide.
+        UserError: all are damaged. Whether to start over then is for the user to decide.
     """
     steps = steps_in(parent)
     for step in reversed(steps):
@@ -196,7 +196,7 @@ def load_latest(parent: Path) -> Checkpoint | None:
     raise UserError(
         f"all checkpoints are damaged, the oldest too: {last.where}: {last.what}",
         where=parent,
-        remedy="restore a complete one from a copy, or remove the folder to begin anew",
+        remedy="restore a complete one from a copy, or remove the folder to start over",
     )
 
 

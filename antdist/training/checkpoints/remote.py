@@ -161,7 +161,7 @@ class Remote:
             raise UserError(
                 f"all checkpoints are damaged, the oldest too: {oldest.where}: {oldest.what}",
                 where=f"{self.uri}/checkpoints",
-                remedy="restore a complete one from a copy, or remove the folder to begin anew",
+                remedy="restore a complete one from a copy, or remove the folder to start over",
             )
 
     def _fetch(self, folder: Path, step: int) -> None:

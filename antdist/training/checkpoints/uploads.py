@@ -9,7 +9,6 @@ from __future__ import annotations
 import threading
 import time
 from pathlib import Path
-from types import TracebackType
 
 from antdist.errors import UserError
 from antdist.io.logs import get_logger
@@ -53,9 +52,7 @@ class Uploads:
         self._thread.start()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: object, error: object, trace: object) -> None:
         self._ending.set()
         with self._changed:
             self._changed.notify()

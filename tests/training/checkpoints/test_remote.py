@@ -387,7 +387,7 @@ def test_broken_connection_during_fetch_is_not_damage(
 
 
 def test_resume_retries_unreachable_storage_then_raises(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """With a complete local checkpoint the run resumes from it; without one it must not begin anew."""
+    """With a complete local checkpoint the run resumes from it; without one it must not start over."""
     (tmp_path / "file").touch()
     remote, here = Remote(f"{tmp_path}/file/below"), tmp_path / "here"
     with pytest.raises(
