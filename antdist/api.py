@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 from antdist.errors import Preempted, UserError
 from antdist.report import Report
@@ -26,10 +26,13 @@ if TYPE_CHECKING:
     from antdist.jobs.fanout import Fanned
     from antdist.jobs.survey import Survey
     from antdist.model.io import ModelCard
+    from antdist.planning.calibration import Calibration
     from antdist.planning.report import PlanReport
+    from antdist.runs.adapt import AdaptedModel, TrainedTrial
     from antdist.runs.context import CheckReport
     from antdist.runs.pretrain import PretrainedModel
-    from antdist.serving.apply import Evaluation
+    from antdist.runs.verdict import Judgement
+    from antdist.serving.apply import Evaluation, RecommendedItems
     from antdist.serving.loaded import LoadedModel
     from antdist.serving.score import ScoreReport
     from antdist.tracking.overview import Overview
@@ -38,7 +41,6 @@ if TYPE_CHECKING:
 
     Configuration = PretrainConfig | RelearnConfig
 
-Config = TypeVar("Config")
 STORAGE = "runs"
 
 
@@ -72,7 +74,7 @@ def prepare(
         for option in ("k_core", "max_sequence", "overwrite"):
             if options.pop(option, None):
                 raise UserError(
-                    "does not go with --append: what is there stays as it is",
+                    "does not go with --append: the filters and data of the domain are kept",
                     where=f"--{option.replace('_', '-')}",
                     remedy="leave it out",
                 )
@@ -146,12 +148,30 @@ def pretrain(
     return pretrain(pretrain_config(config, overrides))
 
 
+@overload
+def adapt(
+    config: RelearnConfig | Mapping[str, Any] | str | Path | None = None,
+    overrides: Sequence[str] = (),
+    *,
+    only: None = None,
+) -> AdaptedModel: ...
+
+
+@overload
+def adapt(
+    config: RelearnConfig | Mapping[str, Any] | str | Path | None = None,
+    overrides: Sequence[str] = (),
+    *,
+    only: Literal["trial", "verdict"],
+) -> TrainedTrial | Judgement: ...
+
+
 def adapt(
     config: RelearnConfig | Mapping[str, Any] | str | Path | None = None,
     overrides: Sequence[str] = (),
     *,
     only: Literal["trial", "verdict"] | None = None,
-) -> Report:
+) -> TrainedTrial | Judgement:
     """Adapt a model to one target (docs/spec/ant.md, section 6), judge the transfer, register the model chosen on validation.
 
     Args:
@@ -188,6 +208,13 @@ def plan(config: Configuration, *, calibration: str | Path | None = None, **mach
     return plan_run(config, calibration=measured, **machine)
 
 
+def calibrate() -> Calibration:
+    """Measure this machine for `plan`: half a minute, with the threads that torch is set to."""
+    from antdist.planning.calibration import calibrate
+
+    return calibrate()
+
+
 def fanout(
     config: RelearnConfig | Mapping[str, Any] | str | Path | None = None,
     overrides: Sequence[str] = (),
@@ -213,7 +240,7 @@ def fanout(
     from antdist.jobs.submission import own_code
 
     named = targets if isinstance(targets, str) else ",".join(targets)
-    wanted = wanted_of(adapt_config(config, overrides), None if named == ALL else read_targets(named))
+    wanted = wanted_of(adapt_config(config, overrides), None if named.strip() == ALL else read_targets(named))
     return fanout(wanted, address, code=code or own_code(), parallel=parallel, dry_run=dry_run)
 
 
@@ -248,6 +275,29 @@ def load(
     opened = _open(domain)
     embeddings = embed_domain(found.model, found.card, opened)
     return LoadedModel(found.model, found.card, found.uri, opened.item_ids(), embeddings, opened.fingerprint)
+
+
+def recommend(
+    model: str | Path,
+    domain: str | Path,
+    *,
+    user: str | None = None,
+    history: Sequence[str] | None = None,
+    n: int = 10,
+    storage: str | Path = STORAGE,
+    tracking_uri: str | None = None,
+) -> RecommendedItems:
+    """Recommend items of a domain, with titles, for one of its users or for a history of item ids, oldest first.
+
+    Raises:
+        UserError: an unknown user or item, with the nearest known ids; neither or both of `user` and `history`.
+    """
+    from antdist.serving.apply import open_model, recommend_items
+
+    if (user is None) == (history is None):
+        raise UserError("give either a user or a history", where="recommend")
+    opened = open_model(str(model), domain, Path(storage), tracking_uri)
+    return recommend_items(opened, user=user, history=history, n=n)
 
 
 def evaluate(
@@ -343,6 +393,8 @@ def _resolve(kind: type[Any], config: Any, overrides: Sequence[str]) -> Any:
     """Build a configuration of `kind` from what a caller may give for one."""
     from antdist.config.load import load_config, resolve_config
 
+    if isinstance(config, kind) and not overrides:
+        return config
     if config is None or isinstance(config, str | Path):
         return load_config(kind, None if config is None else Path(config), overrides)
     tree = dict(config) if isinstance(config, Mapping) else config.model_dump(by_alias=True, exclude_unset=True)
@@ -355,6 +407,7 @@ __all__ = [
     "UserError",
     "adapt",
     "adapt_config",
+    "calibrate",
     "evaluate",
     "fanout",
     "featurize",
@@ -367,6 +420,7 @@ __all__ = [
     "pretrain_config",
     "promote",
     "prune",
+    "recommend",
     "score",
     "synth",
     "validate",

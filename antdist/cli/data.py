@@ -9,6 +9,7 @@ from typing import Any
 
 import click
 
+from antdist import api
 from antdist.cli.options import FolderOrUri, check_local, json_option, print_report
 from antdist.errors import UserError
 from antdist.io.logs import get_logger
@@ -47,10 +48,8 @@ def synth(out: Path, domains: str, images: bool, json_file: Path | None, **sizes
     Example:
       antdist synth world --users 2000 --seed 7
     """
-    from antdist.data.synthetic.world import generate_world
-
     names: int | list[str] = int(domains) if domains.isdigit() else [name.strip() for name in domains.split(",")]
-    print_report(generate_world(out, domains=names, with_images=images, **sizes), json_file)
+    print_report(api.synth(out, domains=names, with_images=images, **sizes), json_file)
 
 
 @click.command()
@@ -108,21 +107,9 @@ def prepare(
       antdist prepare amazon/ --format amazon --domain gifts --out data
       antdist prepare exports/monday --domain shop --out data --append
     """
-    if appending:
-        for option in ("k_core", "max_sequence", "overwrite"):
-            if options.pop(option):
-                raise UserError(
-                    "does not go with --append: the filters and data of the domain are kept",
-                    where=f"--{option.replace('_', '-')}",
-                    remedy="leave it out",
-                )
     mapping = _mapping(columns, "--column")
     log.info("reading the source")
-    from antdist.data.ingest.append import append_to_domain
-    from antdist.data.ingest.prepare import prepare_domain
-
-    run: Any = append_to_domain if appending else prepare_domain
-    print_report(run(source, format=form, columns=mapping, **options), json_file)
+    print_report(api.prepare(source, format=form, columns=mapping, append=appending, **options), json_file)
 
 
 def _mapping(pairs: Sequence[str], option: str) -> dict[str, str]:
@@ -149,9 +136,7 @@ def verify(domain: str | Path, json_file: Path | None) -> None:
       antdist verify data/shop
       antdist verify s3://bucket/data/shop
     """
-    from antdist.data.verify import verify_domain
-
-    report = verify_domain(domain)
+    report = api.verify(domain)
     print_report(report, json_file)
     if report.problems:
         sys.exit(1)
@@ -193,7 +178,4 @@ def featurize(domains: Sequence[str | Path], json_file: Path | None, **options: 
       antdist featurize data/shop --text google-bert/bert-base-uncased --image microsoft/swin-base-patch4-window7-224
     """
     log.info("checking the domains")
-    from antdist.data.domain import open_domain
-    from antdist.features.featurize import featurize_domains
-
-    print_report(featurize_domains([open_domain(domain) for domain in domains], **options), json_file)
+    print_report(api.featurize(domains, **options), json_file)

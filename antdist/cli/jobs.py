@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from antdist import api
 from antdist.cli.data import featurize, prepare
 from antdist.cli.options import address_option, code_options, config_options, json_option, print_report
 from antdist.cli.runs import pretrain, relearn
@@ -115,12 +116,18 @@ def fanout(
       antdist fanout --config configs/relearn.yaml --targets food,arts --strategies scratch,finetune,relearn --seeds 0-4 \\
         --from models:/pretrain@champion --parallel 8 data.root=/shared/data ray.storage=/shared/runs --address http://head:8265
     """
-    from antdist.jobs.fanout import fanout as run
     from antdist.jobs.fanout import read_wanted
 
     code = _code(working_dir, installed)
     wanted = read_wanted(config_file, overrides, targets, **choice)
-    report = run(wanted, address, code=code, parallel=parallel, dry_run=dry_run)
+    report = api.fanout(
+        wanted.config,
+        targets="all" if wanted.targets is None else wanted.targets,
+        address=address,
+        parallel=parallel,
+        dry_run=dry_run,
+        code=code,
+    )
     print_report(report, json_file)
     if report.left and not dry_run:
         sys.exit(1)

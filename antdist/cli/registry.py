@@ -7,6 +7,7 @@ from pathlib import Path
 
 import click
 
+from antdist import api
 from antdist.cli.options import json_option, print_report, registry_options, write_document
 
 
@@ -40,14 +41,12 @@ def models(
     """
     if not prune and (dry_run or keep is not None):
         raise click.UsageError("--keep and --dry-run belong to --prune")
-    from antdist.tracking.overview import load_overview, registry_uri
-    from antdist.tracking.pruning import prune as remove
-
-    uri = registry_uri(storage, tracking_uri)
     if prune:
-        print_report(remove(uri, pattern=name, keep=keep or 5, dry_run=dry_run), json_file)
+        print_report(
+            api.prune(name, keep=keep or 5, dry_run=dry_run, storage=storage, tracking_uri=tracking_uri), json_file
+        )
         return
-    report = load_overview(uri, name)
+    report = api.models(name, storage=storage, tracking_uri=tracking_uri)
     if sys.stdout.isatty() and report.versions:
         from rich.console import Console
 
@@ -75,7 +74,4 @@ def promote(
     Example:
       antdist promote models:/relearn-food/3 champion
     """
-    from antdist.tracking.overview import registry_uri
-    from antdist.tracking.promotion import promote as run
-
-    print_report(run(model, alias, registry_uri(storage, tracking_uri), force=force), json_file)
+    print_report(api.promote(model, alias, force=force, storage=storage, tracking_uri=tracking_uri), json_file)

@@ -8,6 +8,7 @@ from typing import Any
 
 import click
 
+from antdist import api
 from antdist.cli.options import config_options, json_option, load_run, print_report
 from antdist.io.logs import get_logger
 
@@ -29,11 +30,7 @@ def validate(config_file: Path | None, overrides: Sequence[str], json_file: Path
     """
     config = load_run(config_file, overrides)
     log.info("checking configuration, data and tracking store")
-    from antdist.config.schema import RelearnConfig
-    from antdist.runs.checks import check_pretrain, check_relearn
-
-    context = check_relearn(config) if isinstance(config, RelearnConfig) else check_pretrain(config)
-    print_report(context.report, json_file)
+    print_report(api.validate(config), json_file)
 
 
 @click.command()
@@ -77,16 +74,12 @@ def plan(
       antdist plan --calibrate --json calibration.json
       antdist plan --config configs/pretrain.yaml 'data.domains=[books]' --gpus 0 --workers 2 --calibration calibration.json
     """
-    from antdist.planning.calibration import calibrate, read_calibration
-    from antdist.planning.report import plan_run
-
     if calibrating:
         log.info("measuring this machine")
-        print_report(calibrate(), json_file)
+        print_report(api.calibrate(), json_file)
         return
     config = load_run(config_file, overrides)
-    measured = None if calibration is None else read_calibration(calibration)
-    print_report(plan_run(config, calibration=measured, **machine), json_file)
+    print_report(api.plan(config, calibration=calibration, **machine), json_file)
 
 
 @click.command()
@@ -105,14 +98,9 @@ def pretrain(config_file: Path | None, overrides: Sequence[str], json_file: Path
       antdist pretrain --config configs/pretrain.yaml name=december continue=models:/pretrain@champion
       antdist pretrain --config configs/pretrain.yaml training.stop_after=20 profile=true   (a trace for Perfetto)
     """
-    from antdist.config.load import load_config
-    from antdist.config.schema import PretrainConfig
-
-    config = load_config(PretrainConfig, config_file, overrides)
+    config = api.pretrain_config(config_file, overrides)
     log.info("checking configuration, data and tracking store")
-    from antdist.runs.pretrain import pretrain as run
-
-    print_report(run(config), json_file)
+    print_report(api.pretrain(config), json_file)
 
 
 @click.command()
@@ -124,7 +112,7 @@ def pretrain(config_file: Path | None, overrides: Sequence[str], json_file: Path
     "trained trials.",
 )
 @json_option
-def relearn(config_file: Path | None, overrides: Sequence[str], only: str | None, json_file: Path | None) -> None:
+def relearn(config_file: Path | None, overrides: Sequence[str], only: Any, json_file: Path | None) -> None:
     """Adapt a model to one target and judge the transfer.
 
     Keeps the best epoch by validation Recall@10, tests it once, judges whether pre-training helped, and registers a version.
@@ -134,16 +122,6 @@ def relearn(config_file: Path | None, overrides: Sequence[str], only: str | None
     Example:
       antdist relearn --config configs/relearn.yaml target=food strategy=auto from=models:/pretrain@champion 'seeds=[0, 1, 2]'
     """
-    from antdist.config.load import load_config
-    from antdist.config.schema import RelearnConfig
-
-    config = load_config(RelearnConfig, config_file, overrides)
+    config = api.adapt_config(config_file, overrides)
     log.info("checking configuration, data and tracking store")
-    from antdist.runs import adapt
-
-    if only == "trial":
-        print_report(adapt.train_trial(config), json_file)
-    elif only == "verdict":
-        print_report(adapt.judge_trials(config), json_file)
-    else:
-        print_report(adapt.relearn(config), json_file)
+    print_report(api.adapt(config, only=only), json_file)

@@ -7,8 +7,8 @@ from typing import Any
 
 import click
 
+from antdist import api
 from antdist.cli.options import json_option, model_options, print_report, write_document
-from antdist.errors import redact
 from antdist.io.logs import get_logger
 
 log = get_logger(__name__)
@@ -37,12 +37,7 @@ def evaluate(
       antdist evaluate models:/relearn-food@champion data/food --split test
     """
     log.info("loading model and data")
-    from antdist.serving.apply import evaluate_model, open_model
-
-    figures = evaluate_model(open_model(model, domain, storage, tracking_uri), split)
-    for name, value in figures.items():
-        click.echo(f"{name:12} {value:.4f}" if "@" in name else f"{name:12} {int(value):,}")
-    write_document({"model": model, "domain": redact(str(domain)), "split": split, **figures}, json_file)
+    print_report(api.evaluate(model, domain, split, storage=storage, tracking_uri=tracking_uri), json_file)
 
 
 @click.command()
@@ -73,17 +68,10 @@ def recommend(
     if (user is None) == (history is None):
         raise click.UsageError("give either --user or --history")
     log.info("loading model and data")
-    from antdist.serving.apply import open_model, recommend_items
-
-    opened = open_model(model, domain, storage, tracking_uri)
-    past, items = recommend_items(opened, user=user, history=history, n=top)
-    click.echo("history (latest last):")
-    for item in past[-5:]:
-        click.echo(f"          {item.item_id}  {item.title}")
-    click.echo("recommended:")
-    for rank, item in enumerate(items, 1):
-        click.echo(f"{rank:3}  {item.score:.3f}  {item.item_id}  {item.title}")
-    write_document({"model": model, "items": [item._asdict() for item in items]}, json_file)
+    named = None if history is None else [item.strip() for item in history.split(",") if item.strip()]
+    found = api.recommend(model, domain, user=user, history=named, n=top, storage=storage, tracking_uri=tracking_uri)
+    print_report(found)
+    write_document({"model": model, **found.to_json()}, json_file)
 
 
 @click.command()
@@ -117,12 +105,7 @@ def score(
       antdist submit score models:/relearn-food@champion /shared/data/food --out s3://bucket/food --address http://head:8265
     """
     log.info("loading model and data")
-    from antdist.data.domain import open_domain
-    from antdist.serving.apply import find_model
-    from antdist.serving.score import score as run
-
-    opened = open_domain(domain)
-    print_report(run(find_model(model, storage, tracking_uri), opened, out, **options), json_file)
+    print_report(api.score(model, domain, out, storage=storage, tracking_uri=tracking_uri, **options), json_file)
 
 
 @click.command("import-reference")
@@ -139,8 +122,6 @@ def import_reference(checkpoint: Path, out: Path, heads: int, beta: float) -> No
     Example:
       antdist import-reference ANT-FHCK.ckpt models/ant
     """
-    from antdist.model.import_reference import import_reference as run
-
-    card = run(checkpoint, out, heads, beta)
+    card = api.import_reference(checkpoint, out, heads=heads, beta=beta)
     dims = ", ".join(f"{modality} {dim}" for modality, dim in card.dims.items())
     click.echo(f"imported into {out}: {dims}, {card.config.layers} layers, dim {card.config.dim}")

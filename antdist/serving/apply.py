@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
 logger = get_logger(__name__)
 
+PRINTED_HISTORY = 5
 MAX_COMPARED = 20_000  # ids compared with an unknown one: difflib takes about 10 microseconds for each
 
 
@@ -75,6 +76,24 @@ class ShownItem(NamedTuple):
     item_id: str
     title: str
     score: float | None = None
+
+
+@dataclass(frozen=True, repr=False)
+class RecommendedItems(Report):
+    """The history of a user, oldest first, and the items to show next, best first, with their scores."""
+
+    table_key = "items"
+
+    history: list[ShownItem]
+    items: list[ShownItem]
+
+    def lines(self) -> list[str]:
+        past = [f"          {item.item_id}  {item.title}" for item in self.history[-PRINTED_HISTORY:]]
+        best = [f"{rank:3}  {item.score:.3f}  {item.item_id}  {item.title}" for rank, item in enumerate(self.items, 1)]
+        return ["history (latest last):", *past, "recommended:", *best]
+
+    def to_json(self) -> dict[str, Any]:
+        return {"items": [item._asdict() for item in self.items]}
 
 
 class ItemName(NamedTuple):
@@ -149,24 +168,19 @@ def evaluate_model(opened: OpenModel, split: Literal["validation", "test"]) -> d
     return summary(rank_targets(opened.model, opened.item_embeddings, queries))
 
 
-def recommend_items(
-    opened: OpenModel, *, user: str | None, history: str | None, n: int
-) -> tuple[list[ShownItem], list[ShownItem]]:
-    """Return the history and the top n, for a user of the domain or for comma-separated item ids.
+def recommend_items(opened: OpenModel, *, user: str | None, history: Sequence[str] | None, n: int) -> RecommendedItems:
+    """Rank the catalogue for a user of the domain, or for a history of item ids.
 
     Raises:
         UserError: an unknown user or item; the message names the nearest known ids.
     """
     domain = opened.domain
-    if user is not None:
-        past = load_history(domain, user)
-    else:
-        past = parse_history(domain, [item.strip() for item in (history or "").split(",") if item.strip()])
+    past = load_history(domain, user) if user is not None else parse_history(domain, history or ())
     best = recommend(opened.model, opened.item_embeddings, past, n)
     names = load_names(domain, past + [index for index, _ in best])
     shown = [ShownItem(name.item_id, " ".join((name.text or "(no text)").split())[:90]) for name in names]
     scored = [item._replace(score=score) for item, (_, score) in zip(shown[len(past) :], best, strict=True)]
-    return shown[: len(past)], scored
+    return RecommendedItems(shown[: len(past)], scored)
 
 
 def load_history(domain: Domain, user_id: str) -> list[int]:

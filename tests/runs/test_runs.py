@@ -419,8 +419,8 @@ def test_recommend_prints_titles(world: Path, pretrained: PretrainedModel) -> No
     told = CliRunner().invoke(cli, [*arguments, "--user", "user-3", "-n", "4"], catch_exceptions=False).output
     assert told.count("thing ") >= 4 + 3 and "  4  " in told
     opened = open_model(pretrained.model, world / "data/target", world / "runs")
-    past, best = recommend_items(opened, user=None, history="target-3,target-5", n=5)
-    assert [item.item_id for item in past] == ["target-3", "target-5"]
-    assert len(best) == 5 and not {"target-3", "target-5"} & {item.item_id for item in best}
+    found = recommend_items(opened, user=None, history=["target-3", "target-5"], n=5)
+    assert [item.item_id for item in found.history] == ["target-3", "target-5"]
+    assert len(found.items) == 5 and not {"target-3", "target-5"} & {item.item_id for item in found.items}
     with pytest.raises(UserError, match=r"no item 'target-99'.*[Dd]id you mean target-"):
-        recommend_items(opened, user=None, history="target-99", n=5)
+        recommend_items(opened, user=None, history=["target-99"], n=5)
