@@ -219,7 +219,7 @@ def refuse_unfinished(trials: Sequence[Trial]) -> None:
         raise UserError(
             f"ended early: {', '.join(stopped)}",
             where="training.stop_after",
-            remedy="the same command goes on; without the key to the end",
+            remedy="run the same command to continue; without the key it runs to the end",
         )
 
 
@@ -247,7 +247,7 @@ def _register_chosen(context: AdaptContext, parent: str | None) -> AdaptedModel:
     if not promote:
         notes.append(f"not promoted: on validation the transfer of {chosen} is {transfer}")
     test = runs[chosen, "test"].ranks[0]
-    notes.append(f"{int(test.seen.sum())} of {len(test.users)} test targets stood in the history: misses")
+    notes.append(f"{int(test.seen.sum())} of {len(test.users)} test targets are in the history and count as misses")
     record = trial.folder.read_record()
     assert record is not None and record.run_id is not None
     make_servable(trial.folder.model, context.domain)

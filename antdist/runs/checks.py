@@ -63,7 +63,7 @@ def check_relearn(config: RelearnConfig) -> AdaptContext:
         report.notes += parent_notes(config, parent)
     absent = [modality for modality in config.model.modalities if modality not in target.modalities]
     if absent:
-        report.notes.append(f"no item of {config.target} has {' or '.join(absent)}: models do without")
+        report.notes.append(f"no item of {config.target} has {' or '.join(absent)}: models do not read it")
     return AdaptContext(config, store, folder, start, report, target.domain)
 
 
@@ -116,7 +116,7 @@ def check_settings(config: PretrainConfig | RelearnConfig) -> None:
     check_with_deepspeed(config.training)
     if config.loss.log_q and config.loss.negatives == "catalogue":
         _contradiction(
-            "loss.log_q", "the full catalogue is no sample, so there is nothing to correct", "set it to false"
+            "loss.log_q", "the full catalogue is not a sample, so there is nothing to correct", "set it to false"
         )
 
 
@@ -136,7 +136,9 @@ def _check_common(config: PretrainConfig | RelearnConfig, report: CheckReport) -
             remedy="give a URI or an absolute path",
         )
     if config.data.root.startswith("memory:"):
-        raise UserError("it is seen by one process alone, and ends with it", where="data.root", remedy="give another")
+        raise UserError(
+            "only one process can read it, and it ends with that process", where="data.root", remedy="give another"
+        )
     check_settings(config)
     report.checked.append("configuration")
     if config.ray.remote_storage is not None:
@@ -170,7 +172,7 @@ def _check_inputs(inputs: Inputs, config: PretrainConfig | RelearnConfig, report
     size = inputs.catalogue.verify() + sum(domain.verify_sequences() for domain in inputs.domains)
     if is_uri(config.data.root):
         report.checked.append(
-            f"shards and features are there at their sizes ({size / MIB:,.1f} MiB), checked as they come"
+            f"all shards and features have their recorded sizes ({size / MIB:,.1f} MiB); each is verified when fetched"
         )
         _check_cache(inputs, config, report)
     else:

@@ -62,5 +62,5 @@ def refuse_other_config(
             )
         if where == next(iter(recorded)) and not quiet:
             logger.info(
-                "; ".join([f"{where} exists: going on with that run", *(change for _, change in changed.values())])
+                "; ".join([f"{where} exists: continuing that run", *(change for _, change in changed.values())])
             )

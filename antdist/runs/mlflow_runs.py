@@ -26,10 +26,10 @@ def restore_record(folder: RunFolder, store: str) -> RunRecord | None:
     assert record.run_id is not None
     try:
         if record.run_id.startswith(OFFLINE):
-            raise UserError("what the run recorded offline went with its folder")
+            raise UserError("the records of the offline run were lost with its folder")
         check_run_exists(store, record.run_id)
     except UserError as error:
-        logger.warning(f"{error} The run goes on with a new MLflow run")
+        logger.warning(f"{error} The run continues with a new MLflow run")
         return record.model_copy(update={"run_id": None})
     record.write(folder.record_file)
     return record
@@ -37,7 +37,7 @@ def restore_record(folder: RunFolder, store: str) -> RunRecord | None:
 
 @contextlib.contextmanager
 def end_failed_runs(store: str, folders: Sequence[RunFolder]) -> Iterator[None]:
-    """If the block fails or is stopped, end the MLflow runs of folders without a result as such."""
+    """If the block fails, end the MLflow runs of folders without a result as FAILED or KILLED."""
     try:
         yield
     except BaseException as error:

@@ -54,7 +54,7 @@ class PretrainedModel(Report):
         return [
             f"registered {self.model}{chosen} ({self.champion})",
             f"run {self.run_id} in {redact(self.tracking_uri)}; files in {self.folder}",
-            "ended: " + (self.finished or "stopped by training.stop_after; the same command goes on"),
+            "ended: " + (self.finished or "stopped by training.stop_after; run the same command to continue"),
         ]
 
     def to_json(self) -> dict[str, Any]:
@@ -64,9 +64,9 @@ class PretrainedModel(Report):
 def pretrain(config: PretrainConfig) -> PretrainedModel:
     """Pre-train on the auxiliary domains (spec, section 5) and register the best epoch's model.
 
-    Started again under the same name, it goes on from the last checkpoint; with `resume=MODEL` it goes on from what the
-    registry holds, in the MLflow run that it came from; with `continue=MODEL` it begins a new run with weights and optimizer
-    state of another (`antdist.runs.continuing`).
+    Started again under the same name, it resumes from the last checkpoint; with `resume=MODEL` from the registered training
+    state, in the same MLflow run; with `continue=MODEL` it begins a new run with weights and optimizer state of another
+    (`antdist.runs.continuing`).
 
     Raises:
         Preempted: SIGTERM came; the state is saved.

@@ -81,7 +81,7 @@ def test_modality_missing_from_target_is_noted(world: Path) -> None:
     notes = check_relearn(
         adapting(world, target="nopictures", strategy="auto", **{"from": parent(world, "full")})
     ).report.notes
-    assert "no item of nopictures has image: models do without" in notes
+    assert "no item of nopictures has image: models do not read it" in notes
 
 
 def test_inherited_tower_uses_only_named_modalities(world: Path) -> None:
@@ -109,7 +109,7 @@ def test_inherited_tower_uses_only_named_modalities(world: Path) -> None:
             {"data": {"root": "nowhere://k:s@x", "domains": ["aa"]}},
             "nowhere://***@x/aa/manifest.json: it cannot be used",
         ),
-        ({"data": {"root": "memory://x", "domains": ["aa"]}}, "data.root: it is seen by one process alone"),
+        ({"data": {"root": "memory://x", "domains": ["aa"]}}, "data.root: only one process can read it"),
         (
             {"data": {"root": "file:///proc/no", "cache": "s3://b/c", "domains": ["aa"]}},
             "data.cache s3://b/c: the cache is a folder on each node's own disk",
@@ -162,7 +162,7 @@ def test_too_small_cache_is_refused_with_a_sufficient_size(tmp_path: Path, monke
     enough = float(str(told.value).partition("Set data.cache_gb=")[2].partition(",")[0])
     assert shards + features <= enough * 1e9 < shards + features + 1e6
     report = check_pretrain(far(tmp_path, enough)).report
-    assert report.notes == [] and any("sizes" in line and "checked as they come" in line for line in report.checked)
+    assert report.notes == [] and any("sizes" in line and "verified when fetched" in line for line in report.checked)
     fetched = {path.name for path in (tmp_path / "cache").iterdir()}
     assert fetched == {"lock", domain.manifest.popularity.sha256}, "more than popularity"
     # a disk smaller than the bound

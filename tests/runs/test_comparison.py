@@ -48,7 +48,7 @@ def test_longer_and_gentler_resumes_need_permission(tmp_path: Path, capsys: pyte
     ):
         record_config(folder, changed)
     record_config(folder, changed, LONGER_AND_GENTLER)
-    assert "going on with that run; training.epochs was 300, is 400; training.learning_rate" in capsys.readouterr().err
+    assert "continuing that run; training.epochs was 300, is 400; training.learning_rate" in capsys.readouterr().err
     record_config(folder, changed)
 
 

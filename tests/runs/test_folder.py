@@ -90,6 +90,6 @@ def test_a_lost_record_comes_back_if_the_store_knows_the_run(
     trial.write_record(record)
     trial.record_file.unlink()
     assert restore_record(trial, "x") == RunRecord(run_id=None, parent="p") and not trial.record_file.exists()
-    assert "knows no run 'abc'. The run goes on with a new MLflow run" in capsys.readouterr().err
+    assert "knows no run 'abc'. The run continues with a new MLflow run" in capsys.readouterr().err
     known.add("abc")
     assert restore_record(trial, "x") == record and trial.record_file.is_file()
