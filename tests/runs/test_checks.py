@@ -102,7 +102,7 @@ def test_inherited_tower_uses_only_named_modalities(world: Path) -> None:
         ),
         (
             {"ray": {"remote_storage": "file:///proc/no/such"}},
-            "ray.remote_storage file:///proc/no/such: it cannot be written: does not answer, or refuses",
+            "ray.remote_storage file:///proc/no/such: the storage cannot be written: does not answer, or refuses",
         ),
         ({"ray": {"remote_storage": "nowhere://x"}}, "ray.remote_storage nowhere://x: it cannot be used"),
         (
