@@ -227,7 +227,8 @@ class TrainingConfig(Component):
     log_every: Annotated[Positive, OPERATION] = Field(10, description="steps between two points of the training curves")
     max_skipped: Annotated[int, Field(ge=0), OPERATION] = Field(
         10,
-        description="steps whose loss or gradients are no numbers are skipped; more than this many among the last hundred times as many stop the run",
+        description="steps with a NaN or Inf loss or gradient are skipped; more than this many among the last hundred times "
+        "as many stop the run",
     )
     hang: HangConfig = Field(default_factory=lambda: HangConfig())
 
