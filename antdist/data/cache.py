@@ -1,14 +1,15 @@
 """A bounded cache of remote files on a node's own disk, shared by all processes there: files named by their SHA-256.
 
 FOLDER/
-  <digest>           a whole file; what it holds is checked whenever it is opened, for disks err
-  <digest>.partial   one that is on its way, at its full size from the start; its fetcher holds it under lock
-  lock               held while room is made, so that files in use and on their way never exceed the bound together; it
-                     says how many bytes they are, so that the folder is looked through only where some must go
+  <digest>           a complete file; its digest is checked whenever it is opened, since disks fail
+  <digest>.partial   a file that is being fetched, allocated in full from the start; its fetcher holds an exclusive lock
+  lock               held while room is made, so that complete and partial files together never exceed the bound; it
+                     contains their total bytes, so that the folder is scanned only if files must be evicted
 
-A name says what is in a file, so nothing there can be stale, and domains, runs and ranks share what is equal. Readers hold
-what they opened under a shared lock (flock), by which it stays; the rest goes when room is needed, the longest unused first.
-Locks end with the process, so what a killed one left in the middle is taken up, or removed, by the next.
+A file's name is the digest of its content, so nothing can be stale, and domains, runs and ranks share equal files. Readers
+hold a shared lock (flock) on the files that they have opened, which keeps them; other files are evicted when room is
+needed, the least recently used first. Locks end with the process, so the next process continues or removes what a killed
+one left.
 """
 
 from __future__ import annotations
@@ -37,10 +38,10 @@ logger = get_logger(__name__)
 GB = 10**9
 DEFAULT_GB = 50.0
 CACHE_KEY = "data.cache"
-WAITS = (1.0, 5.0, 15.0)  # seconds between trials to fetch a file
-POLL_SECONDS = 0.02  # while another process fetches the same file, or uses what would have to go
-FULL_SECONDS = 120.0  # that the cache may be full of files in use
-MOST_FETCHES = 10  # of a file that is gone, or damaged, whenever it has been fetched
+WAITS = (1.0, 5.0, 15.0)  # seconds between attempts to fetch a file
+POLL_SECONDS = 0.02  # while another process fetches the same file, or uses files that must be evicted
+FULL_SECONDS = 120.0  # how long to wait while files in use fill the cache
+MOST_FETCHES = 10  # of a file that is removed or damaged each time it has been fetched
 FULL = (errno.ENOSPC, errno.EDQUOT)
 _CACHE_FILE = re.compile(r"[0-9a-f]{64}(\.partial)?")
 
@@ -48,31 +49,32 @@ Source = Callable[[], Generator[bytes, None, None]]
 
 
 class CorruptDownload(UserError):
-    """What was fetched is not what the manifest says; trying again may help."""
+    """A fetched file does not match the manifest; a retry may help."""
 
     def __init__(self, where: str, what: str) -> None:
-        remedy = "compare what lies there with `antdist verify`, and copy it there again"
-        super().__init__(f"what was fetched is not the file of the manifest: {what}", where=where, remedy=remedy)
+        remedy = "check the remote domain with `antdist verify`, and upload the file again"
+        super().__init__(f"the fetched file does not match the manifest: {what}", where=where, remedy=remedy)
 
 
 @dataclass(frozen=True)
 class Cache:
-    """`bound`: the bytes of files that may lie in `folder`."""
+    """A cache of at most `bound` bytes of files in `folder`."""
 
     folder: Path
     bound: int
 
     def open(self, file: File, source: Source, where: str) -> BinaryIO:
-        """The file, open for reading, its size and digest checked; from `source` unless it is here. Whoever has it open
-        keeps it here; closed, it may go.
+        """Open a file for reading, with its size and digest checked; fetch it from `source` if it is not cached.
+
+        An open file stays in the cache; after it is closed it may be evicted.
 
         Args:
-            source: gives the content in pieces.
-            where: of the source, for people.
+            source: yields the content in chunks.
+            where: the file's place in the source, for messages.
 
         Raises:
-            Unreachable, CorruptDownload: each time, of so many as `WAITS` allows.
-            UserError: there is no such file; it does not fit, or the disk is full.
+            Unreachable, CorruptDownload: at every one of the attempts that `WAITS` allows.
+            UserError: the file is missing, does not fit, or the disk is full.
         """
         waits, fetches = iter(WAITS), 0
         while fetches < MOST_FETCHES:
@@ -84,7 +86,7 @@ class Cache:
                         fetches += 1
                         self._fetch(file, partial, source, where)
                         continue
-            except FileNotFoundError:  # the folder has just gone
+            except FileNotFoundError:  # the folder has just been removed
                 continue
             except (Unreachable, CorruptDownload) as error:
                 if (wait := next(waits, None)) is None:
@@ -94,25 +96,25 @@ class Cache:
             else:
                 time.sleep(POLL_SECONDS)
         raise UserError(
-            f"what is written there does not stay as it was ({file.name})",
+            f"the cache's disk does not keep what is written ({file.name})",
             where=f"{CACHE_KEY} {self.folder}",
-            remedy=f"see to its disk, or name a folder on another with {CACHE_KEY}=FOLDER",
+            remedy=f"check its disk, or use a folder on another disk with {CACHE_KEY}=FOLDER",
         )
 
     def has(self, file: File) -> bool:
-        """Whether the file is here, by its name and size alone."""
+        """Return whether the file is cached, by its name and size alone."""
         with contextlib.suppress(FileNotFoundError):
             return (self.folder / file.sha256).stat().st_size == file.bytes
         return False
 
     def usable_bytes(self) -> int:
-        """The bytes that it may hold: the bound, or what the disk has left for it."""
+        """Return how many bytes the cache can hold: its bound, or less if the disk is too full."""
         self._make_folder()
         taken = sum(size for _, size, _ in self._files())
         return min(self.bound, taken + _free_bytes(self.folder))
 
     def _open_cached(self, file: File) -> BinaryIO | None:
-        """The file, if it is here and sound; a damaged one goes."""
+        """Open the file if it is cached and intact; remove it if it is damaged."""
         path = self.folder / file.sha256
         try:
             stream = path.open("rb")
@@ -120,11 +122,11 @@ class Cache:
             return None
         try:
             fcntl.flock(stream, fcntl.LOCK_SH)
-            if not os.fstat(stream.fileno()).st_nlink:  # removed, before the lock
+            if not os.fstat(stream.fileno()).st_nlink:  # removed before it was locked
                 stream.close()
                 return None
             now = time.time_ns()
-            os.utime(stream.fileno(), ns=(now, now))  # the longest unused go first; the kernel's own stamps are coarse
+            os.utime(stream.fileno(), ns=(now, now))  # for eviction; the kernel's own time stamps are coarse
             if hashlib.file_digest(stream, "sha256").hexdigest() == file.sha256:
                 stream.seek(0)
                 return stream
@@ -134,18 +136,18 @@ class Cache:
             stream.close()
             raise
         stream.close()
-        logger.warning(f"{path} is damaged ({file.name}): it is fetched again")
+        logger.warning(f"{path} is damaged ({file.name}), fetching it again")
         path.unlink(missing_ok=True)
         return None
 
     @contextlib.contextmanager
     def _lock_partial(self, file: File) -> Iterator[IO[bytes] | None]:
-        """The place to fetch a file into, held alone; None where another fetches it, or has just done so."""
+        """Open the partial file under an exclusive lock; None if another process fetches it, or has just finished."""
         path = self.folder / f"{file.sha256}.partial"
         self._make_folder()
         try:
             stream = os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600), "r+b")
-        except FileNotFoundError:  # the folder has just gone
+        except FileNotFoundError:  # the folder has just been removed
             yield None
             return
         with stream:
@@ -154,16 +156,16 @@ class Cache:
             except BlockingIOError:
                 yield None
                 return
-            if not os.fstat(stream.fileno()).st_nlink:  # removed as a killed one's, before the lock
+            if not os.fstat(stream.fileno()).st_nlink:  # removed, as left by a killed process, before it was locked
                 yield None
-            elif (self.folder / file.sha256).exists():  # it was fetched before the lock
+            elif (self.folder / file.sha256).exists():  # fetched by another process before it was locked
                 path.unlink(missing_ok=True)
                 yield None
             else:
                 yield stream
 
     def _fetch(self, file: File, partial: IO[bytes], source: Source, where: str) -> None:
-        """From `source` to the file's place, whole or not at all."""
+        """Fetch the file from `source`, atomically."""
         path = self.folder / f"{file.sha256}.partial"
         try:
             self._reserve(file.bytes, partial)
@@ -172,7 +174,7 @@ class Cache:
                 for piece in pieces:
                     size += len(piece)
                     if size > file.bytes:
-                        raise CorruptDownload(where, f"it goes on after {file.bytes} bytes")
+                        raise CorruptDownload(where, f"it has more than {file.bytes} bytes")
                     digest.update(piece)
                     partial.write(piece)
             if size != file.bytes:
@@ -180,7 +182,7 @@ class Cache:
             if digest.hexdigest() != file.sha256:
                 raise CorruptDownload(where, "its SHA-256 differs")
             partial.flush()
-            with self._lock_folder():  # who looks through the folder meanwhile could miss both names
+            with self._lock_folder():  # a concurrent scan of the folder could miss both names
                 path.rename(self.folder / file.sha256)
         except BaseException as error:
             path.unlink(missing_ok=True)
@@ -188,29 +190,29 @@ class Cache:
                 raise UserError(
                     f"the disk has no room for {file.bytes / GB:.3g} GB more",
                     where=f"{CACHE_KEY} {self.folder}",
-                    remedy=f"free some, or name a folder on another disk with {CACHE_KEY}=FOLDER",
+                    remedy=f"free space, or use a folder on another disk with {CACHE_KEY}=FOLDER",
                 ) from error
             raise
 
     # -- room ---------------------------------------------------------------------------------------------------------
 
     def _reserve(self, size: int, partial: IO[bytes]) -> None:
-        """Make `partial` of its full size, once there is room for it.
+        """Allocate `partial` in full, once there is room for it.
 
         Raises:
-            UserError: it is larger than the bound; what is in use leaves no room.
+            UserError: the file is larger than the bound, or files in use leave no room for it.
             OSError: the disk is full.
         """
-        partial.truncate(0)  # what a killed process left
+        partial.truncate(0)  # content left by a killed process
         deadline = time.monotonic() + FULL_SECONDS
         while True:
             with self._lock_folder() as lock:
-                told = lock.read()
-                taken = int(told) if told.isdigit() else self.bound
+                recorded = lock.read()
+                taken = int(recorded) if recorded.isdigit() else self.bound
                 if size <= self.bound and (taken + size > self.bound or size > _free_bytes(self.folder)):
                     taken = self._make_room(size)
                 if taken + size <= self.bound:
-                    # it may say too much, never too little: what goes in another way is found by a look
+                    # The recorded total may be too high, never too low: files removed otherwise are noticed by a scan.
                     lock.truncate(0)
                     lock.write(str(taken + size).encode())
                     lock.flush()
@@ -221,13 +223,13 @@ class Cache:
                 raise UserError(
                     f"a file of {size / GB:.3g} GB {what} of {self.bound / GB:.3g} GB",
                     where=f"{CACHE_KEY} {self.folder}",
-                    remedy="raise data.cache_gb; `antdist validate` says how much a run needs",
+                    remedy="raise data.cache_gb; `antdist validate` prints how much a run needs",
                 )
             time.sleep(POLL_SECONDS)
 
     @contextlib.contextmanager
     def _lock_folder(self) -> Iterator[IO[bytes]]:
-        """With the lock, whose file says how many bytes all files have, those on their way included."""
+        """Lock the folder; the lock file contains the total bytes of complete and partial files."""
         while True:
             with contextlib.suppress(FileNotFoundError):
                 self._make_folder()
@@ -239,7 +241,7 @@ class Cache:
             yield lock
 
     def _make_room(self, size: int) -> int:
-        """Remove files, the longest unused first, until `size` bytes fit, or nothing more can go; the bytes that are left."""
+        """Evict files, the least recently used first, until `size` bytes fit; return the bytes of the remaining files."""
         files = sorted(self._files())
         taken, short = sum(found for _, found, _ in files), size - _free_bytes(self.folder)
         for _, found, path in files:
@@ -250,7 +252,7 @@ class Cache:
         return taken
 
     def _files(self) -> Iterator[tuple[int, int, Path]]:
-        """When each was used last, its bytes, its path. Files of other names are not ours."""
+        """Give time of last use, bytes and path of each file; files with other names are ignored."""
         with contextlib.suppress(FileNotFoundError), os.scandir(self.folder) as entries:
             for entry in entries:
                 if _CACHE_FILE.fullmatch(entry.name):
@@ -263,17 +265,17 @@ class Cache:
             self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         except OSError as error:
             raise UserError(
-                f"the folder cannot be made ({error.strerror})",
+                f"the folder cannot be created ({error.strerror})",
                 where=f"{CACHE_KEY} {self.folder}",
-                remedy="name another",
+                remedy=f"use another folder with {CACHE_KEY}=FOLDER",
             ) from None
 
 
 def default_folder() -> Path:
-    """A folder of this user's in the node's folder for temporary files (TMPDIR).
+    """Create this user's cache folder in the node's folder for temporary files (TMPDIR).
 
     Raises:
-        UserError: another user has made it.
+        UserError: the folder belongs to another user.
     """
     folder = Path(tempfile.gettempdir()) / f"antdist-cache-{os.getuid()}"
     with contextlib.suppress(FileExistsError):
@@ -281,22 +283,24 @@ def default_folder() -> Path:
     found = folder.lstat()
     if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid():
         raise UserError(
-            "belongs to another user", where=folder, remedy=f"name a folder of your own with {CACHE_KEY}=FOLDER"
+            "belongs to another user", where=folder, remedy=f"use a folder of your own with {CACHE_KEY}=FOLDER"
         )
     return folder
 
 
 def open_cache(folder: str | None = None, gigabytes: float = DEFAULT_GB) -> Cache:
-    """The cache in `folder`, None for the default. Raises UserError."""
+    """Open the cache in `folder`, None for the default. Raises UserError."""
     if folder is not None and is_uri(folder):
         raise UserError(
-            "the cache is a folder on each node's own disk", where=f"{CACHE_KEY} {folder}", remedy="name a folder"
+            "the cache must be a folder on each node's own disk",
+            where=f"{CACHE_KEY} {folder}",
+            remedy="use a local folder",
         )
     return Cache(default_folder() if folder is None else Path(folder).expanduser(), int(gigabytes * GB))
 
 
 def _try_remove(path: Path) -> bool:
-    """Remove a file unless somebody uses it, or fetches it; whether it is gone."""
+    """Remove a file unless it is in use or being fetched; return whether it is removed."""
     try:
         with path.open("rb") as stream:
             fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -309,13 +313,13 @@ def _try_remove(path: Path) -> bool:
 
 
 def _allocate(stream: IO[bytes], size: int) -> None:
-    """Give a file its size, and the disk's promise of it. Raises OSError: the disk is full."""
+    """Allocate disk space for a file and set its size. Raises OSError if the disk is full."""
     try:
         os.posix_fallocate(stream.fileno(), 0, max(size, 1))
     except OSError as error:
         if error.errno in FULL:
             raise
-    stream.truncate(size)  # where the file system promises nothing, too
+    stream.truncate(size)  # for file systems that cannot allocate
 
 
 def _free_bytes(folder: Path) -> int:

@@ -1,4 +1,4 @@
-"""Where a prepared domain lies: a folder, or any URI that fsspec reaches, whose files come through the node's cache."""
+"""The place of a prepared domain: a folder, or any URI that fsspec reads, whose files come through the node's cache."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from antdist.data.shards import VERIFY_REMEDY
 from antdist.errors import UserError, redact
 from antdist.io.storage import asking, is_uri, open_storage, patiently
 
-PIECE = 4 << 20  # bytes asked for together
-PARALLEL_FETCHES = 8  # files on their way to a process
+CHUNK_BYTES = 4 << 20  # of one read from the storage
+PARALLEL_FETCHES = 8  # of a process
 Kind = TypeVar("Kind", bound=File)
 
 
 @dataclass(frozen=True)
 class RemotePath:
-    """A folder or file below a URI; reads like a `Path`, and is for reading alone. Shown without credentials."""
+    """A folder or file below a URI, read-only, with the reading methods of `Path`. Printed without credentials."""
 
     uri: str
     cache: Cache
@@ -43,7 +43,7 @@ class RemotePath:
         return RemotePath(self.uri.rstrip("/").rpartition("/")[0], self.cache)
 
     def is_file(self) -> bool:
-        """Raises Unreachable."""
+        """Return whether there is such a file. Raises Unreachable."""
         files, path = self._storage()
         try:
             with asking(str(self)):
@@ -53,7 +53,7 @@ class RemotePath:
             return False
 
     def read_bytes(self) -> bytes:
-        """A small file, past the cache. Raises FileNotFoundError, Unreachable."""
+        """Read a small file, bypassing the cache. Raises FileNotFoundError, Unreachable."""
 
         def read() -> bytes:
             files, path = self._storage()
@@ -63,17 +63,21 @@ class RemotePath:
         return patiently(read, cached.WAITS)
 
     def read_text(self, encoding: str) -> str:
-        """Raises FileNotFoundError, Unreachable."""
+        """Read a small text file, bypassing the cache. Raises FileNotFoundError, Unreachable."""
         return self.read_bytes().decode(encoding)
 
     def file_sizes(self) -> dict[str, int | None]:
-        """The files in this folder, and how many bytes each has, where the storage tells; none where there is no such folder.
-        Raises Unreachable."""
+        """Return the files in this folder with their bytes, None where the storage does not report them.
 
+        A folder that does not exist is empty.
+
+        Raises:
+            Unreachable: the storage does not answer.
+        """
         return {entry["name"].rpartition("/")[2]: entry["size"] for entry in self._list() if entry["type"] == "file"}
 
     def folder_names(self) -> list[str]:
-        """The names of the folders in this one. Raises Unreachable."""
+        """Return the sorted names of the folders in this one. Raises Unreachable."""
         found = [entry["name"].rstrip("/").rpartition("/")[2] for entry in self._list() if entry["type"] == "directory"]
         return sorted(found)
 
@@ -90,22 +94,22 @@ class RemotePath:
             return []
 
     def open(self, file: File) -> BinaryIO:
-        """A file of this folder, from the cache, its digest checked. Raises UserError."""
+        """Open a file of this folder from the cache, with its digest checked. Raises UserError."""
         there = self / file.name
         return self.cache.open(file, there._read_chunks, str(there))
 
     def fetch(self, files: Iterable[File]) -> None:
-        """Have files of this folder brought to the cache, some side by side. Raises UserError."""
+        """Fetch files of this folder into the cache, several in parallel. Raises UserError."""
         missing = [file for file in files if not self.cache.has(file)]
         with ThreadPoolExecutor(PARALLEL_FETCHES, thread_name_prefix="fetch") as pool:
             for _ in pool.map(lambda file: self.open(file).close(), missing):
                 pass
 
     def check_sizes(self, files: Iterable[File]) -> None:
-        """Raises UserError: one of this folder's files is missing, or of another size."""
+        """Check that files of this folder exist and have their size. Raises UserError."""
         files = list(files)
         there: dict[str, int | None] = {}
-        for below in {file.name.rpartition("/")[0] for file in files}:  # what was appended lies in folders of its own
+        for below in {file.name.rpartition("/")[0] for file in files}:  # appended files are in subfolders
             folder = self / below if below else self
             there |= {f"{below}/{name}".lstrip("/"): size for name, size in folder.file_sizes().items()}
         for file in files:
@@ -113,15 +117,15 @@ class RemotePath:
                 raise UserError("the file is missing", where=self / file.name, remedy=VERIFY_REMEDY)
             size = there[file.name]
             if size not in (file.bytes, None):
-                what = f"the file has {size} bytes, {file.bytes} were written"
+                what = f"the file has {size} bytes, {file.bytes} by the manifest"
                 raise UserError(what, where=self / file.name, remedy=VERIFY_REMEDY)
 
     def _read_chunks(self) -> Generator[bytes, None, None]:
-        """What the file holds. Raises Unreachable; UserError: there is no such file."""
+        """Read the file in chunks. Raises Unreachable, or UserError if the file is missing."""
         files, path = self._storage()
         try:
-            with asking(str(self)), files.open(path, "rb", block_size=PIECE) as stream:
-                while piece := stream.read(PIECE):
+            with asking(str(self)), files.open(path, "rb", block_size=CHUNK_BYTES) as stream:
+                while piece := stream.read(CHUNK_BYTES):
                     yield piece
         except FileNotFoundError:
             raise UserError("the file is missing", where=self, remedy=VERIFY_REMEDY) from None
@@ -134,17 +138,17 @@ Place = Path | RemotePath
 
 
 def resolve_place(folder: str | Path, cache: Cache | None = None) -> Place:
-    """A folder by its path, or by its URI, with the node's cache (None: the default one) before it. Raises UserError."""
+    """Resolve a path or URI; a URI is read through the cache (None: the node's default). Raises UserError."""
     if not is_uri(folder):
         return Path(folder)
     return RemotePath(str(folder).rstrip("/"), cache or open_cache())
 
 
 def open_checked(folder: Place, file: File) -> BinaryIO:
-    """A file that a manifest vouches for, open for reading, once its size and digest have been found right.
+    """Open a file of a manifest for reading, after checking its size and digest.
 
     Raises:
-        UserError: naming the file, whatever the damage would have been taken for.
+        UserError: the file is missing, unreadable or damaged.
     """
     if isinstance(folder, RemotePath):
         return folder.open(file)
@@ -168,40 +172,41 @@ def open_checked(folder: Place, file: File) -> BinaryIO:
         raise UserError(f"the file cannot be read ({error.strerror})", where=path, remedy=VERIFY_REMEDY) from None
     if digest != file.sha256:
         stream.close()
-        raise UserError("the file is damaged: its SHA-256 is not the manifest's", where=path, remedy=VERIFY_REMEDY)
+        what = "the file is damaged: its SHA-256 differs from the manifest's"
+        raise UserError(what, where=path, remedy=VERIFY_REMEDY)
     return stream
 
 
 def open_unchecked(folder: Place, file: File) -> BinaryIO:
-    """The same, where what is read is checked by other means; only a remote file's digest is looked at.
+    """Open a file of a manifest whose content is checked by other means; only remote files have their digest checked.
 
     Raises:
-        UserError: there is no such file.
+        UserError: the file is missing or unreadable.
     """
     if isinstance(folder, RemotePath):
         return folder.open(file)
     try:
         return (folder / file.name).open("rb")
     except OSError as error:
-        told = "is missing" if isinstance(error, FileNotFoundError) else f"cannot be read ({error.strerror})"
-        raise UserError(f"the file {told}", where=folder / file.name, remedy=VERIFY_REMEDY) from None
+        reason = "is missing" if isinstance(error, FileNotFoundError) else f"cannot be read ({error.strerror})"
+        raise UserError(f"the file {reason}", where=folder / file.name, remedy=VERIFY_REMEDY) from None
 
 
 def list_file_names(folder: Place) -> list[str]:
-    """Of the files in a folder, sorted; none where there is no such folder. Raises Unreachable."""
+    """List the names of the files in a folder, sorted; a missing folder is empty. Raises Unreachable."""
     if isinstance(folder, RemotePath):
         return sorted(folder.file_sizes())
     return sorted(path.name for path in folder.iterdir() if path.is_file()) if folder.is_dir() else []
 
 
 def fetch_files(folder: Place, files: Iterable[File]) -> None:
-    """Have files brought near that are read soon. Raises UserError."""
+    """Fetch the files of a remote folder into the cache. Raises UserError."""
     if isinstance(folder, RemotePath):
         folder.fetch(files)
 
 
 def prefetch(folder: Place, files: Sequence[Kind]) -> Iterator[Kind]:
-    """The same files, some of them at a time brought near before they are read one after the other. Raises UserError."""
+    """Give the same files, after fetching `PARALLEL_FETCHES` of them at a time into the cache. Raises UserError."""
     for first in range(0, len(files), PARALLEL_FETCHES):
         fetch_files(folder, files[first : first + PARALLEL_FETCHES])
         yield from files[first : first + PARALLEL_FETCHES]

@@ -1,4 +1,4 @@
-"""Verification of a prepared domain: every size, digest, count and reference; all problems, not only the first."""
+"""Verify a prepared domain: every size, digest, count and reference; report all problems, not only the first."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
+from antdist.batch import IntArray
 from antdist.data.cache import Cache
 from antdist.data.domain import PENDING_DESCRIPTION_NAME, PENDING_NAME, Domain, Sequences, open_domain
 from antdist.data.entries import File
 from antdist.data.images import BrokenImageError, normalize_image
-from antdist.data.manifest import MANIFEST_NAME, ItemShard, SequenceShard, archived_manifest_name, read_manifest
+from antdist.data.manifest import MANIFEST_NAME, Block, ItemShard, SequenceShard, archived_manifest_name, read_manifest
 from antdist.data.places import Place, RemotePath, list_file_names, open_unchecked
 from antdist.data.quarantine import QUARANTINE_NAME
 from antdist.data.shards import (
@@ -39,7 +39,7 @@ from antdist.report import Report
 
 @dataclass(frozen=True, repr=False)
 class VerifyReport(Report):
-    """What was checked, and everything that is wrong; each problem names its file, and its key where there is one."""
+    """What was checked, and every problem, with its file and key."""
 
     folder: str
     domain: str
@@ -57,12 +57,13 @@ class VerifyReport(Report):
         return not self.problems
 
     def lines(self) -> list[str]:
-        """For the terminal."""
+        """Format the report for the terminal."""
         checked = (
             f"checked {self.files} files, {self.bytes:,} bytes: {self.users:,} users, {self.items:,} items, "
             f"{self.interactions:,} interactions, {self.images:,} images"
         )
-        verdict = "all is well" if self.ok else f"{len(self.problems)} problems; prepare or featurize the domain again"
+        problems = f"{len(self.problems)} problem{'s' * (len(self.problems) > 1)}"
+        verdict = "all is well" if self.ok else f"{problems}; prepare or featurize the domain again"
         return [checked, *self.problems, f"{self.domain} ({self.fingerprint[:16]}): {verdict}"]
 
     def to_json(self) -> dict[str, Any]:
@@ -71,7 +72,7 @@ class VerifyReport(Report):
 
 @dataclass
 class _Findings:
-    """What has been read so far."""
+    """Counts and problems found so far."""
 
     problems: list[str]
     items: int = 0
@@ -79,23 +80,27 @@ class _Findings:
     users: int = 0
     interactions: int = 0
     ids: set[str] = field(default_factory=set)
-    user_hashes: list[NDArray[np.int64]] = field(default_factory=list)
+    user_hashes: list[IntArray] = field(default_factory=list)
 
 
 def verify_domain(place: str | Path, cache: Cache | None = None) -> VerifyReport:
-    """Check a prepared domain, by its folder or URI (with a `cache` as `open_domain` has it), its feature tables included
-    where there are any.
+    """Verify a prepared domain, by its folder or URI, with its feature tables.
+
+    Args:
+        cache: for the files of a remote domain; None: the node's default.
 
     Raises:
-        UserError: there is no manifest, or it is malformed; everything else is a problem in the report.
+        UserError: the manifest is missing or malformed; everything else is a problem in the report.
     """
     domain = open_domain(place, cache)
     manifest, found = domain.manifest, _Findings([])
-    files: list[tuple[Place, File]] = [(domain.folder, file) for file in [*manifest.files, *_beside(domain, found)]]
+    files: list[tuple[Place, File]] = [
+        (domain.folder, file) for file in [*manifest.files, *_pending_file(domain, found)]
+    ]
     features = list(_feature_parts(domain, found.problems))
     for folder, file in track(files + features, "checking digests", len(files) + len(features)):
         found.problems += _file_problems(folder, file)
-    found.problems += _strangers(domain)
+    found.problems += _find_unknown_files(domain)
     for item_shard in track(manifest.item_shards, "checking items", len(manifest.item_shards)):
         _check_items(domain, item_shard, found)
     popularity = np.zeros(manifest.items, np.int64)
@@ -103,7 +108,7 @@ def verify_domain(place: str | Path, cache: Cache | None = None) -> VerifyReport
         popularity += _check_sequences(domain, number, found)
     _check_popularity(domain, popularity, found)
     _check_pending(domain, found)
-    _check_twice(domain, found)
+    _check_duplicate_users(domain, found)
     return VerifyReport(
         folder=str(domain.folder),
         domain=domain.name,
@@ -135,13 +140,13 @@ def _file_problems(folder: Place, file: File) -> Iterator[str]:
         return
     actual = path.stat().st_size
     if actual != file.bytes:
-        yield f"{path}: {actual} bytes, {file.bytes} were written"
+        yield f"{path}: the file has {actual} bytes, {file.bytes} by the manifest"
     elif file_sha256(path) != file.sha256:
-        yield f"{path}: the content is not what was written (SHA-256 differs)"
+        yield f"{path}: the file is damaged: its SHA-256 differs from the manifest's"
 
 
-def _beside(domain: Domain, found: _Findings) -> list[File]:
-    """The users who wait beside a domain that nothing was appended to."""
+def _pending_file(domain: Domain, found: _Findings) -> list[File]:
+    """Return the file of pending users that the manifest does not list, as of a domain without appends."""
     try:
         return [domain.pending] if domain.pending is not None and not domain.manifest.earlier else []
     except UserError as error:
@@ -149,9 +154,8 @@ def _beside(domain: Domain, found: _Findings) -> list[File]:
         return []
 
 
-def _strangers(domain: Domain) -> Iterator[str]:
-    """Files beside the shards that neither the manifest nor an earlier one knows: a mixture of two preparations, perhaps. The
-    folder of an append that died before its manifest is no harm."""
+def _find_unknown_files(domain: Domain) -> Iterator[str]:
+    """Find files that no manifest lists, perhaps of another preparation; an unfinished append's folder is harmless."""
     known = {MANIFEST_NAME, QUARANTINE_NAME, PENDING_NAME, PENDING_DESCRIPTION_NAME}
     known |= {file.name for file in domain.manifest.files}
     folders = [""]
@@ -163,21 +167,21 @@ def _strangers(domain: Domain) -> Iterator[str]:
             earlier = read_manifest(domain.folder, kept)
             known |= {file.name for file in earlier.files}
             if earlier.fingerprint != fingerprint:
-                yield f"{domain.folder / kept}: is not the manifest before append {number} (the fingerprint differs)"
+                yield f"{domain.folder / kept}: is not the manifest before append {number} (its fingerprint differs)"
         except UserError as error:
             yield str(error)
     for folder in folders:
         for name in list_file_names(domain.folder / folder if folder else domain.folder):
             if f"{folder}{name}" not in known:
-                yield f"{domain.folder / f'{folder}{name}'}: the manifest does not know this file"
+                yield f"{domain.folder / f'{folder}{name}'}: the manifest does not list this file"
 
 
 def _feature_parts(domain: Domain, problems: list[str]) -> Iterator[tuple[Place, File]]:
-    """The files that feature tables consist of. The features' room lies to the right of this one: its JSON is read bare."""
+    """Find the files of feature tables. The meta files are read as plain JSON, as `antdist.features` imports this room."""
     folder = domain.folder / "features"
     for name in list_file_names(folder):
         if not name.endswith(".json") or not name.removesuffix(".json").isalpha():
-            continue  # the note of one part, `text-00000.json`; the table's own has it too
+            continue  # the record of a part, `text-00000.json`; the meta file lists the part
         path = folder / name
         try:
             meta = json.loads(path.read_text(encoding="utf-8"))
@@ -195,8 +199,8 @@ def _feature_parts(domain: Domain, problems: list[str]) -> Iterator[tuple[Place,
                     files.append(File.model_validate({"name": f"{part['name']}{suffix}.npy", **fields}))
             yield from ((folder, file) for file in files)
         except (KeyError, TypeError, ValueError, AttributeError, RecursionError, OSError) as error:
-            said = " ".join(str(error).split())
-            problems.append(f"{path}: is not the description of a feature table ({type(error).__name__}: {said})")
+            reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
+            problems.append(f"{path}: is not the meta file of a feature table ({reason})")
 
 
 # ------------------------------------------------------------------------------------------------------------ content
@@ -204,10 +208,9 @@ def _feature_parts(domain: Domain, problems: list[str]) -> Iterator[tuple[Place,
 
 def _check_items(domain: Domain, shard: ItemShard, found: _Findings) -> None:
     path = domain.folder / shard.name
-    keys = [f"{index:09d}" for index in range(shard.first, shard.first + shard.items)]
     try:
         with open_unchecked(domain.folder, shard) as stream:
-            for sample in read_samples(stream, path, keys):
+            for sample in read_samples(stream, path, shard.keys):
                 _check_item(sample, path, found)
     except UserError as error:
         found.problems.append(str(error))
@@ -224,7 +227,7 @@ def _check_item(sample: Sample, path: Place, found: _Findings) -> None:
         found.problems.append(f"{place}: item_id {item.item_id} occurs twice")
     found.ids.add(item.item_id)
     if item.price is not None and not (math.isfinite(item.price) and item.price >= 0):
-        found.problems.append(f"{place}: price {item.price} is no price")
+        found.problems.append(f"{place}: price {item.price} is negative, NaN or Inf")
     for number, image in enumerate(item.images):
         try:
             normalize_image(image)
@@ -234,56 +237,64 @@ def _check_item(sample: Sample, path: Place, found: _Findings) -> None:
     found.images += len(item.images)
 
 
-def _check_sequences(domain: Domain, number: int, found: _Findings) -> NDArray[np.int64]:
-    """Check a shard's blocks; returns how often each item occurs in the training parts of those who are not superseded."""
+def _check_sequences(domain: Domain, number: int, found: _Findings) -> IntArray:
+    """Check a shard's blocks; return how often each item occurs in the training parts of its users, (items,)."""
     shard, popularity = domain.manifest.sequence_shards[number], np.zeros(domain.manifest.items, np.int64)
     path = domain.folder / shard.name
     try:
         superseded = list(domain.superseded_in(number))
-        for sample, block, gone in zip(_blocks(domain, shard), shard.blocks, superseded, strict=True):
-            try:
-                columns = decode_block(sample, path, block.stored_users, block.stored_interactions)
-                faults = list(find_block_faults(columns, domain.manifest.items)) or list(_disorder(columns))
-                ids = decode_users(sample, path, block.stored_users)
-            except UserError as error:
-                found.problems.append(str(error))
-                continue
-            found.problems += [f"{path} ({block.key}): {fault}" for fault in faults]
-            if not faults:
-                live = drop_users(columns, gone)
-                if len(live.items) != block.interactions:
-                    what = (
-                        f"{len(live.items)} interactions of users that are not superseded, {block.interactions} stated"
-                    )
-                    found.problems.append(f"{path} ({block.key}): {what}")
+        for sample, block, dropped in zip(_read_blocks(domain, shard), shard.blocks, superseded, strict=True):
+            live = _check_block(sample, path, block, dropped, domain.manifest.items, found)
+            if live is not None:
                 sequences = Sequences(live.offsets, live.items.astype(np.int64), live.times)
                 popularity += training_popularity(sequences, domain.manifest.items)
-                found.users += block.users
-                found.interactions += len(live.items)
-                found.user_hashes.append(_hashes(np.delete(np.array(ids, object), gone).tolist()))
     except UserError as error:
         found.problems.append(str(error))
     return popularity
 
 
+def _check_block(
+    sample: Sample, path: Place, block: Block, superseded: IntArray, items: int, found: _Findings
+) -> UserBlock | None:
+    """Check a block; return it without superseded users, or None if its columns are faulty."""
+    try:
+        columns = decode_block(sample, path, block.stored_users, block.stored_interactions)
+        faults = list(find_block_faults(columns, items)) or list(_find_disorder(columns))
+        ids = decode_users(sample, path, block.stored_users)
+    except UserError as error:
+        found.problems.append(str(error))
+        return None
+    found.problems += [f"{path} ({block.key}): {fault}" for fault in faults]
+    if faults:
+        return None
+    live = drop_users(columns, superseded)
+    if len(live.items) != block.interactions:
+        what = f"{len(live.items)} interactions of users that are not superseded, {block.interactions} by the manifest"
+        found.problems.append(f"{path} ({block.key}): {what}")
+    found.users += block.users
+    found.interactions += len(live.items)
+    found.user_hashes.append(_hash_ids(np.delete(np.array(ids, object), superseded).tolist()))
+    return live
+
+
 def _check_pending(domain: Domain, found: _Findings) -> None:
     try:
         for ids, block in domain.pending_histories():
-            found.user_hashes.append(_hashes(ids))
-            if (np.diff(block.offsets) >= MIN_INTERACTIONS).any() or any(_disorder(block)):
-                what = "users who wait have three interactions, or some out of order"
+            found.user_hashes.append(_hash_ids(ids))
+            if (np.diff(block.offsets) >= MIN_INTERACTIONS).any() or any(_find_disorder(block)):
+                what = "pending users have three or more interactions, or interactions out of order"
                 found.problems.append(f"{domain.folder / domain.pending.name if domain.pending else ''}: {what}")
     except UserError as error:
         if str(error) not in found.problems:
             found.problems.append(str(error))
 
 
-def _hashes(ids: list[str]) -> NDArray[np.int64]:
+def _hash_ids(ids: list[str]) -> IntArray:
     return np.array([hash(user) for user in ids], np.int64)
 
 
-def _check_twice(domain: Domain, found: _Findings) -> None:
-    """That each user stands in the domain once. Looked for by hash: eight bytes a user; ids are read again for those few."""
+def _check_duplicate_users(domain: Domain, found: _Findings) -> None:
+    """Check that each user occurs once: by hash, in eight bytes a user; ids are read again if two hashes are equal."""
     hashes, counts = np.unique(np.concatenate([np.zeros(0, np.int64), *found.user_hashes]), return_counts=True)
     doubtful, seen = set(hashes[counts > 1].tolist()), set[str]()
     if not doubtful:
@@ -291,29 +302,29 @@ def _check_twice(domain: Domain, found: _Findings) -> None:
     try:
         users = [*domain.user_ids(), *(user for ids, _ in domain.pending_histories() for user in ids)]
     except UserError:
-        return  # a shard is at fault already
+        return  # a damaged shard, reported already
     for user in users:
         if hash(user) in doubtful and user in seen:
-            found.problems.append(f"{domain.folder}: user {user} stands in the domain twice")
+            found.problems.append(f"{domain.folder}: user {user} occurs twice in the domain")
         elif hash(user) in doubtful:
             seen.add(user)
 
 
-def _blocks(domain: Domain, shard: SequenceShard) -> Iterator[Sample]:
+def _read_blocks(domain: Domain, shard: SequenceShard) -> Iterator[Sample]:
     with open_unchecked(domain.folder, shard) as stream:
-        yield from read_samples(stream, domain.folder / shard.name, [block.key for block in shard.blocks])
+        yield from read_samples(stream, domain.folder / shard.name, shard.keys)
 
 
-def _disorder(block: UserBlock) -> Iterator[str]:
+def _find_disorder(block: UserBlock) -> Iterator[str]:
     rising = block.times[1:] >= block.times[:-1]
     rising[block.offsets[1:-1] - 1] = True  # from one user to the next
     if not rising.all():
         yield "column times: a user's interactions are not in time order"
 
 
-def _check_popularity(domain: Domain, counted: NDArray[np.int64], found: _Findings) -> None:
+def _check_popularity(domain: Domain, counted: IntArray, found: _Findings) -> None:
     if found.interactions != domain.manifest.interactions:
-        return  # sequences are at fault already; what they would count is unknown
+        return  # faulty sequences, reported already, make the counts meaningless
     try:
         stated = domain.popularity()
     except UserError as error:
@@ -322,4 +333,4 @@ def _check_popularity(domain: Domain, counted: NDArray[np.int64], found: _Findin
     wrong = int((stated != counted).sum())
     if wrong:
         path = domain.folder / domain.manifest.popularity.name
-        found.problems.append(f"{path}: {wrong} items do not occur in the training parts as often as stated")
+        found.problems.append(f"{path}: the stated counts of {wrong} items differ from the training parts")

@@ -84,7 +84,7 @@ def _recall(model: str, folder: RunFolder, error: StoreUnavailable) -> tuple[Res
         raise UserError(
             f"the copy of {model} differs from what was fetched on {source.resolved} (another digest)",
             where=place,
-            remedy="start the run again once the tracking store is reachable: it is fetched again",
+            remedy="start the run again once the tracking store is reachable: fetching it again",
         ) from None
     return ResolvedModel(place, source.uri, source.run_id), source.resolved
 

@@ -170,14 +170,14 @@ def test_what_waits_for_room_goes_on_when_there_is_some(tmp_path: Path, monkeypa
 def test_a_torn_a_wrong_and_a_longer_file_are_fetched_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     source, cache = Source(b"hello world"), Cache(tmp_path, 100)
     for fault, told in ((b"hello wor", "it ends after 9 of 11 bytes"), (b"hello wOrld", "its SHA-256 differs"),
-                        (b"hello world!", "it goes on after 11 bytes")):  # fmt: skip
+                        (b"hello world!", "it has more than 11 bytes")):  # fmt: skip
         shutil.rmtree(tmp_path)
         source.faults = [fault]
         assert source.read(cache, source.files[0]) == b"hello world"
-        assert f"s3://bucket/f0: what was fetched is not the file of the manifest: {told}" in capsys.readouterr().err
+        assert f"s3://bucket/f0: the fetched file does not match the manifest: {told}" in capsys.readouterr().err
     shutil.rmtree(tmp_path)
     source.faults, source.fetched = [b"hello wOrld"] * 3, []
-    with pytest.raises(CorruptDownload, match=r"s3://bucket/f0: .* its SHA-256 differs\. Compare what lies there"):
+    with pytest.raises(CorruptDownload, match=r"s3://bucket/f0: .* its SHA-256 differs\. Check the remote domain"):
         source.read(cache, source.files[0])
     assert len(source.fetched) == 3 and lying(tmp_path) == {}
 
@@ -204,7 +204,7 @@ def test_a_bit_that_flips_on_the_disk_is_found_and_the_file_fetched_again(
     for damage in (b"hello wOrld", b"hello", b""):
         (tmp_path / source.files[0].sha256).write_bytes(damage)
         assert source.read(cache, source.files[0]) == b"hello world"
-        assert "is damaged (f0): it is fetched again" in capsys.readouterr().err
+        assert "is damaged (f0), fetching it again" in capsys.readouterr().err
     assert len(source.fetched) == 4
 
 
@@ -217,7 +217,7 @@ def test_a_disk_that_keeps_nothing_is_told(tmp_path: Path, monkeypatch: pytest.M
     with monkeypatch.context() as patch:
         patch.setattr("antdist.data.cache.hashlib.file_digest", broken)
         with pytest.raises(
-            UserError, match=rf"data\.cache {tmp_path}: what is written there does not stay .*See to its disk"
+            UserError, match=rf"data\.cache {tmp_path}: the cache's disk does not keep what is written .*Check its disk"
         ):
             source.read(cache, source.files[0])
     assert 1 < len(source.fetched) < 20
@@ -337,7 +337,7 @@ def test_a_full_disk_is_told_and_what_can_go_goes_first(tmp_path: Path, monkeypa
 
     monkeypatch.setattr(os, "posix_fallocate", full)
     with pytest.raises(
-        UserError, match=rf"data\.cache {tmp_path}: the disk has no room for 1e-08 GB more\. Free some, or"
+        UserError, match=rf"data\.cache {tmp_path}: the disk has no room for 1e-08 GB more\. Free space, or"
     ):
         source.read(cache, source.files[0])
     assert not [name for name in lying(tmp_path) if name.endswith(".partial")]
@@ -360,5 +360,5 @@ def test_the_default_folder_is_the_users_own(tmp_path: Path, monkeypatch: pytest
     folder.symlink_to(tmp_path / "elsewhere")
     with pytest.raises(UserError, match="belongs to another user"):
         default_folder()
-    with pytest.raises(UserError, match=r"the cache is a folder on each node's own disk"):
+    with pytest.raises(UserError, match=r"the cache must be a folder on each node's own disk"):
         open_cache("s3://bucket/cache")

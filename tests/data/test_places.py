@@ -141,12 +141,12 @@ def test_a_damaged_shard_is_named_with_its_uri_and_a_missing_one(local: Domain, 
     domain = far(local, tmp_path, bound=10**8)
     corrupt(local.folder / "sequences-00003.tar", "flip")  # type: ignore[operator]
     with pytest.raises(
-        UserError, match=rf"^noted://{local.folder}/sequences-00003.tar: what was fetched is not .*SHA-256"
+        UserError, match=rf"^noted://{local.folder}/sequences-00003.tar: the fetched file does not match .*SHA-256"
     ):
         domain.sequences()
     domain.verify_sequences()  # sizes alone
     corrupt(local.folder / "sequences-00003.tar", "cut")  # type: ignore[operator]
-    with pytest.raises(UserError, match=r"sequences-00003.tar: the file has \d+ bytes, \d+ were written"):
+    with pytest.raises(UserError, match=r"sequences-00003.tar: the file has \d+ bytes, \d+ by the manifest"):
         domain.verify_sequences()
     corrupt(local.folder / "sequences-00003.tar", "gone")  # type: ignore[operator]
     for read in (domain.sequences, domain.verify_sequences):
@@ -165,7 +165,7 @@ def test_verify_finds_in_a_remote_domain_what_it_finds_in_a_folder(tmp_path: Pat
     (local.folder / "items-00009.tar").write_bytes(b"")  # type: ignore[union-attr]
     shutil.rmtree(tmp_path / "cache")
     problems = "\n".join(verify_domain(uri, cache).problems)
-    for name in ("sequences-00001.tar: what was fetched is not", "features/text-00000.npy: the file has", "items-00009.tar: the manifest does not know"):  # fmt: skip
+    for name in ("sequences-00001.tar: the fetched file does not match", "features/text-00000.npy: the file has", "items-00009.tar: the manifest does not list"):  # fmt: skip
         assert name in problems
 
 
@@ -222,5 +222,7 @@ def test_a_domain_in_memory_storage_and_one_in_s3(local: Domain, tmp_path: Path,
         assert verify_domain(f"{uri}/d", domain.folder.cache).ok  # type: ignore[union-attr]
         files.pipe_file(f"{root}/d/sequences-00000.tar", b"other")
         shutil.rmtree(tmp_path / uri[:2])
-        with pytest.raises(UserError, match=rf"{uri}/d/sequences-00000.tar: what was fetched is not .* after 5 of"):
+        with pytest.raises(
+            UserError, match=rf"{uri}/d/sequences-00000.tar: the fetched file does not match .* after 5 of"
+        ):
             domain.sequences()

@@ -83,7 +83,7 @@ def test_one_flipped_bit_in_any_file_is_found(domain: Domain) -> None:
         data = bytearray(path.read_bytes())
         data[len(data) // 2] ^= 1
         path.write_bytes(data)
-        assert f"{path}: the content is not what was written (SHA-256 differs)" in problems(domain)
+        assert f"{path}: the file is damaged: its SHA-256 differs from the manifest's" in problems(domain)
         data[len(data) // 2] ^= 1
         path.write_bytes(data)
     assert problems(domain) == ""
@@ -97,10 +97,10 @@ def test_all_problems_are_listed(domain: Domain) -> None:
     (domain.folder / "items-00007.tar").touch()
     found = problems(domain)
     assert f"{domain.folder / 'items-00000.tar'}: the file is missing" in found
-    assert f"{path}: 3000 bytes, {domain.manifest.sequence_shards[0].bytes} were written" in found
+    assert f"{path}: the file has 3000 bytes, {domain.manifest.sequence_shards[0].bytes} by the manifest" in found
     assert f"{path}: the shard" in found
-    assert "popularity.npy: 1 bytes, 168 were written" in found
-    assert "items-00007.tar: the manifest does not know this file" in found
+    assert "popularity.npy: the file has 1 bytes, 168 by the manifest" in found
+    assert "items-00007.tar: the manifest does not list this file" in found
 
 
 @pytest.mark.parametrize(
@@ -133,7 +133,7 @@ def test_popularity_is_counted_again(domain: Domain) -> None:
     counts[1] += 1
     (domain.folder / "popularity.npy").write_bytes(encode_npy(counts))
     resealed(domain)
-    assert "popularity.npy: 1 items do not occur in the training parts as often as stated" in problems(domain)
+    assert "popularity.npy: the stated counts of 1 items differ from the training parts" in problems(domain)
 
 
 def test_faulty_items_are_told_with_their_key(domain: Domain) -> None:
@@ -141,7 +141,7 @@ def test_faulty_items_are_told_with_their_key(domain: Domain) -> None:
     found = problems(domain)
     place = domain.folder / "items-00001.tar"
     assert f"{place} (000000003): item_id i0 occurs twice" in found
-    assert f"{place} (000000003): price -1.0 is no price" in found
+    assert f"{place} (000000003): price -1.0 is negative, NaN or Inf" in found
     assert f"{place} (000000004): image 0 cannot be decoded: broken" in found
 
 
@@ -168,7 +168,7 @@ def test_feature_tables_are_checked(domain: Domain) -> None:
     assert problems(domain) == "" and verify_domain(domain.folder).files == 7
     (folder / "text-00000.npy").write_bytes(b"x")
     (folder / "text-00000.present.npy").unlink()
-    assert "text-00000.npy: 1 bytes, 168 were written" in problems(domain)
+    assert "text-00000.npy: the file has 1 bytes, 168 by the manifest" in problems(domain)
     assert "text-00000.present.npy: the file is missing" in problems(domain)
 
 
@@ -176,8 +176,8 @@ def test_feature_tables_are_checked(domain: Domain) -> None:
     ("changes", "message"),
     [
         ({"items": 4}, "text.json: key parts: 4 items of the domain's 5"),
-        ({"name": "../../etc/passwd"}, "text.json: is not the description of a feature table"),
-        ({"bytes": None}, "text.json: is not the description of a feature table"),
+        ({"name": "../../etc/passwd"}, "text.json: is not the meta file of a feature table"),
+        ({"bytes": None}, "text.json: is not the meta file of a feature table"),
     ],
 )
 def test_faulty_table_description(domain: Domain, changes: dict[str, Any], message: str) -> None:

@@ -120,7 +120,7 @@ def test_a_damaged_part_is_named(local: Domain, tmp_path: Path, log: Path) -> No
     corrupt(part, "flip")  # type: ignore[arg-type]
     catalogue = Catalogue([far(local, tmp_path, 10**6)], ["text"])
     catalogue.verify()  # sizes alone
-    with pytest.raises(UserError, match=rf"noted://{part}: what was fetched is not the file of the manifest"):
+    with pytest.raises(UserError, match=rf"noted://{part}: the fetched file does not match the manifest"):
         catalogue.features(np.arange(60))
     corrupt(part, "gone")  # type: ignore[arg-type]
     with pytest.raises(UserError, match=rf"noted://{part}: the file is missing"):

@@ -112,7 +112,7 @@ def test_inherited_tower_uses_only_named_modalities(world: Path) -> None:
         ({"data": {"root": "memory://x", "domains": ["aa"]}}, "data.root: only one process can read it"),
         (
             {"data": {"root": "file:///proc/no", "cache": "s3://b/c", "domains": ["aa"]}},
-            "data.cache s3://b/c: the cache is a folder on each node's own disk",
+            "data.cache s3://b/c: the cache must be a folder on each node's own disk",
         ),
         (
             {"training": {"deepspeed": {"wall_clock_brekdown": True}}},
@@ -219,8 +219,11 @@ def with_nan(folder: Path) -> Path:
 @pytest.mark.parametrize(
     ("harm", "message"),
     [
-        (lambda f: damaged(f, "sequences-00000.tar", 5000), "the file is damaged: its SHA-256 is not the manifest's"),
-        (lambda f: damaged(f, "popularity.npy", -1), "the file is damaged: its SHA-256 is not the manifest's"),
+        (
+            lambda f: damaged(f, "sequences-00000.tar", 5000),
+            "the file is damaged: its SHA-256 differs from the manifest's",
+        ),
+        (lambda f: damaged(f, "popularity.npy", -1), "the file is damaged: its SHA-256 differs from the manifest's"),
         (lambda f: damaged(f, "features/image-00000.npy", -1), "its size or digest differs from the recorded one"),
         (
             lambda f: damaged(f, "features/image-00000.present.npy", -1),

@@ -159,7 +159,9 @@ def test_continue_notes_how_the_data_changed(world: Path) -> None:
 def test_resume_on_appended_data_suggests_continue(world: Path, tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
     state = world / "runs" / "parent" / "training_state"
-    with pytest.raises(UserError, match=r"domain 'a' has grown .*[Gg]o on from the model .*name=NEW continue=MODEL"):
+    with pytest.raises(
+        UserError, match=r"domain 'a' was appended to .*[Cc]ontinue from the model .*name=NEW continue=MODEL"
+    ):
         train(tree(world, "resumed", resume="runs/parent"), tmp_path / "run", state=state)
 
 
@@ -229,7 +231,7 @@ def test_continue_through_ray_and_registry_with_lineage(tmp_path: Path, monkeypa
     with ray_session(first.ray):
         was = pretrain(first)
         grow(tmp_path)
-        with pytest.raises(UserError, match=r"domain 'a' has grown.*continue=MODEL"):
+        with pytest.raises(UserError, match=r"domain 'a' was appended to.*continue=MODEL"):
             pretrain(first.model_copy(update={"name": "elsewhere", "resume": was.model}))
         # under the same name and in the same folder the run goes on with the data it began with
         longer = pretrain(first.model_copy(update={"training": first.training.model_copy(update={"epochs": 3})}))

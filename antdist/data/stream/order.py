@@ -1,9 +1,9 @@
-"""The order of training examples as integer arithmetic: no files, no state (architecture, law 1).
+"""The order of training examples as integer arithmetic, without files or state (docs/architecture.md, law 1).
 
 A *unit* is what is shuffled: a user (`sequence` mode) or a prediction (`prefix` mode). One *pass* over a domain visits
-each of its units once: its shards are permuted and dealt to a few canonical streams; a stream takes its shards some at a
-time (a *window*), permutes the blocks of the window, and takes these some at a time (a *group*), whose units it permutes.
-So a reader holds a few shards and goes through each once, from front to back.
+each of its units once: its shards are permuted and distributed over a few canonical streams; a stream reads its shards a
+few at a time (a *window*), permutes the blocks of the window, and reads these a few at a time (a *group*), whose units it
+permutes. So a reader holds a few shards and reads each once, from front to back.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from antdist.batch import IntArray
 
 
 def permutation(count: int, *key: int | str) -> IntArray:
-    """A permutation of 0..count-1 that depends on `count` and `key` alone.
+    """Permute 0..count-1 as a function of `count` and `key` alone.
 
-    It sorts the raw output of PCG64, which numpy promises to keep from version to version (its `permutation` is not).
+    It sorts the raw output of PCG64, which numpy guarantees to be the same in all versions (unlike its `permutation`).
     """
     digest = hashlib.sha256(repr(key).encode()).digest()
     raw = np.random.PCG64(int.from_bytes(digest[:16], "little")).random_raw(count)
@@ -30,14 +30,17 @@ def permutation(count: int, *key: int | str) -> IntArray:
 
 
 def merge_counts(sizes: Sequence[int], first: int) -> tuple[int, ...]:
-    """How many of the `first` first units of an even merge come from each of several streams.
+    """Count how many of the first `first` units of an even merge come from each of several streams.
 
-    Unit j of a stream of n units stands at time (2j + 1) / 2n, so each stream is spread evenly over the whole; ties go to
-    the earlier stream. Exact, and found without going through the units before.
+    Unit j of a stream of n units has virtual time (2j + 1) / 2n, so each stream is spread evenly over the merge; ties go
+    to the earlier stream. The result is exact, and computed without iterating over the units before.
+
+    Args:
+        sizes: units of each stream.
     """
     total = sum(sizes)
     assert 0 <= first <= total
-    # The units before time first / total: no further from `first` than half a unit a stream; then one by one.
+    # The units before time first / total are off by at most half a unit a stream; the rest is corrected one by one.
     counts = [max(0, -((total - 2 * first * n) // (2 * total))) if n else 0 for n in sizes]
     streams = [s for s, n in enumerate(sizes) if n]
     scale = math.lcm(*(sizes[s] for s in streams))
@@ -53,7 +56,10 @@ def merge_counts(sizes: Sequence[int], first: int) -> tuple[int, ...]:
 
 
 def quotas(sizes: Sequence[int], exponent: float) -> tuple[int, ...]:
-    """How many units of each domain an epoch takes: in proportion to size ** exponent, at least one, `sum(sizes)` in all."""
+    """Compute how many units of each domain an epoch takes: proportional to size ** exponent, `sum(sizes)` in all.
+
+    Each domain gets at least one unit; the remainders are given out by largest fraction.
+    """
     if exponent == 1.0:
         return tuple(sizes)
     weights = [float(n) ** exponent for n in sizes]
@@ -70,18 +76,18 @@ def quotas(sizes: Sequence[int], exponent: float) -> tuple[int, ...]:
 class Group:
     """Blocks whose units are shuffled together."""
 
-    window: int  # of its stream
+    window: int  # index of the window in its stream
     blocks: tuple[tuple[int, int], ...]  # (shard, block of the shard), as in the manifest
     units: int
 
 
 @dataclass(frozen=True)
 class CanonicalStream:
-    """A stream's share of one pass over a domain, in the order in which it is read."""
+    """A stream's share of one pass over a domain, in reading order."""
 
     windows: tuple[tuple[int, ...], ...]  # shards that are open together
     groups: tuple[Group, ...]
-    starts: IntArray  # (groups + 1,) the stream's unit at which each group begins
+    starts: IntArray  # (groups + 1,) the first unit of each group within the stream
 
     @property
     def units(self) -> int:
@@ -91,9 +97,13 @@ class CanonicalStream:
 def canonical_streams(
     units: Sequence[Sequence[int]], *, streams: int, window_shards: int, window_blocks: int, key: tuple[int | str, ...]
 ) -> tuple[CanonicalStream, ...]:
-    """One pass over a domain. `units[shard][block]` comes from the manifest; `key` names domain, seed and pass.
+    """Lay out one pass over a domain.
 
-    A domain with fewer shards than `streams` has as many streams as shards.
+    Args:
+        units: `units[shard][block]` counts the units of a block, by the manifest.
+        streams: a domain with fewer shards has as many streams as shards.
+        window_shards, window_blocks: shards a window, blocks a group.
+        key: identifies domain, seed and pass.
     """
     shards = permutation(len(units), *key, "shards").tolist()
     streams = min(streams, len(shards))

@@ -1,4 +1,4 @@
-"""A global batch dealt to ranks: whole windows, tokens balanced, the same items and candidates on every rank (law 2)."""
+"""Shard a global batch over ranks: whole windows, balanced tokens, equal items and candidates on every rank (law 2)."""
 
 from __future__ import annotations
 
@@ -14,13 +14,17 @@ from antdist.batch import Batch, GlobalBatch, IntArray
 
 FloatArray = NDArray[np.float64]
 
-SPARSE = 32  # items of the catalogue for each id of a micro-batch: above it ids are sorted (65,000 take a millisecond)
+# Catalogue items per id of a micro-batch above which ids are sorted instead of marked (sorting 65,000 takes 1 ms).
+SPARSE = 32
 
 
 def assign_windows(lengths: IntArray, parts: int) -> IntArray:
-    """Which part each window goes to, (W,): longest first, there and back again over the parts.
+    """Assign windows to parts, (W,): longest first, in snake order over the parts (0, 1, ..., 1, 0, 0, 1, ...).
 
-    With W >= parts every part gets a window, and the tokens of two parts differ by no more than the longest window.
+    If W >= parts, every part gets a window, and the tokens of two parts differ by at most the longest window.
+
+    Args:
+        lengths: (W,) tokens of each window.
     """
     rank = np.empty(len(lengths), dtype=np.int64)
     rank[np.argsort(-lengths, kind="stable")] = np.arange(len(lengths))
@@ -29,7 +33,7 @@ def assign_windows(lengths: IntArray, parts: int) -> IntArray:
 
 
 def select_windows(batch: GlobalBatch, windows: IntArray) -> GlobalBatch:
-    """Some windows of a batch (increasing numbers) with their predictions; none is allowed."""
+    """Select windows of a batch, by increasing index, with their predictions; the selection may be empty."""
     begin = batch.offsets[windows]
     lengths = batch.offsets[windows + 1] - begin
     offsets = ragged.offsets(lengths)
@@ -48,7 +52,7 @@ def select_windows(batch: GlobalBatch, windows: IntArray) -> GlobalBatch:
 
 
 def split_batch(batch: GlobalBatch, parts: int) -> list[GlobalBatch]:
-    """Micro-batches: whole windows in their order, tokens balanced. With fewer windows than parts some are empty."""
+    """Split a batch into micro-batches of whole windows in order, with balanced tokens; some may be empty."""
     if parts == 1:
         return [batch]
     part = assign_windows(np.diff(batch.offsets), parts)
@@ -68,21 +72,21 @@ def shard_batch(
     seed: int = 0,
     step: int = 0,
 ) -> Batch:
-    """This rank's share of a global (micro-)batch. All but the share is the same on every rank.
+    """Take this rank's share of a global (micro-)batch; everything but the share is equal on every rank.
 
-    With n_c how often item c is a next item in the global batch, m_c how often it was drawn, and
-    q_c = (popularity_c + 1) / sum(popularity + 1), the candidates and what is added to their logits are
+    Let n_c be how often item c is a next item in the global batch, m_c how often it was drawn, and
+    q_c = (popularity_c + 1) / sum(popularity + 1). Candidates and the biases of their logits are
 
-    - `in_batch`: the distinct next items. bias = log n_c, so that the logsumexp over distinct candidates is that over all
-      other predictions' next items; with `log_q` bias = log n_c - log q_c and target_bias = -log q_c.
+    - `in_batch`: the distinct next items. bias = log n_c, so that the logsumexp over distinct candidates equals that over
+      all other predictions' next items; with `log_q` bias = log n_c - log q_c and target_bias = -log q_c.
     - `catalogue`: all items, no bias.
     - `sampled`: the distinct next items and the distinct of `samples` draws with replacement, from q with `log_q`, else
-      uniformly. bias = log m_c, minus log(samples q_c) with `log_q`; -inf for an item that was not drawn (it is a
-      candidate of its own predictions only); target_bias = -log(samples q_c) with `log_q`, else none.
+      uniform. bias = log m_c, minus log(samples q_c) with `log_q`; -inf for an item that was not drawn (a candidate of
+      its own predictions only); target_bias = -log(samples q_c) with `log_q`, else none.
 
     Args:
-        cumulative_counts: (catalogue_size + 1,) running sum from 0 of popularity + 1, needed with `log_q` only.
-        seed, step: of the draws of `sampled`; give each micro-batch a step of its own.
+        cumulative_counts: (catalogue_size + 1,) cumulative sum, from 0, of popularity + 1; used with `log_q` only.
+        seed, step: of the draws of `sampled`; give each micro-batch its own step.
     """
     assert not log_q or cumulative_counts is not None or candidates == "catalogue"
     cumulative_counts = cumulative_counts if log_q else None
@@ -94,15 +98,15 @@ def shard_batch(
     else:
         draws = np.empty(0, dtype=np.int64)
         if candidates == "sampled":
-            draws = _draw(samples, catalogue_size, cumulative_counts, seed, step)
-        item_ids, (items, targets, draws) = _numbered(catalogue_size, batch.items, batch.targets, draws)
+            draws = _draw_samples(samples, catalogue_size, cumulative_counts, seed, step)
+        item_ids, (items, targets, draws) = _renumber(catalogue_size, batch.items, batch.targets, draws)
         batch = replace(batch, items=items, targets=targets)
-        chosen, counts, drawn = _tally(targets, draws, len(item_ids))
+        chosen, counts, drawn = _count_candidates(targets, draws, len(item_ids))
         repeats = drawn if candidates == "sampled" else counts
-        bias, target_bias = _biases(repeats, item_ids[chosen], cumulative_counts, samples=max(1, len(draws)))
+        bias, target_bias = _compute_biases(repeats, item_ids[chosen], cumulative_counts, samples=max(1, len(draws)))
     mine = select_windows(batch, np.flatnonzero(assign_windows(np.diff(batch.offsets), world_size) == rank))
-    places = np.empty(len(item_ids), dtype=np.int64)  # where a row stands in the candidates
-    places[chosen] = np.arange(len(chosen))
+    position = np.empty(len(item_ids), dtype=np.int64)  # of a row among the candidates
+    position[chosen] = np.arange(len(chosen))
     begin, end = partition_rows(len(item_ids), rank, world_size)
     own_begin, own_end = np.searchsorted(chosen, [begin, end]).tolist()
     return Batch(
@@ -111,7 +115,7 @@ def shard_batch(
         tokens=torch.from_numpy(mine.items),
         offsets=torch.from_numpy(mine.offsets),
         predict_at=torch.from_numpy(mine.predict_at),
-        targets=torch.from_numpy(places[mine.targets]),
+        targets=torch.from_numpy(position[mine.targets]),
         candidates=torch.from_numpy(chosen),
         own=(own_begin, own_end),
         counts=torch.from_numpy(counts.astype(np.float32)),
@@ -123,16 +127,16 @@ def shard_batch(
 
 
 def partition_rows(rows: int, rank: int, world_size: int) -> tuple[int, int]:
-    """Which of `rows` rows are this rank's: even runs, the first ranks get one more where it does not divide."""
+    """Return this rank's range [begin, end) of `rows` rows; the first ranks get the remainder, one row each."""
     each, over = divmod(rows, world_size)
     begin = rank * each + min(rank, over)
     return begin, begin + each + (rank < over)
 
 
-def _numbered(catalogue_size: int, *ids: IntArray) -> tuple[IntArray, list[IntArray]]:
-    """The distinct ids, sorted, and of each array the places of its ids among them.
+def _renumber(catalogue_size: int, *ids: IntArray) -> tuple[IntArray, list[IntArray]]:
+    """Return the distinct ids, sorted, and each array with its ids replaced by their positions among them.
 
-    By a mark for each item of the catalogue; by a sort where that is many times larger, whatever its size.
+    Ids are found by marking items of the catalogue; if it is many times larger than the batch, by sorting.
     """
     together = np.concatenate(ids)
     if catalogue_size > SPARSE * len(together):
@@ -141,34 +145,36 @@ def _numbered(catalogue_size: int, *ids: IntArray) -> tuple[IntArray, list[IntAr
         seen = np.zeros(catalogue_size, dtype=np.bool_)
         seen[together] = True
         distinct = np.flatnonzero(seen)
-        place = np.empty(catalogue_size, dtype=np.int64)  # no other than those of distinct ids is read
+        place = np.empty(catalogue_size, dtype=np.int64)  # only the entries of distinct ids are set and read
         place[distinct] = np.arange(len(distinct))
         places = place[together]
     return distinct, np.split(places, np.cumsum([len(some) for some in ids])[:-1])
 
 
-def _tally(targets: IntArray, draws: IntArray, rows: int) -> tuple[IntArray, IntArray, IntArray]:
-    """The rows that are target or drawn, and how often each is the one and the other."""
+def _count_candidates(targets: IntArray, draws: IntArray, rows: int) -> tuple[IntArray, IntArray, IntArray]:
+    """Return the rows that are targets or drawn, and how often each is a target and is drawn."""
     counts, drawn = np.bincount(targets, minlength=rows), np.bincount(draws, minlength=rows)
     chosen = np.flatnonzero(counts + drawn)
     return chosen, counts[chosen], drawn[chosen]
 
 
-def _draw(samples: int, catalogue_size: int, cumulative_counts: IntArray | None, seed: int, step: int) -> IntArray:
+def _draw_samples(
+    samples: int, catalogue_size: int, cumulative_counts: IntArray | None, seed: int, step: int
+) -> IntArray:
     random = np.random.default_rng([seed, step])
     if cumulative_counts is None:
         return random.integers(catalogue_size, size=samples)
     return np.searchsorted(cumulative_counts[1:], random.integers(cumulative_counts[-1], size=samples), side="right")
 
 
-def _biases(
+def _compute_biases(
     repeats: IntArray, ids: IntArray, cumulative_counts: IntArray | None, samples: int
 ) -> tuple[FloatArray, FloatArray | None]:
-    with np.errstate(divide="ignore"):  # log 0 = -inf is meant: never drawn, so nobody's negative
+    with np.errstate(divide="ignore"):  # log 0 = -inf is intended: an item that was not drawn is no negative
         bias = np.log(repeats.astype(np.float64))
     if cumulative_counts is None:
         return bias, None
-    # Each item counts once more than it occurs, so that no probability is 0.
+    # Counts are popularity + 1, so that no probability is 0.
     chance = (cumulative_counts[ids + 1] - cumulative_counts[ids]) / cumulative_counts[-1]
     correction = np.log(samples * chance)
     return bias - correction, -correction

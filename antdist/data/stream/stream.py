@@ -1,13 +1,13 @@
-"""The stream of global batches: auxiliary domains in, item ids out, the same for any number of ranks (architecture, law 1).
+"""The stream of global batches: item ids of auxiliary domains, equal for any number of ranks (docs/architecture.md, law 1).
 
-A domain is gone through in endless passes, each in another order (`order.py`). Epoch e takes units [e Q, (e + 1) Q) of a
-domain with quota Q; with `mixing: 1` the quota is the whole domain, so a pass is an epoch. The domains' units of an
-epoch are merged evenly, and batch k of K takes the k-th of K equal runs of them. All that is arithmetic on the
-manifests: the stream starts at any batch by opening the shards that this batch needs.
+A domain is read in endless passes, each in another order (`order.py`). Epoch e takes units [e Q, (e + 1) Q) of a domain
+with quota Q; with `mixing: 1` the quota is the whole domain, so a pass is an epoch. The domains' units of an epoch are
+merged evenly, and batch k of K takes the k-th of K equal runs of them. All of this is arithmetic on the manifests: the
+stream starts at any batch by opening only the shards that this batch needs.
 
-Reading: a canonical stream goes through its shards a window at a time, and while one window is used, a thread reads the
-next. So memory holds two windows a canonical stream: of a domain at most 2 x streams x window_shards shards, without
-their times. A domain that is open whole, all its windows being first ones, is read once and kept from epoch to epoch.
+Reading: a canonical stream reads its shards one window at a time; while a window is used, a thread reads the next. So
+memory holds two windows a canonical stream: of a domain at most 2 x streams x window_shards shards, without their times.
+A small domain whose shards all fit into the first windows is read once and kept from epoch to epoch.
 """
 
 from __future__ import annotations
@@ -25,19 +25,20 @@ from antdist.batch import GlobalBatch, IntArray
 from antdist.config.schema import StreamConfig
 from antdist.data.domain import Domain
 from antdist.data.places import RemotePath, fetch_files
+from antdist.data.shards import HELD_OUT
 from antdist.data.stream.order import CanonicalStream, canonical_streams, merge_counts, permutation, quotas
 from antdist.data.stream.windows import PackedWindows, concatenate_windows, prefix_windows, user_windows
 from antdist.errors import UserError
 
-ORDER_VERSION = 1  # raise it when the same configuration comes to give another order
-CHUNK = 4096  # units made into windows at once
+ORDER_VERSION = 1  # increase it when the same configuration gives another order
+CHUNK = 4096  # units that are cut into windows at once
 
-Block = tuple[IntArray, NDArray[np.int32], int]  # offsets (U + 1,), items (T,), the global number of the first user
+Block = tuple[IntArray, NDArray[np.int32], int]  # offsets (U + 1,), items (T,), global number of the first user
 
 
 @dataclass(frozen=True)
 class StreamState:
-    """Where a run stands: `batch` is the next one of `epoch`. `order` holds all that the order is a function of; JSON."""
+    """The position of a run: `batch` is the next one of `epoch`; `order` is everything that defines the order, as JSON."""
 
     order: dict[str, Any]
     epoch: int
@@ -48,12 +49,12 @@ class Stream:
     """Global batches of one or more domains.
 
     Args:
-        domains: in the order that fixes the global ids of items and users.
-        max_length: the most tokens a window has.
+        domains: in the order that defines the global ids of items and users.
+        max_length: tokens of a window, at most.
         seed: of the order.
 
     Raises:
-        UserError: no domain, a domain twice, a domain with nothing to predict.
+        UserError: there is no domain, a domain occurs twice, or a domain has nothing to predict.
     """
 
     def __init__(self, domains: Sequence[Domain], config: StreamConfig, *, max_length: int, seed: int) -> None:
@@ -72,11 +73,11 @@ class Stream:
             self._steps = tuple(_steps(e, q, config.batch_size) for e, q in zip(expected, self._quotas, strict=True))
         self.steps_per_epoch = sum(self._steps)
         self.predictions_per_epoch = sum(expected)
-        self._kept: dict[tuple[str, int], list[Block]] = {}  # the shards of small domains
+        self._cached: dict[tuple[str, int], list[Block]] = {}  # the shards of small domains
 
     @property
     def order(self) -> dict[str, Any]:
-        """All that the order of batches is a function of, epoch and number of the batch apart."""
+        """Return everything that defines the order of batches within an epoch."""
         return {
             "order version": ORDER_VERSION,
             "domains": [[domain.name, domain.fingerprint] for domain in self.domains],
@@ -87,28 +88,28 @@ class Stream:
         }
 
     def state(self, epoch: int, batch: int) -> StreamState:
-        """What a checkpoint keeps; `batch` is the next one to give."""
+        """Return the state for a checkpoint; `batch` is the next one to read."""
         return StreamState(self.order, epoch, batch)
 
     def check_state(self, state: StreamState) -> None:
-        """Raise UserError, saying what differs, unless `state` was made by a stream of the same order."""
-        grown = {domain.name: domain.manifest.ancestors for domain in self.domains}
-        differences = list(_differences(state.order, self.order, grown))
+        """Check that `state` comes from a stream of the same order. Raises UserError that lists the differences."""
+        ancestors = {domain.name: domain.manifest.ancestors for domain in self.domains}
+        differences = list(_describe_differences(state.order, self.order, ancestors))
         if differences:
             raise UserError(
                 f"the training state belongs to another stream of examples: {'; '.join(differences)}",
-                remedy="resume with the data and configuration of the first start, or go on from the model on these data in a "
-                "new run: name=NEW continue=MODEL",
+                remedy="resume with the original data and configuration, or continue from the model in a new run with "
+                "name=NEW continue=MODEL",
             )
         if not (state.epoch >= 0 and 0 <= state.batch <= self.steps_per_epoch):
             raise UserError(
-                f"the training state stands at batch {state.batch} of epoch {state.epoch}, "
+                f"the training state is at batch {state.batch} of epoch {state.epoch}, "
                 f"but an epoch has {self.steps_per_epoch} batches",
                 remedy="resume from another checkpoint",
             )
 
     def check_ranks(self, world_size: int, accumulation: int = 1) -> None:
-        """Raise UserError if the batch is too small to give every rank something in each micro-batch."""
+        """Check that a micro-batch has a window for every rank on average. Raises UserError."""
         windows = sum(self._quotas) / self.steps_per_epoch / accumulation
         if windows < world_size:
             raise UserError(
@@ -118,9 +119,11 @@ class Stream:
             )
 
     def working_set_bytes(self) -> int:
-        """Bytes of the remote shards that may be in use together on a node: of each canonical stream the window that the
-        slowest rank reads, the one after it, and the one that the fastest reads ahead. Where the cache has room for them,
-        each shard is fetched once a pass, for all ranks."""
+        """Return the bytes of remote shards that the ranks of a node may use together.
+
+        These are, of each canonical stream, the window that the slowest rank reads, the next one, and the one that the
+        fastest rank reads ahead. If the cache holds them, each shard is fetched once a pass, for all ranks.
+        """
         total = 0
         for domain in self.domains:
             if isinstance(domain.folder, RemotePath):
@@ -129,11 +132,11 @@ class Stream:
         return total
 
     def batches(self, epoch: int, start: int = 0) -> Generator[GlobalBatch, None, None]:
-        """The batches of an epoch from number `start` on; `GlobalBatch.index` is the number.
+        """Read the batches of an epoch from number `start` on; `GlobalBatch.index` is the number.
 
-        A batch whose users have nothing to predict (three interactions each; only where `batch_size` is tiny) is left
-        out, its number too: go by `index`, not by counting. Whoever stops early closes the generator: shards are read
-        ahead by a thread, which ends with it.
+        A batch without predictions (its users have three interactions each; only with a tiny `batch_size`) is skipped
+        together with its number, so rely on `index` instead of counting. Close the generator to stop early: that ends the
+        thread that reads ahead.
         """
         background = ThreadPoolExecutor(1, thread_name_prefix="shards")
         try:
@@ -147,27 +150,27 @@ class Stream:
             background.shutdown(cancel_futures=True)
 
     def _blocks(self, d: int, shard: int) -> list[Block]:
-        """A domain's shard. Its times are dropped, as nothing here reads them."""
+        """Read a shard of a domain, without times."""
         domain = self.domains[d]
         shards = domain.manifest.sequence_shards
-        if kept := self._kept.get((domain.name, shard)):
-            return kept
+        if cached := self._cached.get((domain.name, shard)):
+            return cached
         blocks, first_user = [], int(self.user_offsets[d]) + shards[shard].first_user
         for block in domain.blocks(shard):
             blocks.append((block.offsets, block.items, first_user))
             first_user += len(block.offsets) - 1
         if len(shards) <= self.config.streams * self.config.window_shards:
-            self._kept[domain.name, shard] = blocks
+            self._cached[domain.name, shard] = blocks
         return blocks
 
-    def _bring(self, d: int, shards: Sequence[int]) -> None:
-        """Have the shards of a remote domain fetched side by side."""
+    def _fetch(self, d: int, shards: Sequence[int]) -> None:
+        """Fetch shards of a remote domain in parallel."""
         domain = self.domains[d]
-        there = domain.manifest.sequence_shards
-        fetch_files(domain.folder, [there[shard] for shard in shards if (domain.name, shard) not in self._kept])
+        stored = domain.manifest.sequence_shards
+        fetch_files(domain.folder, [stored[shard] for shard in shards if (domain.name, shard) not in self._cached])
 
     def _spans(self, epoch: int, start: int) -> Iterator[tuple[int, list[tuple[int, int, int]]]]:
-        """For each batch its number and, by domain, which of the domain's units (counted over all epochs) it takes."""
+        """Give each batch's number and the units that it takes: (domain, first, last), units counted over all epochs."""
         assert epoch >= 0 and 0 <= start <= self.steps_per_epoch
         base = [epoch * q for q in self._quotas]
         if self.config.batches == "mixed":
@@ -181,7 +184,7 @@ class Stream:
                 )
                 before = after
             return
-        # Which domain each batch is of: every domain as often as it has steps, in an order drawn for the epoch.
+        # The domain of each batch: every domain as often as it has steps, in an order drawn for the epoch.
         turns = np.repeat(np.arange(len(self._steps)), self._steps)
         turns = turns[permutation(len(turns), *(d.fingerprint for d in self.domains), self.seed, epoch, "turns")]
         done = np.bincount(turns[:start], minlength=len(self._steps)).tolist()
@@ -193,7 +196,7 @@ class Stream:
 
 
 class _DomainReader:
-    """Takes units of a domain, numbered over all its passes, from front to back."""
+    """Reads units of a domain, numbered over all its passes, from front to back."""
 
     def __init__(self, stream: Stream, d: int, background: ThreadPoolExecutor) -> None:
         self.domain, self.stream, self.d, self.background = stream.domains[d], stream, d, background
@@ -203,7 +206,7 @@ class _DomainReader:
             for shard in self.domain.manifest.sequence_shards
         ]
         self.size = sum(map(sum, self.units))
-        self.number = -1  # of the pass that is open
+        self.number = -1  # of the current pass
         self.readers: list[_CanonicalReader] = []
 
     def take(self, first: int, last: int) -> Iterator[tuple[PackedWindows, int, int]]:
@@ -232,14 +235,17 @@ class _DomainReader:
 
 
 class _CanonicalReader:
-    """Takes units of one canonical stream of one pass. Holds two windows of shards, a group's columns, and a chunk's windows."""
+    """Reads units of one canonical stream of one pass.
+
+    It holds two windows of shards, the columns of a group, and the windows cut from a chunk of units.
+    """
 
     def __init__(self, domain: _DomainReader, layout: CanonicalStream, key: tuple[int | str, ...]) -> None:
         self.domain, self.layout, self.key = domain, layout, key
         self.max_length, self.prefix = domain.stream.max_length, domain.stream.config.mode == "prefix"
         self.window, self.group = -1, -1
-        self.next: tuple[int, Future[dict[int, list[Block]]]] | None = None  # the window that is read ahead
-        self.begin, self.end = 0, 0  # the units of the chunk
+        self.next: tuple[int, Future[dict[int, list[Block]]]] | None = None  # the window that is being read ahead
+        self.begin, self.end = 0, 0  # the units of the current chunk
 
     def take(self, first: int, last: int) -> Iterator[tuple[PackedWindows, int, int]]:
         while first < last:
@@ -250,7 +256,7 @@ class _CanonicalReader:
             first = end
 
     def _open(self, unit: int) -> None:
-        """Make the chunk of windows that holds a unit, loading what it needs."""
+        """Cut the chunk that contains the unit into windows, loading what it needs."""
         group = int(np.searchsorted(self.layout.starts, unit, side="right")) - 1
         if group != self.group:
             self._load_group(group)
@@ -268,7 +274,7 @@ class _CanonicalReader:
             )
 
     def _load_window(self, window: int) -> None:
-        """Take the window that was read ahead, and have the one after it read. What cannot be read is told here."""
+        """Take the window that was read ahead, and start to read the next; errors of reading ahead are raised here."""
         number, ahead = self.next or (None, None)
         self.next, self.shards = None, {}  # drop the old window before reading another
         self.shards = ahead.result() if ahead is not None and number == window else self._read(window)
@@ -278,7 +284,7 @@ class _CanonicalReader:
 
     def _read(self, window: int) -> dict[int, list[Block]]:
         stream, d, shards = self.domain.stream, self.domain.d, self.layout.windows[window]
-        stream._bring(d, shards)
+        stream._fetch(d, shards)
         return {shard: stream._blocks(d, shard) for shard in shards}
 
     def _load_group(self, group: int) -> None:
@@ -290,7 +296,7 @@ class _CanonicalReader:
         self.items = np.concatenate([items for _, items, _ in blocks], dtype=np.int64)
         self.items += self.domain.stream.item_offsets[self.domain.d]
         self.starts = np.concatenate([o[:-1] + b for (o, _, _), b in zip(blocks, bases, strict=False)])
-        self.lengths = np.concatenate([np.diff(o) for o, _, _ in blocks]) - 2  # less validation and test item
+        self.lengths = np.concatenate([np.diff(o) for o, _, _ in blocks]) - HELD_OUT
         self.users = np.concatenate([np.arange(first, first + len(o) - 1) for o, _, first in blocks])
         self.predictions = ragged.offsets(self.lengths - 1)
         self.shuffle = permutation(layout.units, *self.key, "units", group)
@@ -298,46 +304,52 @@ class _CanonicalReader:
 
 
 def _steps(predictions: int, units: int, batch_size: int) -> int:
-    """Batches an epoch: enough that the mean is no larger than `batch_size`, and each has a unit."""
+    """Compute the batches of an epoch: enough for a mean of at most `batch_size`, at most one a unit."""
     return min(-(-predictions // batch_size), units)
 
 
 def _check_domains(domains: Sequence[Domain]) -> None:
     if not domains:
-        raise UserError("no domain to train on", where="data.domains", remedy="name one prepared domain or more")
+        raise UserError("no domain to train on", where="data.domains", remedy="name at least one prepared domain")
     names = [domain.name for domain in domains]
     for domain in domains:
         if names.count(domain.name) > 1:
             raise UserError(
-                f"domain {domain.name!r} is named twice",
+                f"domain {domain.name!r} occurs twice",
                 where="data.domains",
                 remedy="name each domain once; stream.mixing sets how often small domains are seen",
             )
         if domain.manifest.interactions <= 3 * domain.manifest.users:
             raise UserError(
-                "there is nothing to learn from: no user has more than three interactions, "
-                "of which the last two are kept for validation and test",
+                "the domain has nothing to learn from: no user has more than three interactions, "
+                "of which the last two are held out for validation and test",
                 where=domain.folder,
-                remedy="leave the domain out, or prepare it from more interactions",
+                remedy="leave out the domain, or prepare it from more interactions",
             )
 
 
-def _differences(saved: dict[str, Any], here: dict[str, Any], grown: dict[str, list[str]]) -> Iterator[str]:
-    """What differs, in words, saved value first; `grown` has the manifests that each domain has grown from."""
+def _describe_differences(
+    saved: dict[str, Any], here: dict[str, Any], ancestors: dict[str, list[str]]
+) -> Iterator[str]:
+    """Describe how two orders differ.
+
+    Args:
+        ancestors: fingerprints of each domain before its appends, by name.
+    """
     then, now = dict(saved.get("domains", [])), dict(here["domains"])
     for name in sorted(then.keys() | now.keys()):
         if name not in now:
-            yield f"domain {name!r} is gone"
+            yield f"domain {name!r} is missing"
         elif name not in then:
             yield f"domain {name!r} is new"
         elif then[name] != now[name]:
-            became = "has grown" if then[name] in grown[name] else "was prepared anew"
-            yield f"domain {name!r} {became} (manifest {then[name][:12]} then, {now[name][:12]} now)"
+            change = "was appended to" if then[name] in ancestors[name] else "was prepared anew"
+            yield f"domain {name!r} {change} (manifest {then[name][:12]} then, {now[name][:12]} now)"
     if list(then) != list(now) and then.keys() == now.keys():
-        yield f"the domains stand in another order ({', '.join(then)} then, {', '.join(now)} now)"
+        yield f"the domains are in another order ({', '.join(then)} then, {', '.join(now)} now)"
     other = sorted((saved.keys() | here.keys()) - {"domains", "quotas"})
     changed = [key for key in other if saved.get(key) != here.get(key)]
     for key in changed:
         yield f"{key} was {saved.get(key)!r}, is {here.get(key)!r}"
     if not changed and then == now and saved.get("quotas") != here["quotas"]:
-        yield f"the quotas of the domains were {saved.get('quotas')!r}, are {here['quotas']!r}"
+        yield f"the domains' quotas were {saved.get('quotas')!r}, are {here['quotas']!r}"

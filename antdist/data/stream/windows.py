@@ -1,6 +1,6 @@
-"""From users to windows: which items one causal pass reads, and where in it predictions are made (spec, sections 1 and 5).
+"""Cut users into windows: the items of one causal pass and its predictions (docs/spec/ant.md, sections 1 and 5).
 
-A user's training part of n items gives n - 1 predictions: each item but the first, from what came before it.
+A user's training part of n items gives n - 1 predictions: each item but the first, from the items before it.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from antdist.batch import IntArray
 
 @dataclass(frozen=True)
 class PackedWindows:
-    """Packed windows (W), their tokens (T) and predictions (P), of a run of units (U); as in `GlobalBatch`."""
+    """Packed windows (W) with their tokens (T) and predictions (P), of consecutive units (U); as in `GlobalBatch`."""
 
     items: IntArray  # (T,)
     offsets: IntArray  # (W + 1,)
@@ -30,16 +30,16 @@ class PackedWindows:
 def user_windows(
     items: IntArray, begin: IntArray, lengths: IntArray, users: IntArray, max_length: int
 ) -> PackedWindows:
-    """All windows of some users (`sequence` mode): every prediction once, each with as much context as half a window.
+    """Cut users into windows (`sequence` mode): every prediction once, each with at least half a window of context.
 
-    A user's inputs are its training part but the last item. The first window reads the first `max_length` of them and
-    predicts at each. Each later window begins `max_length // 2` (at least 1) inputs after the one before and predicts
-    only at inputs that no earlier window read. A user with one training item has no window.
+    A user's inputs are its training part without the last item. The first window reads the first `max_length` of them and
+    predicts at each. Each later window starts `max_length // 2` (at least 1) inputs after the previous one and predicts
+    only at inputs that no earlier window has read. A user with one training item has no window.
 
     Args:
-        items: items of many users, end to end.
-        begin, lengths: (U,) where each user's training part lies in `items`.
-        users: (U,) their numbers.
+        items: items of many users, concatenated.
+        begin, lengths: (U,) position and length of each user's training part in `items`.
+        users: (U,) global user numbers.
     """
     stride = max(1, max_length // 2)
     inputs = lengths - 1
@@ -49,7 +49,7 @@ def user_windows(
     nth = np.arange(len(unit)) - first_window[unit]
     start = nth * stride
     size = np.minimum(inputs[unit] - start, max_length)
-    known = np.where(nth > 0, max_length - stride, 0)  # inputs that the window before has read
+    known = np.where(nth > 0, max_length - stride, 0)  # inputs that the previous window has read
     offsets = ragged.offsets(size)
     source = ragged.ranges(begin[unit] + start, size)
     predict_at = ragged.ranges(offsets[:-1] + known, size - known)
@@ -67,12 +67,12 @@ def user_windows(
 def prefix_windows(
     items: IntArray, begin: IntArray, position: IntArray, users: IntArray, max_length: int
 ) -> PackedWindows:
-    """One window for each of some predictions (`prefix` mode): the last `max_length` items before the target.
+    """Make one window a prediction (`prefix` mode): the last `max_length` items before the target.
 
     Args:
-        items: items of many users, end to end.
-        begin: (U,) where the prediction's user begins in `items`.
-        position: (U,) the target's place in the user's sequence, 1 or more.
+        items: items of many users, concatenated.
+        begin: (U,) position of the prediction's user in `items`.
+        position: (U,) position of the target in the user's sequence, 1 or more.
         users: (U,) the prediction's user.
     """
     size = np.minimum(position, max_length)
@@ -91,7 +91,7 @@ def prefix_windows(
 
 
 def concatenate_windows(pieces: Sequence[tuple[PackedWindows, int, int]]) -> dict[str, IntArray]:
-    """The windows of units [first, last) of each piece, end to end, as the array fields of a `GlobalBatch`."""
+    """Concatenate the windows of units [first, last) of each piece, as the array fields of a `GlobalBatch`."""
     items, offsets, predict_at, targets, users = [], [np.zeros(1, dtype=np.int64)], [], [], []
     tokens = 0
     for piece, first, last in pieces:

@@ -336,7 +336,7 @@ def test_state_of_another_order_is_refused_saying_what_differs(world, tmp_path):
     assert "stream.batch_size was 32, is 16" in told(make(domains, batch_size=16))
     assert "model.max_length was 8, is 9" in told(make(domains, max_length=9))
     assert "stream.mixing was 1.0, is 0.5" in told(make(domains, mixing=0.5))
-    assert "domain 'c' is gone" in told(make(domains[:2]))
+    assert "domain 'c' is missing" in told(make(domains[:2]))
     assert "another order (a, b, c then, b, a, c now)" in told(make([domains[1], domains[0], domains[2]]))
     other = numbered_domain(tmp_path / "c", [*lengths[2], 4])
     message = told(make([*domains[:2], other]))
@@ -359,7 +359,7 @@ def test_no_domain():
 
 
 def test_domain_twice(world):
-    with pytest.raises(UserError, match="'a' is named twice"):
+    with pytest.raises(UserError, match="'a' occurs twice"):
         make([world[0][0], world[0][1], world[0][0]])
 
 
@@ -395,7 +395,9 @@ def test_a_flipped_bit_in_a_shard_is_found_and_the_shard_named(tmp_path):
         damaged = bytearray(sound)
         damaged[place] ^= 2
         shard.write_bytes(damaged)
-        with pytest.raises(UserError, match=rf"{shard.name}: the file is damaged: its SHA-256 is not the manifest's"):
+        with pytest.raises(
+            UserError, match=rf"{shard.name}: the file is damaged: its SHA-256 differs from the manifest's"
+        ):
             list(make([domain]).batches(0))
     shard.write_bytes(sound)
     list(make([domain]).batches(0))
