@@ -54,16 +54,13 @@ def write_domain(
     """Write a prepared domain atomically: into a sibling folder, which is renamed at the end.
 
     Args:
-        folder: the domain's folder, usually `DATA/NAME`.
-        name: the domain's name.
+        folder, name: of the domain; the folder is usually `DATA/NAME`.
         items: all items in order of their index 0, 1, ...; read once.
         sequences: every user with at least three interactions, in time order.
         user_ids: the users' ids in the source, (U,).
         made: how the domain was made, for the manifest; JSON, without dates or paths, so that equal data has equal bytes.
         pending: users with fewer than three interactions, stored beside the domain for a later append.
-        block_users: users a block.
-        items_per_shard: at most; a shard also ends at about 256 MB.
-        blocks_per_shard: None: as many as make about 64 MB.
+        block_users, items_per_shard, blocks_per_shard: at most; shards also end at 256 MB of items, 64 MB of sequences.
         overwrite: replace an existing domain, its feature tables included.
 
     Raises:
@@ -95,8 +92,7 @@ def write_domain(
         )
         if pending is not None and pending[1]:
             shard = write_pending(partial, split_into_blocks(*pending, block_users))
-            document = {"fingerprint": manifest.fingerprint, "shard": shard.model_dump(mode="json")}
-            write_json(partial / PENDING_DESCRIPTION_NAME, document)
+            _describe_pending(partial, manifest.fingerprint, shard)
         write_manifest(partial, manifest)
         if folder.exists():
             folder.rename(old)
@@ -234,6 +230,12 @@ def write_pending(folder: Path, histories: Iterable[tuple[list[str], UserBlock]]
         interactions=sum(block.interactions for block in written),
         blocks=written,
     )
+
+
+def _describe_pending(folder: Path, fingerprint: str, shard: SequenceShard) -> None:
+    """Write `pending.json`; the manifest does not list the pending users of a domain without appends."""
+    document = {"fingerprint": fingerprint, "shard": shard.model_dump(mode="json")}
+    write_json(folder / PENDING_DESCRIPTION_NAME, document)
 
 
 def write_array(path: Path, array: NDArray[np.int64], prefix: str = "") -> File:

@@ -31,7 +31,7 @@ def test_a_share_of_the_records_or_five_where_that_is_little(records: int, max_b
 
 
 def fault(line: int) -> UserError:
-    return UserError("is bad", where=f"f:{line}", remedy="mend it")
+    return UserError("is bad", where=f"f:{line}", remedy="fix it")
 
 
 def test_under_the_cap_all_are_kept_over_it_the_first_is_told() -> None:
@@ -44,7 +44,7 @@ def test_under_the_cap_all_are_kept_over_it_the_first_is_told() -> None:
     other = quarantine.inspect(Path("g"))
     other.good = 98
     other.add(fault(1), 1)
-    with pytest.raises(UserError, match=r"f:1: is bad\. Mend it"):
+    with pytest.raises(UserError, match=r"f:1: is bad\. Fix it"):
         other.close()
     assert len(quarantine.records) == 1
 

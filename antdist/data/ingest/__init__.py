@@ -1,1 +1,1 @@
-"""Ingest: exports in, prepared domains out."""
+"""Read exports and write prepared domains."""

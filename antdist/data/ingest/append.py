@@ -31,7 +31,7 @@ from antdist.data.domain import Domain, Sequences, open_domain
 from antdist.data.ingest.histories import order_interactions, truncate_sequences
 from antdist.data.ingest.items import ModalityCounts, make_item_records
 from antdist.data.ingest.prepare import check_sizes
-from antdist.data.ingest.readers.base import Item, Source, Tally, format_tally
+from antdist.data.ingest.readers.base import Item, SourceData, Tally, format_tally
 from antdist.data.ingest.sources import Format, SourceFiles, map_known_items, read_source
 from antdist.data.manifest import (
     MANIFEST_NAME,
@@ -240,7 +240,7 @@ def _make_report(
     )
 
 
-def _match_items(old: Domain, data: Source) -> tuple[dict[str, int], list[Item]]:
+def _match_items(old: Domain, data: SourceData) -> tuple[dict[str, int], list[Item]]:
     """Return the index of each known item that interactions name, and the new items in their order.
 
     Where the domain was filtered by a k-core, which left out untouched items, untouched new items are left out as well.
@@ -294,7 +294,7 @@ class _Update:
 
 
 def _merge_histories(
-    old: Domain, data: Source, users: NDArray[Any], items: NDArray[Any], times: NDArray[Any]
+    old: Domain, data: SourceData, users: NDArray[Any], items: NDArray[Any], times: NDArray[Any]
 ) -> _Update:
     """Merge the users' old and new interactions (T,) in time order."""
     by_time = np.argsort(times, kind="stable")  # before fractions of a second are cut off, as in preparation

@@ -21,7 +21,7 @@ from antdist.data.ingest.histories import (
     truncate_sequences,
 )
 from antdist.data.ingest.items import ModalityCounts, make_item_records
-from antdist.data.ingest.readers.base import Item, Source, Tally, format_tally
+from antdist.data.ingest.readers.base import Item, SourceData, Tally, format_tally
 from antdist.data.ingest.sources import FORMATS, Format, SourceFiles, map_known_items, read_source
 from antdist.data.manifest import Manifest
 from antdist.data.quarantine import MAX_BAD, QUARANTINE_NAME, Quarantine, write_quarantine
@@ -173,7 +173,7 @@ def _check_filters(format: Format, filters: Filters) -> None:
         raise UserError(what, where="--max-sequence", remedy=remedy)
 
 
-def _apply_filters(data: Source, filters: Filters, quarantine: Quarantine, domain: str) -> _Filtered:
+def _apply_filters(data: SourceData, filters: Filters, quarantine: Quarantine, domain: str) -> _Filtered:
     """Select, order and truncate the histories of a source. Raises UserError if none is left."""
     index_of = {item.item_id: index for index, item in enumerate(data.items)}
     users, items, times = map_known_items(data, index_of, filters.drop_unknown, quarantine)

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from antdist.data.ingest.readers.amazon import read_amazon
 from antdist.data.ingest.readers.atomic import read_atomic
-from antdist.data.ingest.readers.base import Source
+from antdist.data.ingest.readers.base import SourceData
 from antdist.data.ingest.readers.tabular import read_tabular
 from antdist.data.quarantine import BadRecord, Quarantine, max_bad_records
 from antdist.errors import UserError
@@ -42,7 +42,7 @@ class SourceFiles:
 
 def read_source(
     files: SourceFiles, *, touched_only: bool = False, quarantine: Quarantine | None = None, items_required: bool = True
-) -> Source:
+) -> SourceData:
     """Read a source by the reader of its format.
 
     Args:
@@ -98,7 +98,11 @@ def _find_file(
 
 
 def map_known_items(
-    data: Source, index_of: Mapping[str, int], drop_unknown: bool, quarantine: Quarantine, among: str = "the items file"
+    data: SourceData,
+    index_of: Mapping[str, int],
+    drop_unknown: bool,
+    quarantine: Quarantine,
+    among: str = "the items file",
 ) -> tuple[Codes, Codes, NDArray[Any]]:
     """Return users, items and times, each (T,), of the interactions whose item is known.
 

@@ -90,20 +90,9 @@ def shard_batch(
     """
     assert not log_q or cumulative_counts is not None or candidates == "catalogue"
     cumulative_counts = cumulative_counts if log_q else None
-    bias: FloatArray | None = None
-    target_bias: FloatArray | None = None
-    if candidates == "catalogue":
-        item_ids = chosen = np.arange(catalogue_size)
-        counts = np.bincount(batch.targets, minlength=catalogue_size)
-    else:
-        draws = np.empty(0, dtype=np.int64)
-        if candidates == "sampled":
-            draws = _draw_samples(samples, catalogue_size, cumulative_counts, seed, step)
-        item_ids, (items, targets, draws) = _renumber(catalogue_size, batch.items, batch.targets, draws)
-        batch = replace(batch, items=items, targets=targets)
-        chosen, counts, drawn = _count_candidates(targets, draws, len(item_ids))
-        repeats = drawn if candidates == "sampled" else counts
-        bias, target_bias = _compute_biases(repeats, item_ids[chosen], cumulative_counts, samples=max(1, len(draws)))
+    batch, item_ids, chosen, counts, bias, target_bias = _choose_candidates(
+        batch, candidates, catalogue_size, samples, cumulative_counts, seed, step
+    )
     mine = select_windows(batch, np.flatnonzero(assign_windows(np.diff(batch.offsets), world_size) == rank))
     position = np.empty(len(item_ids), dtype=np.int64)  # of a row among the candidates
     position[chosen] = np.arange(len(chosen))
@@ -124,6 +113,34 @@ def shard_batch(
         predictions=batch.predictions,
         longest=int(np.diff(mine.offsets).max(initial=0)),
     )
+
+
+def _choose_candidates(
+    batch: GlobalBatch,
+    candidates: str,
+    catalogue_size: int,
+    samples: int,
+    cumulative_counts: IntArray | None,
+    seed: int,
+    step: int,
+) -> tuple[GlobalBatch, IntArray, IntArray, IntArray, FloatArray | None, FloatArray | None]:
+    """Choose the candidates of a batch; see `shard_batch`.
+
+    Returns:
+        The batch with items and targets as rows of `item_ids`; the distinct `item_ids` (N,); the rows of the candidates
+        (C,), how often each is a target, and the biases.
+    """
+    if candidates == "catalogue":
+        item_ids = np.arange(catalogue_size)
+        return batch, item_ids, item_ids, np.bincount(batch.targets, minlength=catalogue_size), None, None
+    draws = np.empty(0, dtype=np.int64)
+    if candidates == "sampled":
+        draws = _draw_samples(samples, catalogue_size, cumulative_counts, seed, step)
+    item_ids, (items, targets, draws) = _renumber(catalogue_size, batch.items, batch.targets, draws)
+    chosen, counts, drawn = _count_candidates(targets, draws, len(item_ids))
+    repeats = drawn if candidates == "sampled" else counts
+    biases = _compute_biases(repeats, item_ids[chosen], cumulative_counts, samples=max(1, len(draws)))
+    return replace(batch, items=items, targets=targets), item_ids, chosen, counts, *biases
 
 
 def partition_rows(rows: int, rank: int, world_size: int) -> tuple[int, int]:

@@ -1,4 +1,4 @@
-"""The picture of a generated item: a shape of one colour and texture on a pale ground, as JPEG."""
+"""Draw the image of a generated item: a shape of one colour and texture on a pale ground, as JPEG."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Plane = NDArray[np.float64]
 
 
 def draw_item(rng: np.random.Generator, *, shape: int, colour: int, texture: int, pixels: int) -> bytes:
-    """A JPEG of `pixels` squared. Size, place, tilt, shade and ground are the generator's choice."""
+    """Draw a JPEG of `pixels` x `pixels`; size, place, tilt, shade and ground are random."""
     x, y = np.meshgrid(np.linspace(-1, 1, pixels), np.linspace(-1, 1, pixels))
     size, tilt = rng.uniform(0.55, 0.8), rng.uniform(-0.15, 0.15)
     dx, dy = rng.uniform(-0.15, 0.15, 2)
@@ -36,7 +36,7 @@ def draw_item(rng: np.random.Generator, *, shape: int, colour: int, texture: int
 
 
 def _shape_mask(shape: int, x: Plane, y: Plane) -> NDArray[np.bool_]:
-    """Where the shape is, on coordinates in which it reaches from -1 to 1."""
+    """Return the mask of the shape, on coordinates in which it extends from -1 to 1."""
     radius, far, near = np.hypot(x, y), np.maximum(abs(x), abs(y)), np.minimum(abs(x), abs(y))
     match SHAPES[shape]:
         case "disc":
@@ -54,7 +54,7 @@ def _shape_mask(shape: int, x: Plane, y: Plane) -> NDArray[np.bool_]:
 
 
 def _texture_mask(texture: int, x: Plane, y: Plane) -> NDArray[np.bool_]:
-    """Where the shape is light rather than dark."""
+    """Return the mask of the light parts of the shape."""
     across, along = np.sin(9 * x) > 0, np.sin(9 * y) > 0
     match TEXTURES[texture]:
         case "plain":

@@ -1,15 +1,15 @@
-"""A generated world of domains: catalogues with known attributes, and users who walk through them by a grammar.
+"""Generate domains: catalogues with known attributes, and users who walk through them by a grammar.
 
-Every item has five attributes. Four mean the same in every domain, and so do the rules that move them; the fifth, the
-category, has names and transitions of its own in each domain. What a user buys next follows from the *order* of what
-they bought last, by `RULES`: each rule steps one attribute on from its value one or two items ago, and holds at a step
-with its own probability, independently of the others; the item is then drawn by popularity among those that satisfy
-the rules that hold. Now and then a user comes back after a break and starts afresh.
+Every item has five attributes. Four of them, and their rules, mean the same in every domain; the fifth, the category, has
+its own names and transitions in each domain. What a user buys next follows from the *order* of the last purchases, by
+`RULES`: each rule advances one attribute from its value one or two items ago, and applies at a step with its own
+probability, independently of the others; the item is then drawn by popularity among those that satisfy the rules that
+apply. Now and then a user returns after a break and starts afresh.
 
-The world is honest: nobody has a lasting taste. Each rule is a single cycle through all values, so that each user
-passes through everything, every user's walk has the same long-run distribution, and *which* items somebody owns says
-next to nothing about the next one; their order says a lot. A rule that copied a value (a favourite colour) would be
-learned from the bare set of items. With orders shuffled a recommender can hope for little more than popularity.
+No user has a lasting taste. Each rule is a single cycle through all values, so every user's walk has the same long-run
+distribution, and *which* items a user has bought says next to nothing about the next one, while their order says a lot. A
+rule that copied a value (a favourite colour) could be learned from the unordered set of items. With shuffled orders a
+recommender can achieve little more than popularity.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ IntArray = NDArray[np.int64]
 
 @dataclass(frozen=True)
 class Rule:
-    """The next item's `attribute` is the successor of its value `lag` items ago, with `probability` at each step."""
+    """At each step, with `probability`, the item's `attribute` is the successor of its value `lag` items ago."""
 
     attribute: str
     values: int
@@ -36,13 +36,13 @@ class Rule:
 
 
 RULES = (
-    Rule("category", values=6, lag=1, probability=0.5),  # in words, and as the shape in the picture
-    Rule("stage", values=5, lag=1, probability=0.55),  # in words only: from starter kits to masterpieces
-    Rule("colour", values=5, lag=1, probability=0.55),  # in the picture only
-    Rule("style", values=4, lag=2, probability=0.45),  # in words, and as the texture in the picture
+    Rule("category", values=6, lag=1, probability=0.5),  # in the text, and as the shape in the image
+    Rule("stage", values=5, lag=1, probability=0.55),  # in the text only: from starter kits to masterpieces
+    Rule("colour", values=5, lag=1, probability=0.55),  # in the image only
+    Rule("style", values=4, lag=2, probability=0.45),  # in the text, and as the texture in the image
     Rule("tier", values=3, lag=1, probability=0.4),  # in the price only
 )
-BREAK = 0.08  # probability that a step starts afresh, none of the rules holding
+BREAK = 0.08  # probability that a step starts afresh, without any rule
 MIN_INTERACTIONS, LONGEST = 5, 40  # items of a user
 SKEW = 0.6  # exponent of the popularity over ranks
 TRIES = 50  # draws of an item that is new to the user and satisfies the rules
@@ -50,7 +50,7 @@ TRIES = 50  # draws of an item that is new to the user and satisfies the rules
 
 @dataclass(frozen=True)
 class SyntheticDomain:
-    """One domain, I items and U users, before words, pictures and prices are given to it."""
+    """One domain of I items and U users, before its texts, images and prices are generated."""
 
     name: str
     attributes: dict[str, IntArray]  # (I,) value of each attribute
@@ -62,12 +62,12 @@ class SyntheticDomain:
 
 
 def generator(seed: int, domain: str, purpose: str) -> np.random.Generator:
-    """Randomness of one purpose in one domain, whatever else is generated."""
+    """Return a random generator for one purpose in one domain, independent of all others."""
     return np.random.default_rng([seed, zlib.crc32(domain.encode()), zlib.crc32(purpose.encode())])
 
 
 def make_domain(name: str, *, users: int, items: int, mean_length: float, seed: int) -> SyntheticDomain:
-    """The catalogue and the walks of one domain: a function of its arguments alone."""
+    """Generate the catalogue and the walks of one domain, as a function of the arguments alone."""
     rng = generator(seed, name, "catalogue")
     attributes = {rule.attribute: _spread_evenly(rng, items, rule.values) for rule in RULES}
     successors = {rule.attribute: (np.arange(rule.values) + 1) % rule.values for rule in RULES}
@@ -84,18 +84,18 @@ def make_domain(name: str, *, users: int, items: int, mean_length: float, seed: 
 
 
 def shuffle_orders(offsets: IntArray, items: IntArray, seed: int) -> IntArray:
-    """Each user's items in random order: what a recommender learns from it, it did not learn from the order."""
+    """Shuffle each user's items, to measure what a recommender learns without their order."""
     users = np.repeat(np.arange(len(offsets) - 1), np.diff(offsets))
     return items[np.lexsort((np.random.default_rng(seed).random(len(items)), users))]
 
 
 def _spread_evenly(rng: np.random.Generator, items: int, values: int) -> IntArray:
-    """Each value equally often, in random order."""
+    """Draw each value equally often, in random order."""
     return rng.permutation(np.arange(items) % values)
 
 
 def _random_cycle(rng: np.random.Generator, values: int) -> IntArray:
-    """A permutation that passes through all values before it returns to the first."""
+    """Draw a permutation that is a single cycle through all values."""
     order = rng.permutation(values)
     successor = np.empty(values, np.int64)
     successor[order] = np.roll(order, -1)
@@ -109,7 +109,11 @@ def _walk(
     weights: NDArray[np.float64],
     lengths: IntArray,
 ) -> tuple[IntArray, NDArray[np.bool_]]:
-    """All users' walks at once, step by step: (U, longest) items, -1 beyond a user's end, and whether afresh."""
+    """Walk all users at once, step by step.
+
+    Returns:
+        Items (U, longest), -1 beyond a user's end, and whether each step starts afresh, (U, longest).
+    """
     shelves = _Shelves(attributes, weights)
     users, longest = len(lengths), int(lengths.max())
     paths = np.full((users, longest), -1, np.int64)
@@ -118,7 +122,7 @@ def _walk(
     for step in range(longest):
         pending = np.flatnonzero(lengths > step)
         for attempt in range(TRIES + 1):
-            strict = attempt < TRIES  # else popularity alone, and a repeated item is let through
+            strict = attempt < TRIES  # else by popularity alone, and repeated items are allowed
             wanted = [
                 successors[rule.attribute][attributes[rule.attribute][paths[pending, max(step - rule.lag, 0)]]]
                 for rule in RULES
@@ -138,7 +142,7 @@ def _walk(
 
 
 class _Shelves:
-    """The items of each combination of attribute values, for each choice of the attributes that matter."""
+    """Draws items by popularity among those with given values of some of the attributes."""
 
     def __init__(self, attributes: dict[str, IntArray], weights: NDArray[np.float64]) -> None:
         self.attributes = [attributes[rule.attribute] for rule in RULES]
@@ -146,7 +150,7 @@ class _Shelves:
         self.sorted: dict[int, tuple[IntArray, NDArray[np.float64], IntArray]] = {}
 
     def draw(self, rng: np.random.Generator, holds: list[NDArray[np.bool_]], wanted: list[IntArray]) -> IntArray:
-        """One item a row that has the wanted value wherever `holds`, by popularity; -1 where there is none."""
+        """Draw one item a row that has the wanted value wherever `holds`; -1 if there is none."""
         mask = sum(held.astype(np.int64) << bit for bit, held in enumerate(holds))
         assert isinstance(mask, np.ndarray)
         dice, drawn = rng.random(len(mask)), np.empty(len(mask), np.int64)
@@ -161,7 +165,7 @@ class _Shelves:
         return drawn
 
     def _sorted(self, mask: int) -> tuple[IntArray, NDArray[np.float64], IntArray]:
-        """Items sorted by the masked attributes, their cumulative weight, and where each combination starts."""
+        """Return items sorted by the masked attributes, their cumulative weight, and the start of each combination."""
         if mask not in self.sorted:
             key = _combination_key(mask, self.attributes)
             order = np.argsort(key, kind="stable")
@@ -172,7 +176,7 @@ class _Shelves:
 
 
 def _combination_key(mask: int, values: list[IntArray]) -> IntArray:
-    """One number for the values of the masked attributes; the others count as 0."""
+    """Combine the values of the masked attributes into one number; the others count as 0."""
     key = np.zeros_like(values[0])
     for bit, (rule, value) in enumerate(zip(RULES, values, strict=True)):
         key = key * rule.values + (value if mask >> bit & 1 else 0)

@@ -1,9 +1,9 @@
-"""Write a generated world (`antdist.data.synthetic.grammar`) as a user would bring data: the *tabular* form, a folder a domain.
+"""Write generated domains (`antdist.data.synthetic.grammar`) as source files of the format `tabular`, a folder a domain.
 
 `OUT/DOMAIN/` holds `interactions.csv.gz` (user_id, item_id, timestamp), `items.jsonl.gz` (item_id, text, price, image:
-a path below the folder) and `images/*.jpg`. No modality tells all: the stage of an item stands in its words alone, the
-colour in its picture alone, the tier in its price alone; category and style stand in the picture and, mostly, in words.
-A few items lack one modality. The same arguments give the same bytes.
+a path below the folder) and `images/*.jpg`. No modality is sufficient: the stage of an item is in its text alone, the
+colour in its image alone, the tier in its price alone; category and style are in the image and, mostly, in the text.
+A few items lack one modality. Equal arguments give equal bytes.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ TARGET = "workshop"
 AUXILIARIES = ("garden", "kitchen", "toys", "office", "music", "pets", "sports")
 FEWEST_ITEMS = 4 * MIN_INTERACTIONS
 
-# Words that every domain uses, by value of the attribute; the first of each is the usual one.
+# Words that every domain uses, by value of the attribute; the first of each pair is the more frequent.
 STAGES = (
     ("starter", "beginner"),
     ("basic", "simple"),
@@ -77,14 +77,14 @@ PRICES = {"garden": 12.0, "kitchen": 9.0, "toys": 800.0, "workshop": 25.0}  # of
 TIER_FACTOR, PRICE_NOISE = 2.5, 0.15
 EXTRAS = ("with carry bag", "gift box", "set of two", "new edition", "long lasting", "easy to clean", "handmade", "")
 SYLLABLES = ("bar", "den", "fol", "gim", "hal", "kes", "lor", "mun", "nep", "ost", "pir", "rud", "sel", "tov", "wik")
-CATEGORY_NAMED, STYLE_NAMED = 0.85, 0.6  # how often the words tell what the picture tells as well
+CATEGORY_NAMED, STYLE_NAMED = 0.85, 0.6  # how often the text names what the image shows
 
 FIRST_DAY, DAY = 1_672_531_200, 86_400  # 1 January 2023, in seconds
 
 
 @dataclass(frozen=True)
 class GeneratedDomain:
-    """What was written of one domain."""
+    """Counts of one generated domain."""
 
     name: str
     users: int
@@ -97,7 +97,7 @@ class GeneratedDomain:
 
 @dataclass(frozen=True, repr=False)
 class WorldReport(Report):
-    """What was written, and which domain is meant as the target (the last)."""
+    """The generated domains; the last is the target."""
 
     table_key = "domains"
 
@@ -130,19 +130,19 @@ def generate_world(
     pixels: int = 64,
     seed: int = 0,
 ) -> WorldReport:
-    """Generate a world of auxiliary domains and, last, a target domain, below the folder `out`.
+    """Generate auxiliary domains and, last, a target domain, below the folder `out`.
 
     Args:
-        domains: how many, or their names; the last is the target.
+        domains: their number or names; the last is the target.
         users, items: of each auxiliary domain.
         target_users, target_items: of the target.
-        mean_length: mean interactions of a user (about: they are cut at both ends).
-        missing: share of items that lack their text; as many others lack the picture, as many others the price.
-        with_images: draw pictures; without, no item has one.
-        pixels: side of a picture.
+        mean_length: approximate mean interactions of a user (lengths are clipped at both ends).
+        missing: share of items without text; as many others have no image, as many others no price.
+        with_images: draw images; False: no item has one.
+        pixels: side of an image.
 
     Raises:
-        UserError: a value out of range, a name that is no folder name, or a domain's folder that exists already.
+        UserError: a value is out of range, a name is not a valid folder name, or a domain's folder exists.
     """
     _check_range("domains", domains if isinstance(domains, int) else len(domains), 1)
     _check_range("users", min(users, target_users), 1)
@@ -151,7 +151,7 @@ def generate_world(
     _check_range("missing", missing, 0, 1 / 3)
     _check_range("pixels", pixels, 16, 1024)
     _check_range("seed", seed, 0)
-    out, names = Path(out), _names(domains)
+    out, names = Path(out), _choose_names(domains)
     _check_names(out, names)
     written = []
     for name in names:
@@ -162,7 +162,7 @@ def generate_world(
     return WorldReport(out, names[-1], written)
 
 
-def _names(domains: int | Sequence[str]) -> list[str]:
+def _choose_names(domains: int | Sequence[str]) -> list[str]:
     if not isinstance(domains, int):
         return list(domains)
     more = [f"domain{number}" for number in range(len(AUXILIARIES) + 1, domains)]
@@ -173,12 +173,12 @@ def _check_names(out: Path, names: list[str]) -> None:
     for name in names:
         if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
             raise UserError(
-                f"'{name}' cannot be a folder's name", where="domains", remedy="use letters, digits, '.', '_', '-'"
+                f"{name!r} is not a valid folder name", where="domains", remedy="use letters, digits, '.', '_', '-'"
             )
         if (out / name).exists():
             raise UserError("exists already", where=out / name, remedy="choose another folder, or delete this one")
     if len(set(names)) != len(names):
-        raise UserError("a domain is named twice", where="domains", remedy="give each domain a name of its own")
+        raise UserError("two domains have the same name", where="domains", remedy="give each domain its own name")
 
 
 def _check_range(key: str, value: float, least: float, most: float | None = None) -> None:
@@ -196,7 +196,7 @@ def _write_domain(
     has_picture = ((dice < missing) | (dice >= 2 * missing)) & (pixels is not None)
     texts, prices = write_texts(domain, seed), draw_prices(domain, seed)
     if pixels is not None:
-        _write_pictures(folder / "images", domain, has_picture, pixels, seed)
+        _write_images(folder / "images", domain, has_picture, pixels, seed)
     records = [
         {
             "item_id": _item_id(domain, index),
@@ -207,7 +207,7 @@ def _write_domain(
         for index in range(size)
     ]
     _write_gzip(folder / "items.jsonl.gz", "".join(json.dumps(record) + "\n" for record in records))
-    _write_gzip(folder / "interactions.csv.gz", _interactions(domain, seed))
+    _write_gzip(folder / "interactions.csv.gz", _write_interactions(domain, seed))
     return GeneratedDomain(
         domain.name,
         users=len(domain.offsets) - 1,
@@ -220,9 +220,9 @@ def _write_domain(
 
 
 def write_texts(domain: SyntheticDomain, seed: int) -> list[str]:
-    """An item's words: brand, stage and category always or mostly, style often, in one of two words each, and chaff."""
+    """Write the items' texts: brand and stage always, category mostly, style often, each in one of two words, and noise."""
     rng = generator(seed, domain.name, "words")
-    size, categories = len(domain.weights), _categories(domain.name)
+    size, categories = len(domain.weights), _category_words(domain.name)
     brands = [f"{''.join(rng.choice(SYLLABLES, 2))}".title() for _ in range(12)]
     second = (rng.random((3, size)) < 0.35).astype(int)  # which of the two words: stage, category, style
     named_category, named_style = rng.random(size) < CATEGORY_NAMED, rng.random(size) < STYLE_NAMED
@@ -244,15 +244,15 @@ _IN_WORDS = ("stage", "category", "style")
 
 
 def draw_prices(domain: SyntheticDomain, seed: int) -> list[float]:
-    """Prices in the domain's own currency: the tier's, give or take."""
+    """Draw prices in the domain's own currency: that of the tier, with noise."""
     rng = generator(seed, domain.name, "prices")
     lowest = PRICES.get(domain.name, float(np.exp(rng.uniform(np.log(2), np.log(200)))))
     spread = np.exp(rng.normal(0, PRICE_NOISE, len(domain.weights)))
     return np.round(lowest * TIER_FACTOR ** domain.attributes["tier"] * spread, 2).tolist()
 
 
-def _categories(domain: str) -> Sequence[Sequence[str]]:
-    """Two words for each category; of a domain without words of its own, made-up ones."""
+def _category_words(domain: str) -> Sequence[Sequence[str]]:
+    """Return two words for each category, invented for domains that are not listed in `CATEGORIES`."""
     if domain in CATEGORIES:
         return CATEGORIES[domain]
     rng = generator(0, domain, "categories")
@@ -260,7 +260,7 @@ def _categories(domain: str) -> Sequence[Sequence[str]]:
     return list(zip(names[::2], names[1::2], strict=True))
 
 
-def _write_pictures(folder: Path, domain: SyntheticDomain, drawn: NDArray[np.bool_], pixels: int, seed: int) -> None:
+def _write_images(folder: Path, domain: SyntheticDomain, drawn: NDArray[np.bool_], pixels: int, seed: int) -> None:
     folder.mkdir()
     rng = generator(seed, domain.name, "pictures")
     looks = zip(*(domain.attributes[a].tolist() for a in ("category", "colour", "style")), strict=True)
@@ -270,8 +270,8 @@ def _write_pictures(folder: Path, domain: SyntheticDomain, drawn: NDArray[np.boo
             (folder / f"{_item_id(domain, index)}.jpg").write_bytes(picture)
 
 
-def _interactions(domain: SyntheticDomain, seed: int) -> str:
-    """All interactions as CSV in order of time; a user's follow within hours or days, after a break within months."""
+def _write_interactions(domain: SyntheticDomain, seed: int) -> str:
+    """Write all interactions as CSV in time order; a user's gaps are hours or days, after a break months."""
     rng = generator(seed, domain.name, "times")
     lengths = np.diff(domain.offsets)
     users = np.repeat(np.arange(len(lengths)), lengths)
@@ -291,5 +291,5 @@ def _item_id(domain: SyntheticDomain, index: int) -> str:
 
 
 def _write_gzip(path: Path, text: str) -> None:
-    """Gzip without name and time: the same text gives the same bytes."""
+    """Write a gzip file without name and time, so that equal texts give equal bytes."""
     path.write_bytes(gzip.compress(text.encode(), compresslevel=6, mtime=0))

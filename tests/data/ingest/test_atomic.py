@@ -61,15 +61,15 @@ def test_without_an_index_rows_name_items_by_id(source: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "old", "new", "line", "message"),
     [
-        ("Tiny.train.inter", "y\t3 3\t1", "y\t3 4\t1", 129, "the row of user y does not follow"),
-        ("Tiny.train.inter", "y\t3 3\t1", "y\t3 3\t9", None, "the row of user y does not follow"),
-        ("Tiny.train.inter", "y\t3\t3\n", "", 129, "the row of user y does not follow"),
-        ("Tiny.valid.inter", "y\t3 3 1\t2", "y\t3 3 1\t4", None, "the row of user y does not follow"),
+        ("Tiny.train.inter", "y\t3 3\t1", "y\t3 4\t1", 129, "the row of user y contradicts"),
+        ("Tiny.train.inter", "y\t3 3\t1", "y\t3 3\t9", None, "the row of user y contradicts"),
+        ("Tiny.train.inter", "y\t3\t3\n", "", 129, "the row of user y contradicts"),
+        ("Tiny.valid.inter", "y\t3 3 1\t2", "y\t3 3 1\t4", None, "the row of user y contradicts"),
         ("Tiny.valid.inter", "z\t5\t6", "z\t5", 4, "too few columns: 2, the header has 3"),
         ("Tiny.valid.inter", "z\t5\t6\n", "", None, "user z is not in Tiny.valid.inter"),
         ("Tiny.valid.inter", "z\t5\t6\n", "z\t5\t6\nz\t5\t6\n", 5, "user z occurs twice"),
         ("Tiny.train.inter", "y\t3\t3\n", "y\t3\t3\nw\t3\t3\n", 131, "user w is not in Tiny.test.inter"),
-        ("Tiny.train.inter", "y\t3\t3\n", "y\t3\t3\nx\t3\t3\n", 131, "rows of user x do not stand together"),
+        ("Tiny.train.inter", "y\t3\t3\n", "y\t3\t3\nx\t3\t3\n", 131, "the rows of user x are not adjacent"),
         ("Tiny.train.inter", "item_id:token\n", "item:token\n", 1, "has no column item_id; its columns are user_id"),
         ("Tiny.item2index", "asin5\t5\n", "", None, "item '5' is unknown"),
         ("Tiny.item2index", "asin5\t5\n", "asin5\tfive\n", 55, "'asin5\\tfive' is not an item"),
@@ -100,7 +100,7 @@ def test_missing_files(source: Path) -> None:
     with pytest.raises(UserError, match=r"Tiny\.text: no such file"):
         prepare_domain(source, format="atomic", domain="tiny", out=source / "out")
     (source / "Tiny.train.inter").unlink()
-    with pytest.raises(UserError, match=r"holds 0 files NAME\.train\.inter, one was due"):
+    with pytest.raises(UserError, match=r"expected one file NAME\.train\.inter, found 0"):
         prepare_domain(source, format="atomic", domain="tiny", out=source / "out")
 
 

@@ -212,7 +212,7 @@ def test_poison_lines_are_set_aside_counted_and_named(tmp_path: Path) -> None:
     report = prepare_domain(folder, domain="d", out=tmp_path / "out")
     found = quarantined(tmp_path)
     assert [(r["line"], r["reason"]) for r in found] == [
-        (2, "timestamp 'yesterday' is no number"),
+        (2, "timestamp 'yesterday' is not a number"),
         (19, "too few columns: 2, the header has 3"),
         (402, "empty item_id"),
         (403, "too many columns: 4, the header has 3"),
@@ -233,10 +233,10 @@ def test_more_poison_than_the_cap_stops_with_the_first_fault(tmp_path: Path) -> 
     with pytest.raises(UserError) as caught:
         prepare_domain(folder, domain="d", out=tmp_path / "out")
     assert caught.value.where == f"{folder / 'interactions.csv'}:2"
-    assert "timestamp 'yesterday' is no number (6 of 1,006 records are bad, at most 5 may be)" in str(caught.value)
+    assert "timestamp 'yesterday' is not a number (6 of 1,006 records are bad, at most 5 may be)" in str(caught.value)
     assert not (tmp_path / "out" / "d").exists()
     assert prepare_domain(folder, domain="d", out=tmp_path / "out", max_bad=0.006).quarantined == 6
-    with pytest.raises(UserError, match="is no number"):
+    with pytest.raises(UserError, match="is not a number"):
         prepare_domain(
             large(tmp_path / "one", [POISON[0].encode()], [5]), domain="e", out=tmp_path / "out", max_bad=0.0
         )

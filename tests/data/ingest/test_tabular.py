@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from antdist.data.ingest.readers.base import Source
+from antdist.data.ingest.readers.base import SourceData
 from antdist.data.ingest.readers.tabular import read_tabular
 from antdist.errors import UserError
 
@@ -25,11 +25,11 @@ def write(path: Path, content: str | bytes) -> Path:
     return path
 
 
-def read(folder: Path, interactions: str = INTERACTIONS, items: str = ITEMS, **columns: str) -> Source:
+def read(folder: Path, interactions: str = INTERACTIONS, items: str = ITEMS, **columns: str) -> SourceData:
     return read_tabular(write(folder / "interactions.csv", interactions), write(folder / "items.csv", items), columns)
 
 
-def triples(source: Source) -> list[tuple[str, str, float]]:
+def triples(source: SourceData) -> list[tuple[str, str, float]]:
     found = source.interactions
     users, items = found.user_ids.to_pylist(), found.item_ids.to_pylist()
     return [(users[u], items[i], t) for u, i, t in zip(found.users, found.items, found.times.tolist(), strict=True)]
@@ -155,14 +155,14 @@ HEAD = "user_id,item_id,timestamp\n"
 @pytest.mark.parametrize(
     ("content", "line", "message"),
     [
-        (HEAD + "u,a,1\nu,b\nu,a,2\n", 3, "too few columns: 2, the header has 3. Mend the row"),
+        (HEAD + "u,a,1\nu,b\nu,a,2\n", 3, "too few columns: 2, the header has 3. Fix the row"),
         (HEAD + "u,a,1\n\nu,b,2,3\n", 4, "too many columns: 4, the header has 3"),
-        (HEAD + "u,a,1\nu,b,yesterday\n", 3, "timestamp 'yesterday' is no number"),
-        (HEAD + "u,a,1\nu,b,\n", 3, "timestamp '' is no number"),
-        (HEAD + "u,a,nan\n", 2, "timestamp 'nan' is not finite"),
+        (HEAD + "u,a,1\nu,b,yesterday\n", 3, "timestamp 'yesterday' is not a number"),
+        (HEAD + "u,a,1\nu,b,\n", 3, "timestamp '' is not a number"),
+        (HEAD + "u,a,nan\n", 2, "timestamp 'nan' is NaN, Inf or too large"),
         (HEAD + "u,a,1\nu,,2\n", 3, "empty item_id"),
         (HEAD + "u,a,1\n  ,a,2\n", 3, "empty user_id"),
-        (HEAD + '"u\nv",a,1\nu,a,x\n', 4, "timestamp 'x' is no number"),
+        (HEAD + '"u\nv",a,1\nu,a,x\n', 4, "timestamp 'x' is not a number"),
     ],
 )
 def test_faulty_interaction_is_told_with_its_line(tmp_path: Path, content: str, line: int, message: str) -> None:
@@ -183,13 +183,13 @@ def test_faulty_interaction_is_told_with_its_line(tmp_path: Path, content: str, 
             3,
             "timestamp None",
         ),
-        (['{"user_id": "u", "item_id": "a", "timestamp": true}'], 1, "timestamp True is no number"),
+        (['{"user_id": "u", "item_id": "a", "timestamp": true}'], 1, "timestamp True is not a number"),
         (
             ['{"user_id": "u", "item_id": "a", "timestamp": 1}', '{"user_id": 5, "item_id": "a", "timestamp": 1}'],
             2,
             "user_id is 5, but 'u' in the first line",
         ),
-        (['{"user_id": "u", "item_id": 1.5, "timestamp": 1}'], 1, "item_id is 1.5, text or a whole number was due"),
+        (['{"user_id": "u", "item_id": 1.5, "timestamp": 1}'], 1, "item_id is 1.5, expected text or an integer"),
     ],
 )
 def test_faulty_json_interaction_is_told_with_its_line(
@@ -244,7 +244,7 @@ def test_missing_file(tmp_path: Path) -> None:
 def test_named_gz_but_not_gzip(tmp_path: Path) -> None:
     path = tmp_path / "interactions.csv.gz"
     path.write_text(INTERACTIONS)
-    with pytest.raises(UserError, match=r"interactions\.csv\.gz: is named \.gz but is not gzip\. Rename it"):
+    with pytest.raises(UserError, match=r"interactions\.csv\.gz: is named \.gz but is not gzip\. Rename the file"):
         read_tabular(path, write(tmp_path / "items.csv", ITEMS))
 
 
@@ -256,7 +256,7 @@ def test_gzip_cut_short(tmp_path: Path, cut: str) -> None:
     }
     data = paths[cut].read_bytes()
     paths[cut].write_bytes(data[: len(data) // 2])
-    with pytest.raises(UserError, match=rf"{cut}\.csv\.gz: the gzip file is cut short or damaged"):
+    with pytest.raises(UserError, match=rf"{cut}\.csv\.gz: the gzip file is truncated or damaged"):
         read_tabular(paths["interactions"], paths["items"])
 
 
@@ -264,9 +264,9 @@ def test_gzip_cut_short(tmp_path: Path, cut: str) -> None:
     ("content", "message"),
     [
         ("user,item_id,timestamp\nu,a,1\n", "has no column 'user_id'; its columns are user, item_id, timestamp"),
-        (HEAD, "holds no interactions"),
+        (HEAD, "contains no interactions"),
         ("", "is empty"),
-        ("user_id,user_id,item_id,timestamp\nu,v,a,1\n", "two columns are called 'user_id'"),
+        ("user_id,user_id,item_id,timestamp\nu,v,a,1\n", "two columns are named 'user_id'"),
         ("[{}]", "is a JSON array. Write JSON lines"),
     ],
 )
@@ -278,12 +278,12 @@ def test_file_of_the_wrong_form(tmp_path: Path, content: str, message: str) -> N
 
 def test_not_utf8(tmp_path: Path) -> None:
     path = write(tmp_path / "items.csv", "item_id,text\na,Käse\n".encode("latin-1"))
-    with pytest.raises(UserError, match=r"items\.csv:2: is not UTF-8 text.*Convert it"):
+    with pytest.raises(UserError, match=r"items\.csv:2: is not UTF-8 text.*Convert the file"):
         read_tabular(write(tmp_path / "interactions.csv", INTERACTIONS), path)
 
 
 def test_column_options_that_name_nothing(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="no column is called 'colour'"):
+    with pytest.raises(UserError, match="unknown column 'colour'"):
         read(tmp_path, colour="x")
     with pytest.raises(UserError, match=r"items\.csv: no row has a column name"):
         read(tmp_path, text="name")

@@ -123,8 +123,8 @@ def test_what_is_written_is_what_prepare_reads(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
-        ({"domains": ["a", "../b"]}, r"domains: '\.\./b' cannot be a folder's name"),
-        ({"domains": ["a", "a"]}, r"domains: a domain is named twice"),
+        ({"domains": ["a", "../b"]}, r"domains: '\.\./b' is not a valid folder name"),
+        ({"domains": ["a", "a"]}, r"domains: two domains have the same name"),
         ({"domains": 0}, r"domains: 0 is out of range\. Give at least 1"),
         ({"items": 10}, r"items: 10 is out of range\. Give at least 20"),
         ({"users": 0}, r"users: 0 is out of range"),

@@ -1,1 +1,1 @@
-"""Readers of the forms in which users have their data; each gives one common form (`form.Source`)."""
+"""Readers of the formats in which users have their data; each returns a `base.SourceData`."""

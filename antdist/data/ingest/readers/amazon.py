@@ -1,4 +1,4 @@
-"""The form `amazon`: raw Amazon reviews 2018, reviews and metadata as JSON lines, gzip or not."""
+"""Read the format `amazon`: raw Amazon reviews 2018, reviews and metadata as JSON lines, gzip or not."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
-from antdist.data.ingest.readers.base import MOST_IMAGES, Item, Source, Tally, compose_text, read_price
+from antdist.data.ingest.readers.base import MOST_IMAGES, Item, SourceData, Tally, compose_text, read_price
 from antdist.data.ingest.readers.columns import read_interactions
 from antdist.data.ingest.readers.files import check_file, is_valid_text, read_json_rows
 from antdist.data.quarantine import Quarantine
 from antdist.errors import UserError
 
 COLUMNS = {"user_id": "reviewerID", "item_id": "asin", "timestamp": "unixReviewTime"}
-# A page's script instead of a title: known damage of this data set.
+# Some titles of this data set are scripts of the page, a known fault.
 SCRIPT_TITLE = "getTime"
 
 
@@ -25,16 +25,16 @@ def read_amazon(
     *,
     touched_only: bool = False,
     quarantine: Quarantine | None = None,
-) -> Source:
+) -> SourceData:
     """Read a category of Amazon reviews 2018.
 
-    Item text is title, categories and brand (spec, section 1). Image addresses in the metadata are never fetched.
+    Item text is title, categories and brand (docs/spec/ant.md, section 1). Image URLs in the metadata are not downloaded.
 
     Args:
         reviews: lines with `reviewerID`, `asin`, `unixReviewTime`.
-        metadata: lines with `asin`, `title`, `category`, `brand`, `price`; of lines with the same asin the first counts.
+        metadata: lines with `asin`, `title`, `category`, `brand`, `price`; of lines with equal asin the first is used.
         images: a folder with images named `ASIN.jpg` or `ASIN_*.jpg` (or png), up to four an item.
-        touched_only: leave out items without a review (a k-core drops them anyway), and so spare their memory.
+        touched_only: leave out items without a review to save memory; a k-core drops them in any case.
         quarantine: takes bad lines; None: the first one is refused.
 
     Raises:
@@ -44,7 +44,7 @@ def read_amazon(
     interactions = read_interactions(reviews, COLUMNS, quarantine)
     touched = set(interactions.item_ids.to_pylist()) if touched_only else None
     tally = Tally()
-    pictures = _local_images(images) if images else {}
+    pictures = _find_images(images) if images else {}
     items: dict[str, Item] = {}
     bad = (quarantine or Quarantine()).inspect(metadata)
     for line, row in read_json_rows(metadata, bad):
@@ -64,13 +64,16 @@ def read_amazon(
             f"images left out: more than {MOST_IMAGES} of an item", max(len(found) - MOST_IMAGES, 0), f"item {asin}"
         )
         items[asin] = Item(
-            asin, _text(row, asin, tally), read_price(row.get("price"), asin, tally), tuple(found[:MOST_IMAGES])
+            asin,
+            _make_amazon_text(row, asin, tally),
+            read_price(row.get("price"), asin, tally),
+            tuple(found[:MOST_IMAGES]),
         )
     bad.close()
-    return Source(interactions, list(items.values()), tally)
+    return SourceData(interactions, list(items.values()), tally)
 
 
-def _text(row: dict[str, Any], asin: str, tally: Tally) -> str | None:
+def _make_amazon_text(row: dict[str, Any], asin: str, tally: Tally) -> str | None:
     title, categories, brand = row.get("title"), row.get("category"), row.get("brand")
     if isinstance(title, str) and SCRIPT_TITLE in title:
         tally.add("titles treated as missing: a page's script", example=f"item {asin}")
@@ -83,8 +86,8 @@ def _text(row: dict[str, Any], asin: str, tally: Tally) -> str | None:
     )
 
 
-def _local_images(folder: Path) -> dict[str, list[Path]]:
-    """Image files by asin, `ASIN` before `ASIN_1` before `ASIN_10`."""
+def _find_images(folder: Path) -> dict[str, list[Path]]:
+    """Find image files by asin, in the order `ASIN`, `ASIN_1`, `ASIN_10`."""
     if not folder.is_dir():
         raise UserError("no such folder", where=folder, remedy="check --images")
     found: dict[str, list[Path]] = defaultdict(list)

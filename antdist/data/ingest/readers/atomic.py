@@ -1,7 +1,7 @@
-"""The form `atomic`: RecBole's and UniSRec's files, whose published split is kept as it is.
+"""Read the format `atomic`: the files of RecBole and UniSRec, whose published split is kept.
 
-A row is one prediction: a user, the history that was seen (at most the last 50 items) and the item that came next.
-The users' whole sequences are put together again from the rows, then every row is checked against them.
+A row is one prediction: a user, the history (at most the last 50 items) and the next item. The users' complete sequences
+are reconstructed from the rows, then every row is checked against them.
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ from pathlib import Path
 
 import numpy as np
 
-from antdist.data.ingest.readers.base import Interactions, Item, Source, Tally, valid_text
+from antdist.data.ingest.readers.base import Interactions, Item, SourceData, Tally, valid_text
 from antdist.data.ingest.readers.files import open_text
 from antdist.errors import UserError
 
 LONGEST_HISTORY = 50
 PARTS = ("train", "valid", "test")
 ROW_COLUMNS = ("user_id", "item_id_list", "item_id")
-SAME_RELEASE = "take all files from one publication"
+SAME_RELEASE = "use files of one publication"
 
 
 @dataclass(frozen=True)
@@ -32,48 +32,52 @@ class _Row:
     target: str
 
 
-def read_atomic(folder: Path) -> Source:
-    """Read `NAME.{train,valid,test}.inter` and `NAME.text`, and `NAME.item2index` where there is one; gzip or not.
+def read_atomic(folder: Path) -> SourceData:
+    """Read `NAME.{train,valid,test}.inter`, `NAME.text` and optionally `NAME.item2index`; gzip or not.
 
-    With an `.item2index` the rows name items by index, and it gives the order of the items; else by the ids of the
-    `.text` file. Timestamps do not exist in this form: a position in the sequence takes their place.
+    With an `.item2index` the rows name items by index, and it defines the order of the items; without one they name ids
+    of the `.text` file. This format has no timestamps; positions in the sequence are used instead.
 
     Raises:
-        UserError: naming file and line: a file is missing, an item unknown, or a row is not what the users' sequences
-            and the leave-one-out split would give.
+        UserError: naming file and line: a file is missing, an item is unknown, or a row contradicts the user's sequence
+            or the leave-one-out split.
     """
-    name = _domain_name(folder)
-    paths = {part: _path(folder, f"{name}.{part}.inter") for part in PARTS}
+    name = _find_domain_name(folder)
+    paths = {part: _find_path(folder, f"{name}.{part}.inter") for part in PARTS}
     items, places = _read_items(folder, name)
-    valid, test = ({row.user: row for row in _single(paths[part])} for part in ("valid", "test"))
-    _same_users(valid, test, paths)
+    valid, test = ({row.user: row for row in _read_distinct_users(paths[part])} for part in ("valid", "test"))
+    _check_same_users(valid, test, paths)
     sequences: dict[str, list[str]] = {}
-    for user, rows in groupby(_rows(paths["train"]), key=lambda row: row.user):
+    for user, rows in groupby(_read_prediction_rows(paths["train"]), key=lambda row: row.user):
         train = list(rows)
         where = f"{paths['train']}:{train[0].line}"
         if user in sequences:
-            raise UserError(f"rows of user {user} do not stand together", where=where, remedy="sort the file by user")
+            raise UserError(f"the rows of user {user} are not adjacent", where=where, remedy="sort the file by user")
         if user not in test:
             raise UserError(f"user {user} is not in {paths['test'].name}", where=where, remedy=SAME_RELEASE)
-        sequences[user] = _chain(train, valid[user], test[user], places, paths)
-    for user in test.keys() - sequences.keys():  # one training interaction makes no training row
-        sequences[user] = _chain([], valid[user], test[user], places, paths)
-    return Source(_interactions({user: sequences[user] for user in test}, places, items, paths["test"]), items, Tally())
+        sequences[user] = _rebuild_sequence(train, valid[user], test[user], places, paths)
+    for user in test.keys() - sequences.keys():  # users with one training interaction have no training row
+        sequences[user] = _rebuild_sequence([], valid[user], test[user], places, paths)
+    return SourceData(
+        _make_interactions({user: sequences[user] for user in test}, places, items, paths["test"]), items, Tally()
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------- sequences
 
 
-def _chain(train: list[_Row], valid: _Row, test: _Row, places: dict[str, int], paths: dict[str, Path]) -> list[str]:
-    """A user's whole sequence out of its rows (training rows longest first); every row checked, the shortest first."""
+def _rebuild_sequence(
+    train: list[_Row], valid: _Row, test: _Row, places: dict[str, int], paths: dict[str, Path]
+) -> list[str]:
+    """Reconstruct a user's sequence from its rows (training rows longest first), and check every row, shortest first."""
     oldest = train[-1] if train else valid
     sequence = [oldest.history, *(row.target for row in reversed(train)), valid.target, test.target]
     parts = [*(("train", row) for row in reversed(train)), ("valid", valid), ("test", test)]
     for position, (part, row) in enumerate(parts, 1):
         history = sequence[max(0, position - LONGEST_HISTORY) : position]
         if " ".join(history) != row.history or (position == 1 and " " in row.history):
-            what = f"the row of user {row.user} does not follow from the user's shorter rows"
-            remedy = f"a row holds the last {LONGEST_HISTORY} items and the next one; a user's rows stand longest first"
+            what = f"the row of user {row.user} contradicts the user's shorter rows"
+            remedy = f"write the last {LONGEST_HISTORY} items and the next one a row, and a user's rows longest first"
             raise UserError(what, where=f"{paths[part]}:{row.line}", remedy=remedy)
         for token in (row.target, sequence[0]):
             if token not in places:
@@ -81,7 +85,7 @@ def _chain(train: list[_Row], valid: _Row, test: _Row, places: dict[str, int], p
     return sequence
 
 
-def _interactions(
+def _make_interactions(
     sequences: dict[str, list[str]], places: dict[str, int], items: list[Item], path: Path
 ) -> Interactions:
     import pyarrow as pa
@@ -99,7 +103,7 @@ def _interactions(
     )
 
 
-def _same_users(valid: dict[str, _Row], test: dict[str, _Row], paths: dict[str, Path]) -> None:
+def _check_same_users(valid: dict[str, _Row], test: dict[str, _Row], paths: dict[str, Path]) -> None:
     for one, other, part, missing in ((valid, test, "valid", "test"), (test, valid, "test", "valid")):
         for user in one.keys() - other.keys():
             where = f"{paths[part]}:{one[user].line}"
@@ -109,38 +113,38 @@ def _same_users(valid: dict[str, _Row], test: dict[str, _Row], paths: dict[str, 
 # -------------------------------------------------------------------------------------------------------------- files
 
 
-def _domain_name(folder: Path) -> str:
+def _find_domain_name(folder: Path) -> str:
     if not folder.is_dir():
         raise UserError("no such folder", where=folder, remedy="give the folder that holds NAME.train.inter")
     names = sorted({path.name.partition(".train.inter")[0] for path in folder.glob("*.train.inter*")})
     if len(names) != 1:
-        what = f"holds {len(names)} files NAME.train.inter, one was due{': ' * bool(names)}{', '.join(names)}"
+        what = f"expected one file NAME.train.inter, found {len(names)}{': ' * bool(names)}{', '.join(names)}"
         raise UserError(what, where=folder, remedy="give a folder with the files of one domain")
     return names[0]
 
 
-def _path(folder: Path, name: str) -> Path:
-    """The file, or its `.gz` where that is what there is."""
+def _find_path(folder: Path, name: str) -> Path:
+    """Return the file's path, or that of its `.gz` if only that exists."""
     packed = folder / f"{name}.gz"
     return packed if packed.is_file() and not (folder / name).is_file() else folder / name
 
 
-def _single(path: Path) -> Iterator[_Row]:
+def _read_distinct_users(path: Path) -> Iterator[_Row]:
     seen = set()
-    for row in _rows(path):
+    for row in _read_prediction_rows(path):
         if row.user in seen:
             raise UserError(f"user {row.user} occurs twice", where=f"{path}:{row.line}", remedy=SAME_RELEASE)
         seen.add(row.user)
         yield row
 
 
-def _rows(path: Path) -> Iterator[_Row]:
-    for line, fields in _table(path, ROW_COLUMNS):
+def _read_prediction_rows(path: Path) -> Iterator[_Row]:
+    for line, fields in _read_table(path, ROW_COLUMNS):
         yield _Row(line, *fields)
 
 
-def _table(path: Path, columns: tuple[str, ...]) -> Iterator[tuple[int, list[str]]]:
-    """Lines of an atomic file: a header `name:type`, then the fields of `columns`, separated by tabs."""
+def _read_table(path: Path, columns: tuple[str, ...]) -> Iterator[tuple[int, list[str]]]:
+    """Read the lines of an atomic file, tab-separated below a header of `name:type`: line numbers and fields of `columns`."""
     with open_text(path) as text:
         header = [field.partition(":")[0] for field in text.readline().rstrip("\r\n").split("\t")]
         missing = [column for column in columns if column not in header]
@@ -155,20 +159,20 @@ def _table(path: Path, columns: tuple[str, ...]) -> Iterator[tuple[int, list[str
             if len(fields) != len(header):
                 fault = "few" if len(fields) < len(header) else "many"
                 what = f"too {fault} columns: {len(fields)}, the header has {len(header)}"
-                raise UserError(what, where=f"{path}:{line}", remedy="mend the row")
+                raise UserError(what, where=f"{path}:{line}", remedy="fix the row")
             yield line, [fields[place] for place in places]
 
 
 def _read_items(folder: Path, name: str) -> tuple[list[Item], dict[str, int]]:
-    """The items in order, and the place of each token that rows may name."""
+    """Read the items in order, and the index of each token that rows may name."""
     texts: dict[str, str] = {}
-    path = _path(folder, f"{name}.text")
-    for line, (item_id, text) in _table(path, ("item_id", "text")):
+    path = _find_path(folder, f"{name}.text")
+    for line, (item_id, text) in _read_table(path, ("item_id", "text")):
         if item_id in texts or not item_id:
             what = f"item {item_id} occurs twice" if item_id else "empty item_id"
             raise UserError(what, where=f"{path}:{line}", remedy="keep one line an item")
         texts[item_id] = valid_text(text).strip()
-    index = _path(folder, f"{name}.item2index")
+    index = _find_path(folder, f"{name}.item2index")
     if not index.is_file():
         return [Item(i, text or None, None) for i, text in texts.items()], {i: place for place, i in enumerate(texts)}
     order = _read_index(index)
@@ -180,14 +184,14 @@ def _read_items(folder: Path, name: str) -> tuple[list[Item], dict[str, int]]:
 
 
 def _read_index(path: Path) -> dict[str, str]:
-    """Item ids and their indices, in the order of the index."""
+    """Read item ids and their indices, in the order of the index."""
     order: dict[str, int] = {}
     with open_text(path) as text:
         for line, content in enumerate(text, 1):
             item_id, _, index = content.rstrip("\r\n").partition("\t")
             if not item_id or item_id in order or not re.fullmatch("[0-9]{1,18}", index):
-                what = f"{content.rstrip()!r} is not an item, a tab and its index, or comes twice"
-                raise UserError(what, where=f"{path}:{line}", remedy="mend the line")
+                what = f"{content.rstrip()!r} is not an item, a tab and its index, or occurs twice"
+                raise UserError(what, where=f"{path}:{line}", remedy="fix the line")
             order[item_id] = int(index)
     if len(set(order.values())) != len(order):
         raise UserError("two items have the same index", where=path, remedy=SAME_RELEASE)

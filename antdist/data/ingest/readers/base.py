@@ -1,4 +1,7 @@
-"""The common form that every reader gives: interactions in columns, items in rows, and a tally of what went missing."""
+"""What every reader returns: interactions in columns, items in rows, and a tally of what was left out.
+
+The kinds of a tally become notes of the manifest, and so part of a domain's fingerprint: never reword one.
+"""
 
 from __future__ import annotations
 
@@ -14,19 +17,19 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-EXAMPLES = 5  # cases named a kind of loss
-MOST_IMAGES = 4  # images kept an item (spec, section 2)
+EXAMPLES = 5  # of each kind of a tally
+MOST_IMAGES = 4  # of an item (docs/spec/ant.md, section 2)
 
 
 @dataclass
 class Tally:
-    """What was dropped or treated as missing: a count and the first few cases of each kind. Nothing goes silently."""
+    """Counts what was dropped or treated as missing, by kind, with the first few cases of each."""
 
     counts: dict[str, int] = field(default_factory=dict)
     examples: dict[str, list[str]] = field(default_factory=dict)
 
     def add(self, kind: str, count: int = 1, example: str | None = None) -> None:
-        """Count cases of a kind; kinds are told in the order in which they first occur."""
+        """Count cases of a kind; kinds are listed in the order of their first occurrence."""
         if not count:
             return
         self.counts[kind] = self.counts.get(kind, 0) + count
@@ -36,7 +39,7 @@ class Tally:
 
 
 def format_tally(counts: Mapping[str, int], examples: Mapping[str, Sequence[str]]) -> list[str]:
-    """A tally for the terminal: each kind with its count, its examples below."""
+    """Format a tally for the terminal: each kind with its count, followed by its examples."""
     return [
         line for kind, count in counts.items() for line in (f"{kind}: {count:,}", *(f"  {e}" for e in examples[kind]))
     ]
@@ -44,9 +47,9 @@ def format_tally(counts: Mapping[str, int], examples: Mapping[str, Sequence[str]
 
 @dataclass(frozen=True)
 class Interactions:
-    """Interactions in input order, ids as codes in order of first appearance.
+    """Interactions in input order; ids are coded in order of first appearance.
 
-    Shapes: T interactions, U distinct users, I distinct items. `user_ids` and `item_ids` are Arrow arrays of text.
+    Shapes: T interactions, U distinct users, I distinct items. `user_ids` and `item_ids` are Arrow arrays of strings.
     """
 
     users: NDArray[np.int32]  # (T,) code of each interaction's user
@@ -54,13 +57,13 @@ class Interactions:
     times: NDArray[Any]  # (T,) int64 or float64
     user_ids: Any  # (U,)
     item_ids: Any  # (I,)
-    find_item: Callable[[str], str]  # where an item first occurs, as `file:line`: slow, for messages
-    file: Path  # for messages, too
+    find_item: Callable[[str], str]  # where an item first occurs, as `file:line`; slow, for messages
+    file: Path  # for messages
 
 
 @dataclass(frozen=True)
 class Item:
-    """One item of the source; images are files that may turn out to be missing or broken."""
+    """One item of the source; its image files are not yet opened, and may be missing or broken."""
 
     item_id: str
     text: str | None
@@ -69,8 +72,8 @@ class Item:
 
 
 @dataclass(frozen=True)
-class Source:
-    """All that a reader gives; items in the order of their file, no id twice."""
+class SourceData:
+    """The result of a reader; items are in the order of their file, with distinct ids."""
 
     interactions: Interactions
     items: list[Item]
@@ -83,9 +86,9 @@ _GROUPED = re.compile(r"-?\d{1,3}(,\d{3})+(\.\d*)?")
 
 
 def parse_price(value: Any) -> tuple[float | None, str | None]:
-    """A price as a number, or None and why not (None: there simply is none).
+    """Parse a price: the number and None; or None and the fault, which is None too if there is no price.
 
-    "$1,299.00" is 1299.0. A range such as "$5 - $10" names no price (its middle would be invented), so it is missing.
+    "$1,299.00" is 1299.0. A range such as "$5 - $10" counts as missing: any number chosen from it would be invented.
     """
     if value is None or (isinstance(value, str) and not value.strip()):
         return None, None
@@ -100,7 +103,7 @@ def parse_price(value: Any) -> tuple[float | None, str | None]:
     elif isinstance(value, int | float | Decimal) and not isinstance(value, bool):
         try:
             number = float(value)
-        except OverflowError:  # a whole number larger than any float
+        except OverflowError:  # an integer that exceeds the range of a float
             return None, "not finite"
     else:
         return None, "not a number"
@@ -110,7 +113,7 @@ def parse_price(value: Any) -> tuple[float | None, str | None]:
 
 
 def read_price(value: Any, item_id: str, tally: Tally) -> float | None:
-    """`parse_price`, with what is no price counted."""
+    """Do as `parse_price`, and count faults in the tally."""
     price, fault = parse_price(value)
     if fault:
         tally.add(
@@ -120,7 +123,7 @@ def read_price(value: Any, item_id: str, tally: Tally) -> float | None:
 
 
 def clean_text(text: str) -> str:
-    """HTML entities unescaped, tags removed, white space single (spec, section 1)."""
+    """Unescape HTML entities, remove tags and collapse white space (docs/spec/ant.md, section 1)."""
     bare = html.unescape(html.unescape(text)) if "&" in text else text
     if "<" in bare:
         bare = re.sub(r"</?[A-Za-z][^<>]*>", " ", bare)
@@ -128,12 +131,12 @@ def clean_text(text: str) -> str:
 
 
 def valid_text(text: str) -> str:
-    """Without lone surrogates, which no file could hold."""
+    """Replace lone surrogates, which cannot be encoded as UTF-8."""
     return text if text.isascii() else text.encode("utf-8", "replace").decode("utf-8")
 
 
 def compose_text(title: str | None, categories: Iterable[str], brand: str | None) -> str | None:
-    """Title, categories (each once) and brand, cleaned and concatenated; None where nothing is left."""
+    """Clean and concatenate title, distinct categories and brand; None if nothing is left."""
     names = dict.fromkeys(clean_text(category) for category in categories)
     parts = [clean_text(title or ""), " ".join(name for name in names if name), clean_text(brand or "")]
     return ". ".join(part for part in parts if part) or None

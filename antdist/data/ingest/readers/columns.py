@@ -1,7 +1,7 @@
-"""Interactions out of CSV, JSON lines or Parquet: columnar and parallel; after a fault a slow second pass, line by line,
-sets the bad lines aside.
+"""Read interactions from CSV, JSON lines or Parquet: in columns and in parallel; after a fault line by line.
 
-Arrow parses blocks into dictionaries of ids at once, so ten million rows never exist as ten million strings.
+Arrow parses blocks directly into dictionaries of ids, so ten million rows never exist as ten million strings. If it
+refuses a file, a slow second pass reads each line and quarantines the bad ones.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ from antdist.data.ingest.readers.files import (
 from antdist.data.quarantine import Quarantine
 from antdist.errors import UserError
 
-BLOCK_BYTES = 8 << 20  # a JSON line may be no longer
+BLOCK_BYTES = 8 << 20  # also the longest JSON line
 ROLES = ("user_id", "item_id", "timestamp")
 NUMBER = re.compile(r"\s*[-+]?([0-9]+(\.[0-9]*)?|\.[0-9]+)([eE][-+]?[0-9]+)?\s*", re.ASCII)
 LONGEST_NUMBER = 400  # characters
-REMEDY = "mend the line, or delete it"
+REMEDY = "fix or delete the line"
 
 
 def read_interactions(path: Path, names: dict[str, str], quarantine: Quarantine | None = None) -> Interactions:
@@ -46,7 +46,7 @@ def read_interactions(path: Path, names: dict[str, str], quarantine: Quarantine 
         quarantine: takes bad lines; None: the first one is refused.
 
     Raises:
-        UserError: naming the file, and the line where there is one.
+        UserError: naming the file, and the line if there is one.
     """
     import pyarrow as pa
 
@@ -54,21 +54,27 @@ def read_interactions(path: Path, names: dict[str, str], quarantine: Quarantine 
     kind = detect_kind(path)
     try:
         table = {"csv": _read_csv, "jsonl": _read_json, "parquet": _read_parquet}[kind](path, names)
-        users, user_ids = _codes(table[names["user_id"]])
-        items, item_ids = _codes(table[names["item_id"]])
-        times = _times(table[names["timestamp"]])
+        users, user_ids = _encode_ids(table[names["user_id"]])
+        items, item_ids = _encode_ids(table[names["item_id"]])
+        times = _parse_times(table[names["timestamp"]])
     except (pa.ArrowException, OSError) as error:
         users, items, times, user_ids, item_ids = _read_slowly(path, names, quarantine or Quarantine(), error)
     if not len(users):
-        raise UserError("holds no interactions", where=path)
-    return Interactions(users, items, times, user_ids, item_ids, lambda item: _find(path, names["item_id"], item), path)
+        raise UserError("contains no interactions", where=path, remedy="check that this is the right file")
+    return Interactions(
+        users, items, times, user_ids, item_ids, lambda item: _locate_item(path, names["item_id"], item), path
+    )
 
 
 def match_columns(path: Path, present: list[str], wanted: dict[str, str]) -> dict[str, str]:
-    """The file's column for each role: the one the user named, else the one named as the role.
+    """Match each role with a column of the file: the one that the user named, else the one named like the role.
+
+    Args:
+        present: the file's columns.
+        wanted: the column of each role, by the user or by default.
 
     Raises:
-        UserError: a role has no column; the message lists the columns there are.
+        UserError: a role has no column.
     """
     chosen = {}
     for role, name in wanted.items():
@@ -80,7 +86,7 @@ def match_columns(path: Path, present: list[str], wanted: dict[str, str]) -> dic
 
 
 def read_column_names(path: Path) -> list[str]:
-    """Column names of a file; of JSON lines, the keys of the first object."""
+    """Read the column names of a file; of JSON lines the keys of the first object."""
     import pyarrow.parquet as pq
 
     kind = detect_kind(path)
@@ -151,13 +157,13 @@ def _input(path: Path) -> Any:
     return pa.input_stream(str(path), compression="gzip" if is_gzip(path) else None)
 
 
-def _codes(column: Any) -> tuple[NDArray[np.int32], Any]:
-    """A column of ids as codes in order of first appearance, and the ids as text."""
+def _encode_ids(column: Any) -> tuple[NDArray[np.int32], Any]:
+    """Encode a column of ids as codes (T,) in order of first appearance, and the ids as strings."""
     import pyarrow as pa
     import pyarrow.compute as pc
 
     if pa.types.is_floating(column.type) or pa.types.is_boolean(column.type) or pa.types.is_nested(column.type):
-        raise pa.ArrowInvalid(f"ids are {column.type}, text or whole numbers were due")
+        raise pa.ArrowInvalid(f"ids are {column.type}, expected text or integers")
     if not pa.types.is_dictionary(column.type) or not pa.types.is_string(column.type.value_type):
         column = pc.dictionary_encode(column.cast(pa.string()))
     column = column.unify_dictionaries()
@@ -167,13 +173,13 @@ def _codes(column: Any) -> tuple[NDArray[np.int32], Any]:
     if not codes:
         return np.zeros(0, np.int32), pa.array([], pa.string())
     ids = column.chunk(0).dictionary
-    ids.validate(full=True)  # JSON and Parquet may hold what is no UTF-8
+    ids.validate(full=True)  # JSON and Parquet may contain invalid UTF-8
     if pc.any(pc.equal(pc.utf8_trim_whitespace(ids), "")).as_py():
         raise pa.ArrowInvalid("an id is empty")
     return np.concatenate(codes).astype(np.int32, copy=False), ids
 
 
-def _times(column: Any) -> NDArray[Any]:
+def _parse_times(column: Any) -> NDArray[Any]:
     import pyarrow as pa
 
     kind = column.type
@@ -187,12 +193,12 @@ def _times(column: Any) -> NDArray[Any]:
         except pa.ArrowInvalid:
             column = column.cast(pa.float64())
     elif not pa.types.is_floating(kind):
-        raise pa.ArrowInvalid(f"timestamps are {kind}, numbers were due")
+        raise pa.ArrowInvalid(f"timestamps are {kind}, expected numbers")
     if column.null_count:
         raise pa.ArrowInvalid("a timestamp is missing")
     times = column.to_numpy()
     if times.dtype.kind == "f" and not (np.abs(times) < 2.0**63).all():
-        raise pa.ArrowInvalid("a timestamp is not finite, or too large")
+        raise pa.ArrowInvalid("a timestamp is NaN, Inf or too large")
     return times
 
 
@@ -200,23 +206,24 @@ def _times(column: Any) -> NDArray[Any]:
 
 
 def _read_slowly(path: Path, names: dict[str, str], quarantine: Quarantine, error: Exception) -> tuple[Any, ...]:
-    """Line by line what Arrow refused as a whole, bad lines set aside: users, items, times, and the ids of both."""
+    """Read line by line a file that Arrow refused, quarantining bad lines: users, items, times, user ids, item ids."""
     import pyarrow as pa
 
     bad = quarantine.inspect(path)
     user_at: dict[str, int] = {}
     item_at: dict[str, int] = {}
     users, items = array("i"), array("i")
-    times: Any = array("q")  # and doubles, once there is a fraction
+    times: Any = array("q")  # doubles from the first fraction on
     first: Row = {}
     for line, row in read_rows(path, bad):
-        fault = _fault(row, names) or (_mixture(row, first, names) if first else None)
+        fault = _find_fault(row, names) or (_find_mixed_types(row, first, names) if first else None)
         if fault:
             bad.add(UserError(fault, where=f"{path}:{line}", remedy=REMEDY), line)
             continue
-        time = _number(row[names["timestamp"]])
-        if time is None:  # a date: no line is to blame
-            raise UserError(f"cannot be read: {str(error).splitlines()[0]}", where=path) from None
+        time = _parse_number(row[names["timestamp"]])
+        if time is None:  # a date: the fault is not in a line
+            what = f"cannot be read: {str(error).splitlines()[0]}"
+            raise UserError(what, where=path, remedy="write the file again, with numbers as timestamps") from None
         first = first or row
         bad.good += 1
         if isinstance(time, float) and times.typecode == "q":
@@ -230,49 +237,49 @@ def _read_slowly(path: Path, names: dict[str, str], quarantine: Quarantine, erro
     return np.array(users, np.int32), np.array(items, np.int32), np.array(times), *ids
 
 
-def _number(value: Any) -> int | float | None:
+def _parse_number(value: Any) -> int | float | None:
     if isinstance(value, str):
         return int(value) if value.strip().lstrip("+-").isdigit() else float(value)
     return value if isinstance(value, int | float) else None
 
 
-def _fault(row: Row, names: dict[str, str]) -> str | None:
+def _find_fault(row: Row, names: dict[str, str]) -> str | None:
     for role in ("user_id", "item_id"):
         value = row.get(names[role])
         if value is None or (isinstance(value, str) and not value.strip()):
             return f"empty {role}"
         if not isinstance(value, str | int) or isinstance(value, bool):
-            return f"{role} is {_shown(value)}, text or a whole number was due"
+            return f"{role} is {_shorten(value)}, expected text or an integer"
         if isinstance(value, str) and not is_valid_text(value):
-            return f"{role} {_shown(value)} is no text that UTF-8 can hold"
+            return f"{role} {_shorten(value)} is not valid UTF-8"
     value = row.get(names["timestamp"])
     if isinstance(value, bool | list | dict | bytes | type(None)):
-        return f"timestamp {_shown(value)} is no number"
+        return f"timestamp {_shorten(value)} is not a number"
     if isinstance(value, str) and (len(value) > LONGEST_NUMBER or not NUMBER.fullmatch(value)):
         known = value.strip().lower().lstrip("+-") in ("nan", "inf", "infinity")
-        return f"timestamp {_shown(value)} is {'not finite, or too large' if known else 'no number'}"
-    number = _number(value)
+        return f"timestamp {_shorten(value)} is {'NaN, Inf or too large' if known else 'not a number'}"
+    number = _parse_number(value)
     if number is None:
-        return None  # a date: Parquet has them, and Arrow reads them
+        return None  # a date in Parquet, which Arrow reads
     small_enough = -(2**63) <= number < 2**63
-    return None if small_enough else f"timestamp {_shown(value)} is not finite, or too large"
+    return None if small_enough else f"timestamp {_shorten(value)} is NaN, Inf or too large"
 
 
-def _shown(value: Any) -> str:
-    """A value in a message: not the whole of a page."""
+def _shorten(value: Any) -> str:
+    """Represent a value in at most 60 characters."""
     text = repr(value)
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 
-def _mixture(row: Row, first: Row, names: dict[str, str]) -> str | None:
-    """JSON may mix text and numbers in a column; a column of ids or times may not."""
+def _find_mixed_types(row: Row, first: Row, names: dict[str, str]) -> str | None:
+    """Describe a column that mixes text and numbers, which JSON allows, but ids and times must not."""
     for role, name in names.items():
         if isinstance(row[name], str) != isinstance(first[name], str):
             return f"{role} is {row[name]!r}, but {first[name]!r} in the first line: text and numbers are mixed"
     return None
 
 
-def _find(path: Path, column: str, item_id: str) -> str:
-    lenient = Quarantine(1.0).inspect(path)  # bad lines before it were set aside, and are not what is asked for
+def _locate_item(path: Path, column: str, item_id: str) -> str:
+    lenient = Quarantine(1.0).inspect(path)  # skips bad lines, which have been quarantined
     line = next((line for line, row in read_rows(path, lenient) if str(row.get(column)) == item_id), None)
     return str(path) if line is None else f"{path}:{line}"

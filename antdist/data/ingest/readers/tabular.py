@@ -1,4 +1,4 @@
-"""The form `tabular`: two files, interactions and items, each CSV, JSON lines or Parquet, gzip or not."""
+"""Read the format `tabular`: two files, interactions and items, each CSV, JSON lines or Parquet, gzip or not."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from antdist.data.ingest.readers.base import MOST_IMAGES, Item, Source, Tally, compose_text, read_price, valid_text
-from antdist.data.ingest.readers.columns import ROLES, match_columns, read_column_names, read_interactions
+from antdist.data.ingest.readers.base import MOST_IMAGES, Item, SourceData, Tally, compose_text, read_price, valid_text
+from antdist.data.ingest.readers.columns import REMEDY, ROLES, match_columns, read_column_names, read_interactions
 from antdist.data.ingest.readers.files import Row, check_file, read_rows
 from antdist.data.quarantine import Quarantine
 from antdist.errors import UserError
@@ -20,13 +20,13 @@ def read_tabular(
     items: Path | None,
     columns: Mapping[str, str] | None = None,
     quarantine: Quarantine | None = None,
-) -> Source:
+) -> SourceData:
     """Read a domain from two tables.
 
     Args:
         interactions: columns `user_id`, `item_id`, `timestamp` (a number).
-        items: columns `item_id` and, where there are any, `text` (or `title`, `category`, `brand`), `price` and `image`
-            (a path or several: a list, or separated by `|`; relative to the file's folder). None: no items.
+        items: columns `item_id` and optionally `text` (or `title`, `category`, `brand`), `price` and `image` (one or
+            several paths, as a list or separated by `|`, relative to the file's folder). None: no items.
         columns: the file's name of a column where it differs, `{"user_id": "customer"}`.
         quarantine: takes bad lines; None: the first one is refused.
 
@@ -37,7 +37,7 @@ def read_tabular(
     known = (*ROLES, *ITEM_ROLES)
     for role in columns:
         if role not in known:
-            raise UserError(f"no column is called {role!r}", where="--column", remedy=f"use one of {', '.join(known)}")
+            raise UserError(f"unknown column {role!r}", where="--column", remedy=f"use one of {', '.join(known)}")
     if items is not None:
         check_file(items)
     check_file(interactions)
@@ -46,15 +46,18 @@ def read_tabular(
     )
     tally, quarantine = Tally(), quarantine or Quarantine()
     found = read_interactions(interactions, names, quarantine)
-    return Source(found, [] if items is None else read_items(items, columns, tally, quarantine), tally)
+    return SourceData(found, [] if items is None else read_items(items, columns, tally, quarantine), tally)
 
 
 def read_items(path: Path, columns: Mapping[str, str], tally: Tally, quarantine: Quarantine) -> list[Item]:
-    """The items in the order of their file; bad ones go into quarantine.
+    """Read the items in the order of their file.
+
+    Args:
+        quarantine: takes items whose id is empty or occurs twice, whose image path leaves the folder, or with a field of
+            a wrong type.
 
     Raises:
-        UserError: an id is empty or occurs twice, an image path leaves the folder, a field has a wrong type, or a
-            column that the user named is not there.
+        UserError: too many items are bad, there is none, or a column that the user named does not exist.
     """
     id_column = columns.get("item_id", "item_id")
     names = {role: columns.get(role, role) for role in ITEM_ROLES}
@@ -70,11 +73,14 @@ def read_items(path: Path, columns: Mapping[str, str], tally: Tally, quarantine:
         unseen -= row.keys()
         item_id = None
         try:
-            item_id = _identifier(row.get(id_column), where)
+            item_id = _parse_id(row.get(id_column), where)
             if item_id in seen:
                 what = f"item {item_id} occurs twice, first in line {seen[item_id]}"
                 raise UserError(what, where=where, remedy="keep one of the two lines")
-            text, images = _text(row, names, where), _images(row.get(names["image"]), item_id, folder, where, tally)
+            text, images = (
+                _make_text(row, names, where),
+                _resolve_images(row.get(names["image"]), item_id, folder, where, tally),
+            )
         except UserError as fault:
             bad.add(fault, line, item_id)
             continue
@@ -85,36 +91,37 @@ def read_items(path: Path, columns: Mapping[str, str], tally: Tally, quarantine:
     if unseen:
         raise UserError(f"no row has a column {' or '.join(sorted(unseen))}", where=path, remedy="check --column")
     if not items:
-        raise UserError("holds no items", where=path)
+        raise UserError("contains no items", where=path, remedy="check that this is the right file")
     return items
 
 
-def _identifier(value: Any, where: str) -> str:
+def _parse_id(value: Any, where: str) -> str:
     if value is None or not str(value).strip():
         raise UserError("empty item_id", where=where, remedy="give the item an id, or delete the line")
     if not isinstance(value, str | int) or isinstance(value, bool):
-        raise UserError(f"item_id is {value!r}, text or a whole number was due", where=where)
+        raise UserError(f"item_id is {value!r}, expected text or an integer", where=where, remedy=REMEDY)
     return valid_text(str(value))
 
 
-def _text(row: Row, names: Mapping[str, str], where: str) -> str | None:
+def _make_text(row: Row, names: Mapping[str, str], where: str) -> str | None:
     text = row.get(names["text"])
     if text is not None:
         if not isinstance(text, str):
-            raise UserError(f"text is {text!r}, not text", where=where)
+            raise UserError(f"text is {text!r}, expected text", where=where, remedy=REMEDY)
         return valid_text(text).strip() or None
     title, category, brand = (row.get(names[role]) for role in ("title", "category", "brand"))
     categories = category if isinstance(category, list) else [category or ""]
     for value in (title, brand, *categories):
         if not isinstance(value, str | None):
-            raise UserError(f"title, category and brand must be text, not {value!r}", where=where)
+            what = f"title, category and brand must be text, not {value!r}"
+            raise UserError(what, where=where, remedy=REMEDY)
     return compose_text(title, categories, brand)
 
 
-def _images(value: Any, item_id: str, folder: Path, where: str, tally: Tally) -> tuple[Path, ...]:
+def _resolve_images(value: Any, item_id: str, folder: Path, where: str, tally: Tally) -> tuple[Path, ...]:
     names = value.split("|") if isinstance(value, str) else value or []
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-        raise UserError(f"image is {value!r}, a path or several were due", where=where)
+        raise UserError(f"image is {value!r}, expected one or several paths", where=where, remedy=REMEDY)
     paths = []
     for name in (name.strip() for name in names):
         if not name:
@@ -130,11 +137,11 @@ def _images(value: Any, item_id: str, folder: Path, where: str, tally: Tally) ->
 
 
 def resolve_inside(folder: Path, name: str, where: str) -> Path:
-    """The path of a file below a resolved folder; anything that leads out of it is refused."""
+    """Resolve a path below a resolved folder. Raises UserError if it leads out of the folder."""
     try:
         path = (folder / name).resolve()
     except (OSError, ValueError, RuntimeError):
-        raise UserError(f"image path {name!r} is not a path", where=where) from None
+        raise UserError(f"image path {name!r} is not a path", where=where, remedy=REMEDY) from None
     if not path.is_relative_to(folder):
         remedy = f"keep images below {folder}"
         raise UserError(f"image path {name!r} leaves the folder of the items file", where=where, remedy=remedy)
