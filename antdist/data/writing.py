@@ -72,8 +72,6 @@ def write_domain(
     assert min(block_users, items_per_shard, blocks_per_shard or 1) > 0
     assert len(user_ids) == len(sequences.lengths) and (sequences.lengths >= MIN_INTERACTIONS).all()
     assert sequences.offsets[0] == 0
-
-    folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = folder.parent / f".{folder.name}.partial-{os.getpid()}"
     old = temporary.with_name(f"{temporary.name}-old")
     with write_folder_atomically(folder, temporary) as partial:

@@ -119,7 +119,7 @@ def test_validate_checks_before_anything_runs(tmp_path: Path) -> None:
     assert "ok    domain aa: 40 users" in good.stdout and "estimated memory a worker" in good.stdout
     for overrides, message in [
         (["data.domains=[aa, zz]"], "data.domains: no prepared domain 'zz'"),
-        (["data.domains=[aa, aa]"], "domain 'aa' is named twice"),
+        (["data.domains=[aa, aa]"], "domain 'aa' occurs twice"),
         (
             ["data.domains=[aa]", "ray.workers=99"],
             "stream.batch_size: a micro-batch has 40.0 windows on average, fewer than the 99 workers",
