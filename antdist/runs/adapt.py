@@ -163,11 +163,7 @@ def _begin_trial(context: AdaptContext, trial: Trial, lineage: Lineage) -> None:
         if not folder.result_file.is_file():
             check_run_exists(context.store, record.run_id)
         return
-    shown = {
-        **config.model_dump(mode="json", by_alias=True),
-        "strategy": trial.strategy,
-        "seeds": [trial.seed],
-    }
+    shown = {**config.model_dump(mode="json", by_alias=True), "strategy": trial.strategy, "seeds": [trial.seed]}
     tracked = start_run(
         context.store,
         config.tracking.experiment,

@@ -37,10 +37,7 @@ def record_config(folder: RunFolder, config: PretrainConfig | RelearnConfig, all
 
 
 def refuse_other_config(
-    folder: RunFolder,
-    config: PretrainConfig | RelearnConfig,
-    allowed: Collection[Resume] = (),
-    quiet: bool = False,
+    folder: RunFolder, config: PretrainConfig | RelearnConfig, allowed: Collection[Resume] = (), quiet: bool = False
 ) -> None:
     """Raise UserError if the folder or its copy holds a run of another configuration.
 

@@ -128,12 +128,7 @@ def _train(context: PretrainContext, record: RunRecord) -> PretrainResult:
         parent=record.parent,
     )
     folder.result_file.unlink(missing_ok=True)
-    with (
-        end_failed_runs(context.store, [folder]),
-        ray_session(config.ray),
-        follow(folder),
-        stoppable(folder.stop_file),
-    ):
+    with end_failed_runs(context.store, [folder]), ray_session(config.ray), follow(folder), stoppable(folder.stop_file):
         run_workers(pretrain_worker, settings, config.ray, config.name, config.training.hang)
     result = folder.read_result(PretrainResult)
     assert result is not None, f"workers exited without writing {folder.result_file}"
