@@ -46,7 +46,7 @@ def check_pretrain(config: PretrainConfig) -> PretrainContext:
         report.checked.append(f"training state of {config.resume or config.parent}")
         if config.parent is not None:
             report.notes += check_continues(config, start, inputs)
-    return PretrainContext(config, store, folder, start, report, inputs, recorded)
+    return PretrainContext(config, store, folder, start, report, inputs.domains, recorded)
 
 
 def check_relearn(config: RelearnConfig) -> AdaptContext:

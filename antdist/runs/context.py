@@ -14,7 +14,6 @@ from antdist.data.domain import Domain
 from antdist.io.logs import get_logger
 from antdist.report import Report
 from antdist.runs.folder import RunFolder, absolute
-from antdist.runs.inputs import Inputs
 from antdist.runs.trials import Trial, trials_of
 from antdist.tracking.resolve import ResolvedModel
 
@@ -61,15 +60,18 @@ class RunContext(Generic[Config]):
 
 @dataclass(frozen=True)
 class PretrainContext(RunContext[PretrainConfig]):
-    """A pre-training, resolved. `recorded`: fingerprints in `run.json`, by which domains were opened."""
+    """A pre-training, resolved. `recorded`: fingerprints in `run.json`, by which domains were opened.
 
-    inputs: Inputs
+    Not its catalogue, which would keep feature tables mapped and in the node's cache while the workers train.
+    """
+
+    domains: list[Domain]
     recorded: dict[str, str] | None
 
     @property
     def fingerprints(self) -> dict[str, str]:
         """The fingerprint of each domain's manifest."""
-        return {domain.name: domain.fingerprint for domain in self.inputs.domains}
+        return {domain.name: domain.fingerprint for domain in self.domains}
 
 
 @dataclass(frozen=True)

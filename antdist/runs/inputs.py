@@ -20,6 +20,7 @@ from antdist.errors import UserError
 from antdist.evaluation.ranking import Queries, Ranks, merge, rank_in_ranges
 from antdist.features.catalogue import Catalogue, open_optional_table
 from antdist.io.storage import is_uri
+from antdist.model.io import ModelCard
 from antdist.model.recommender import Recommender
 from antdist.runs.parent import Parent
 from antdist.training.adaptation import treatments
@@ -96,21 +97,18 @@ class Target:
         return available_modalities(self.config, self.domain)
 
     def inputs(self, strategy: Strategy, seed: int) -> Inputs:
-        """The inputs of a trial. Raises UserError if features do not fit or data are too few for the workers."""
-        is_inherited = self.parent is not None and treatments(strategy)["theta"].inherited
-        catalogue = self._inherited_catalogue if is_inherited else self._own_catalogue
+        """Open the inputs of a trial. Raises UserError if features do not fit or data are too few for the workers.
+
+        The catalogue is each trial's own: a kept one would keep its feature tables mapped and in the node's cache.
+        """
+        if self.parent is not None and treatments(strategy)["theta"].inherited:
+            catalogue = self._inherited_catalogue(self.parent.card)
+        else:
+            catalogue = Catalogue([self.domain], self.modalities, self.config.data.feature_dtype)
         return _make_inputs([self.domain], catalogue, self.config, seed)
 
-    @cached_property
-    def _own_catalogue(self) -> Catalogue:
-        """All features that the target has."""
-        return Catalogue([self.domain], self.modalities, self.config.data.feature_dtype)
-
-    @cached_property
-    def _inherited_catalogue(self) -> Catalogue:
+    def _inherited_catalogue(self, card: ModelCard) -> Catalogue:
         """The features that the parent's item tower reads, of its encoders."""
-        assert self.parent is not None
-        card = self.parent.card
         modalities = [m for m in card.dims if m in self.config.model.modalities]
         if not modalities:
             raise UserError(

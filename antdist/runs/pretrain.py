@@ -99,7 +99,7 @@ def _begin_run(context: PretrainContext) -> RunRecord:
     record = earlier or RunRecord(run_id=start.run_id if start and config.resume else None)
     record = record.model_copy(update={"data": context.fingerprints})
     if start is not None:
-        record = with_origin(record, config, start, context.inputs.domains)
+        record = with_origin(record, config, start, context.domains)
     tracked = start_run(
         context.store,
         config.tracking.experiment,
