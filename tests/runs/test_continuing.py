@@ -176,7 +176,7 @@ def test_continue_refusals(world: Path, tmp_path: Path) -> None:
     assert "give one of the two" in refused(resume=parent)
     assert "model.heads: is 4, but 2 in" in refused(model={"heads": 4})
     assert "model.temperature: is 0.5, but 0.07 in" in refused(model={"temperature": 0.5})
-    assert "no such folder" in refused(**{"continue": str(tmp_path / "nowhere")})
+    assert "neither an existing folder nor a reference to a model" in refused(**{"continue": str(tmp_path / "nowhere")})
     assert "no folder training_state here" in refused(**{"continue": str(world / "data")})
     shutil.copytree(world / "runs" / "parent", tmp_path / "copy")
     (tmp_path / "copy" / "training_state" / "model.json").unlink()
