@@ -1,4 +1,4 @@
-"""Inject faults: for tests, for the soak benchmark, and for drills on a cluster that nobody depends on.
+"""Inject faults: for tests, the soak benchmark, and drills on a cluster that nobody depends on.
 
 Nothing happens unless the environment variable `ANTDIST_FAULTS` is set to a JSON list of faults:
 

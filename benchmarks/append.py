@@ -1,6 +1,6 @@
-"""The last hundredth of the interactions appended to a domain of all before, against preparing it anew from all of them.
+"""The latest 1 % of the interactions appended to a domain, against preparing all from scratch.
 
-Each measurement is a process of its own; memory is its peak resident memory, imports included.
+Each measurement runs in a process of its own; memory is its peak resident memory, imports included.
 """
 
 from __future__ import annotations
@@ -12,14 +12,14 @@ from pathlib import Path
 
 from antdist.training.memory import peak_bytes
 from benchmarks.prepare import write_source
-from benchmarks.processes import in_fresh_process
+from benchmarks.processes import run_in_fresh_process
 from benchmarks.report import Line, Options, Report, ratio
 
 SHARE = 0.01  # of the interactions, the latest
 
 
-def cut(folder: Path, interactions: int) -> None:
-    """`early.csv` and `late.csv`, both with the header."""
+def split_source(folder: Path, interactions: int) -> None:
+    """Write `early.csv` and `late.csv`, both with the header."""
     first = interactions - int(SHARE * interactions)
     with (folder / "interactions.csv").open() as rows:
         header = next(rows)
@@ -31,7 +31,7 @@ def cut(folder: Path, interactions: int) -> None:
 
 
 def prepare_from(folder: Path, interactions: str, out: str, threads: int) -> tuple[float, float]:
-    """Seconds, and the peak of memory in GiB."""
+    """Prepare a domain. Returns seconds, and peak memory in GiB."""
     start = time.perf_counter()
     import pyarrow
 
@@ -44,7 +44,7 @@ def prepare_from(folder: Path, interactions: str, out: str, threads: int) -> tup
 
 
 def append_late(folder: Path, threads: int) -> tuple[float, float, int]:
-    """Seconds, the peak of memory in GiB, and how many users have grown."""
+    """Append the late interactions. Returns seconds, peak memory in GiB, and users that grew."""
     start = time.perf_counter()
     import pyarrow
 
@@ -60,21 +60,21 @@ def run(options: Options) -> Report:
     anew, appended, grown = [], [], 0
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        in_fresh_process(write_source, folder, interactions, users, items)
-        cut(folder, interactions)
-        in_fresh_process(prepare_from, folder, "early.csv", "early", options.threads)
+        run_in_fresh_process(write_source, folder, interactions, users, items)
+        split_source(folder, interactions)
+        run_in_fresh_process(prepare_from, folder, "early.csv", "early", options.threads)
         for _ in range(options.repeats):
             shutil.rmtree(folder / "grown", ignore_errors=True)
             shutil.copytree(folder / "early", folder / "grown")
-            *figures, grown = in_fresh_process(append_late, folder, options.threads)
+            *figures, grown = run_in_fresh_process(append_late, folder, options.threads)
             appended.append(figures)
-            anew.append(in_fresh_process(prepare_from, folder, "interactions.csv", "anew", options.threads))
+            anew.append(run_in_fresh_process(prepare_from, folder, "interactions.csv", "anew", options.threads))
     seconds = {"prepare": [s for s, _ in anew], "prepare --append": [s for s, _ in appended]}
     memory = {"prepare": [peak for _, peak in anew], "prepare --append": [peak for _, peak in appended]}
     return Report(
         "append",
         f"{interactions:,} interactions of {users:,} users and {items:,} items in plain CSV, tabular: the last "
-        f"{int(SHARE * interactions):,} of them, of {grown:,} users that are there, appended to a domain of the rest, against "
+        f"{int(SHARE * interactions):,} of them, of {grown:,} known users, appended to a domain of the rest, against "
         "preparing all anew",
         [
             *(Line(f"{name}: time", values, "s") for name, values in seconds.items()),

@@ -1,4 +1,4 @@
-"""The usual way to train this model, written fairly: what `benchmarks.throughput` compares with.
+"""The usual way to train this model, written fairly, as the baseline of `benchmarks.throughput`.
 
 Batched and multi-threaded torch; histories padded to full length; one example a prefix; features looked up and items
 embedded for each position; the experts of a modality one after the other; one matrix of logits; Adam. Sizes, losses,
@@ -70,7 +70,7 @@ class EncoderLayer(nn.Module):
 
 
 class Baseline(nn.Module):
-    """The whole recommender. Features of all items are given as tensors (items, width)."""
+    """The complete recommender, on features of all items as tensors (items, width)."""
 
     def __init__(self, features: dict[str, Tensor], dim: int = 256, experts: int = 8, length: int = 50) -> None:
         super().__init__()
@@ -85,12 +85,12 @@ class Baseline(nn.Module):
                 nn.init.normal_(parameter, std=0.02)
 
     def items(self, ids: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """Items in any arrangement, embedded place by place: the embedding, and the parts of it by modality."""
+        """Embed item ids of any shape, position by position. Returns the embedding, and its parts by modality."""
         parts = {m: tower(self.features[m][ids]) for m, tower in self.towers.items()}
         return sum(parts.values(), torch.zeros(())) + 0.1 * parts["text"] * parts["image"], parts
 
     def users(self, histories: Tensor, lengths: Tensor) -> Tensor:
-        """(B, L) padded item ids to (B, d): the state after each history's last item."""
+        """Encode (B, L) padded item ids to (B, d), the state after each history's last item."""
         embedded, _ = self.items(histories)
         place = torch.arange(histories.shape[1], device=histories.device)
         x = self.dropout(self.norm(embedded + self.positions(place)))
@@ -101,7 +101,7 @@ class Baseline(nn.Module):
         return x[torch.arange(len(x), device=x.device), lengths - 1]
 
     def pretraining_loss(self, histories: Tensor, lengths: Tensor, targets: Tensor) -> Tensor:
-        """In-batch negatives, those of the same item masked, and the text-image alignment."""
+        """Compute the loss with in-batch negatives, equal items masked, plus the text-image alignment."""
         users, (items, parts) = self.users(histories, lengths), self.items(targets)
         logits = F.normalize(users, dim=-1) @ F.normalize(items, dim=-1).T / TEMPERATURE
         same = (targets[:, None] == targets[None, :]) & ~torch.eye(
@@ -112,7 +112,7 @@ class Baseline(nn.Module):
         return F.cross_entropy(logits.masked_fill(same, -1e9), right) + 1e-3 * F.cross_entropy(aligned, right)
 
     def adaptation_loss(self, histories: Tensor, lengths: Tensor, targets: Tensor) -> Tensor:
-        """All items of the catalogue compete, embedded anew each step."""
+        """Compute the loss over all items of the catalogue, embedded in each step."""
         users, (items, _) = (
             self.users(histories, lengths),
             self.items(torch.arange(len(self.features["text"]), device=targets.device)),

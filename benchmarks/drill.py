@@ -1,8 +1,8 @@
-"""A small training run that is killed and started again, with a ledger of what it was trained on.
+"""A small training run that is killed and restarted, with a ledger of what it was trained on.
 
-An *attempt* is one start of the run: some ranks of one gloo group, each a process that takes the run up from its last
-checkpoint, with the faults that it is asked for (`antdist.faults`). Each rank writes a line into the ledger after each step.
-A step that is done again after a restart counts once, as the last attempt that reached it did it.
+An *attempt* is one start of the run: the ranks of one gloo group, each a process that resumes from the last checkpoint, with
+injected faults (`antdist.faults`). Each rank writes a line to the ledger after each step. A step that is repeated after a
+restart counts once, as the last attempt that reached it.
 """
 
 from __future__ import annotations
@@ -25,19 +25,19 @@ from typing import Any, Literal
 from antdist import faults
 from antdist.io.logs import setup_logging
 
-# what a rank imports, torch's own late imports too: a second each otherwise
+# what a rank imports, including torch's late imports, which otherwise take a second in each rank
 PRELOADED = [
     "torch._dynamo",
     "antdist.training.adaptation",
     "antdist.training.trainer",
-    "benchmarks.jobs",
+    "benchmarks.trainers",
     "benchmarks.worlds",
 ]
-PATIENCE = 30.0  # seconds that a rank may outlive the first that failed, before it is killed
+KILL_AFTER = 30.0  # seconds that a rank may outlive the first that failed
 
 
 @dataclass(frozen=True)
-class Run:
+class DrillRun:
     """A run of the plain engine on one prepared domain. All its files are below `folder`."""
 
     domain: Path
@@ -54,9 +54,11 @@ class Run:
 
 
 @dataclass(frozen=True)
-class Line:
-    """One step as one rank did it: `mine` are checksums of the windows that it was dealt. On the leader, of the whole
-    global batch: the user of each window, its checksum and how many predictions it made."""
+class LedgerLine:
+    """One step of one rank: `mine` are checksums of the windows in its share.
+
+    On the leader, for the global batch: the user of each window, its checksum and its number of predictions.
+    """
 
     attempt: int
     rank: int
@@ -72,8 +74,8 @@ class Line:
 # -- the ranks -------------------------------------------------------------------------------------------------------
 
 
-def start(run: Run, ranks: int, attempt: int, wanted: list[faults.Fault]) -> list[BaseProcess]:
-    """The processes of one attempt, in rank order. They are forked from a server that has imported all they need."""
+def start(run: DrillRun, ranks: int, attempt: int, wanted: list[faults.Fault]) -> list[BaseProcess]:
+    """Start the processes of one attempt, in rank order, forked from a server with all imports done."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOADED)
     with socket.socket() as probe:
@@ -90,7 +92,10 @@ def start(run: Run, ranks: int, attempt: int, wanted: list[faults.Fault]) -> lis
 
 
 def finish(processes: list[BaseProcess]) -> list[int]:
-    """Wait for all; those that outlive a failed one by `PATIENCE` are killed. The exit codes; minus the signal if killed."""
+    """Wait for all ranks; kill those that outlive a failed one by `KILL_AFTER`. Returns exit codes.
+
+    The code of a rank that was killed is minus the signal.
+    """
     alive: dict[Any, BaseProcess] = {process.sentinel: process for process in processes}
     deadline: float | None = None
     while alive:
@@ -99,14 +104,14 @@ def finish(processes: list[BaseProcess]) -> list[int]:
             ended = alive.pop(sentinel)
             ended.join()
             if ended.exitcode and deadline is None:
-                deadline = time.monotonic() + PATIENCE
+                deadline = time.monotonic() + KILL_AFTER
         if deadline is not None and time.monotonic() >= deadline:
             for process in alive.values():
                 process.kill()
     return [process.exitcode or 0 for process in processes]
 
 
-def _rank_main(rank: int, ranks: int, port: int, run: Run, attempt: int, wanted: str) -> None:
+def _rank_main(rank: int, ranks: int, port: int, run: DrillRun, attempt: int, wanted: str) -> None:
     import torch
     import torch.distributed as dist
 
@@ -118,15 +123,15 @@ def _rank_main(rank: int, ranks: int, port: int, run: Run, attempt: int, wanted:
     setup_logging()
     try:
         dist.init_process_group("gloo", rank=rank, world_size=ranks)
-        train_noting(run, attempt)
+        train_with_ledger(run, attempt)
     except BaseException:
         traceback.print_exc()
-        os._exit(1)  # a group whose peers are gone may not be left in order
+        os._exit(1)  # a process group whose peers are gone may hang when it is destroyed
     dist.destroy_process_group()
 
 
-def train_noting(run: Run, attempt: int) -> None:
-    """Take the run up and train it to its end; a line into the ledger after each step."""
+def train_with_ledger(run: DrillRun, attempt: int) -> None:
+    """Resume the run and train it to its end, with a line in the ledger after each step."""
     import numpy as np
 
     from antdist.distributed.world import current_world
@@ -137,7 +142,7 @@ def train_noting(run: Run, attempt: int) -> None:
     descriptor = os.open(ledger, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
     step = Trainer.step
 
-    def noted(trainer: Trainer, step_input: Any) -> Any:
+    def step_with_ledger(trainer: Trainer, step_input: Any) -> Any:
         losses = step(trainer, step_input)
         whole, mine = step_input.batch, list[int]()
         for micro in step_input.micro_batches:
@@ -148,25 +153,25 @@ def train_noting(run: Run, attempt: int) -> None:
             made = np.diff(np.searchsorted(whole.predict_at, whole.offsets))
             windows = _checksums(whole.items, whole.offsets)
             line |= {"users": whole.users.tolist(), "windows": windows, "predictions": made.tolist()}
-        os.write(descriptor, (json.dumps(line) + "\n").encode())  # one call: whole, whatever kills us
+        os.write(descriptor, (json.dumps(line) + "\n").encode())  # one call, so a kill cannot cut the line
         return losses
 
-    Trainer.step = noted  # type: ignore[method-assign, assignment]  # this process does nothing else
-    _job(run, world).train()
+    Trainer.step = step_with_ledger  # type: ignore[method-assign, assignment]  # this process trains nothing else
+    _make_trainer(run, world).train()
 
 
 def _checksums(items: Any, offsets: Any) -> list[int]:
     return [zlib.crc32(items[a:b].tobytes()) for a, b in itertools.pairwise(offsets)]
 
 
-def _job(run: Run, world: Any) -> Any:
-    """With dropout and routing noise; its validation is a function of the weights."""
+def _make_trainer(run: DrillRun, world: Any) -> Any:
+    """Make a trainer with dropout and routing noise, whose validation is a function of the weights."""
     from antdist.config.schema import LossConfig, ModelConfig, ScheduleConfig, StreamConfig, TrainingConfig
     from antdist.data.domain import open_domain
     from antdist.model.recommender import build_recommender
     from antdist.training.adaptation import adapt
     from antdist.training.engines.plain import PlainEngine
-    from benchmarks.jobs import make_trainer
+    from benchmarks.trainers import make_trainer
     from benchmarks.worlds import RandomFeatures
 
     domain = open_domain(run.domain)
@@ -205,24 +210,24 @@ def _job(run: Run, world: Any) -> Any:
     return replace(trainer, folder=run.folder, evaluate=validate)
 
 
-# -- what is left of it ----------------------------------------------------------------------------------------------
+# -- reading the results ---------------------------------------------------------------------------------------------
 
 
-def lines(run: Run) -> Iterator[Line]:
-    """The whole ledger, attempt by attempt, rank by rank."""
+def read_ledger(run: DrillRun) -> Iterator[LedgerLine]:
+    """Read the complete ledger, attempt by attempt, rank by rank."""
     for file in sorted((run.folder / "ledger").glob("attempt-*.jsonl")):
         _, attempt, _, rank = file.stem.split("-")
         for text in file.read_text().splitlines():
             fields = {"users": [], "windows": [], "predictions": [], **json.loads(text)}
-            yield Line(attempt=int(attempt), rank=int(rank), **fields)
+            yield LedgerLine(attempt=int(attempt), rank=int(rank), **fields)
 
 
-def counted(run: Run) -> dict[int, list[Line]]:
-    """The lines that count, by step, in rank order: an attempt that begins at a step undoes what earlier ones did from there."""
-    by_attempt: dict[int, list[Line]] = {}
-    for line in lines(run):
+def final_steps(run: DrillRun) -> dict[int, list[LedgerLine]]:
+    """Return the lines that count, by step: an attempt replaces earlier ones from its first step on."""
+    by_attempt: dict[int, list[LedgerLine]] = {}
+    for line in read_ledger(run):
         by_attempt.setdefault(line.attempt, []).append(line)
-    steps: dict[int, list[Line]] = {}
+    steps: dict[int, list[LedgerLine]] = {}
     for attempt in sorted(by_attempt):
         begin = min(line.step for line in by_attempt[attempt])
         steps = {step: kept for step, kept in steps.items() if step < begin}
@@ -231,9 +236,8 @@ def counted(run: Run) -> dict[int, list[Line]]:
     return steps
 
 
-def end_state(run: Run) -> dict[str, bytes]:
-    """The bytes of the newest checkpoint's files and of the best weights that it names: weights, moments, progress,
-    history."""
+def end_state(run: DrillRun) -> dict[str, bytes]:
+    """Return the bytes of the newest checkpoint's files and of the best weights that it names."""
     from antdist.training.checkpoints.local import PREFIX, best_weights, steps_in
 
     folder = run.checkpoints / f"{PREFIX}{steps_in(run.checkpoints)[-1]:08d}"

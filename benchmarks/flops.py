@@ -1,4 +1,4 @@
-"""Floating-point operations by formula: what a step of ours needs, and one of the usual way."""
+"""Floating-point operations by formula, of a step of antdist and of the usual way."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from antdist.planning.costs import useful_operations
 
 
 def useful_flops(batch: Batch, model: ModelConfig, dims: dict[str, int], *, aligned: bool) -> float:
-    """Operations of a rank's matrix products in a training step (`antdist.planning.costs.useful_operations`)."""
+    """Count a rank's useful operations in a step (`antdist.planning.costs.useful_operations`)."""
     loss = LossConfig(alignment=1.0 if aligned else 0.0)
     return useful_operations(step_of(batch, loss, model, dims).rank, model, dims)
 
@@ -24,7 +24,7 @@ def padded_flops(
     *,
     aligned: bool,
 ) -> float:
-    """The same for the usual way: every place of the padded histories and every target or candidate is an item."""
+    """Count those of the usual way, which embeds every padded position and every target or candidate."""
     d, tokens = model.dim, examples * length
     tower = sum((tokens + targets) * width * (model.experts * d + 2 * model.experts) * 2 for width in dims.values())
     linear = tokens * model.layers * (4 * d * d + 2 * d * model.inner) * 2

@@ -1,15 +1,14 @@
-"""Training on one GPU: predictions a second, share of the matrix product's peak, memory; plain engine and DeepSpeed.
+"""Training on one GPU: predictions a second, share of the peak, memory; plain and DeepSpeed.
 
     python -m benchmarks gpu --json gpu.json
 
-Three modalities at the paper's sizes, random features, generated histories. The usual way (`benchmarks.baseline`) is what
-it was before; DeepSpeed joins in where it is installed. The short form runs on a CPU too, to show that all of it works.
+Three modalities at the paper's sizes, random features, generated histories. The usual way is
+`benchmarks.baseline`; DeepSpeed is measured if it is installed. The short form runs on a CPU too, to show that it works.
 """
 
 from __future__ import annotations
 
 import importlib.util
-import itertools
 import os
 import tempfile
 import time
@@ -25,13 +24,12 @@ from antdist.config.schema import LossConfig, ModelConfig, StreamConfig, Trainin
 from antdist.data.domain import Domain
 from antdist.distributed.world import World
 from antdist.errors import UserError
-from antdist.model.ops.products import exact_products
 from antdist.planning.calibration import GEMM_SIZES, Sizes, gemm_peak, synchronise
 from antdist.training.engines.plain import PlainEngine
 from benchmarks.baseline import Baseline
 from benchmarks.flops import useful_flops
-from benchmarks.jobs import EngineOf, make_trainer
-from benchmarks.report import Line, Options, Report, ratio, taking_turns
+from benchmarks.report import Line, Options, Report, alternate, ratio
+from benchmarks.trainers import EngineOf, make_trainer, run_steps
 from benchmarks.worlds import AUXILIARY, PAPER_DIMS, TARGET, RandomFeatures, Shape, padded_prefixes, write_world
 
 MODEL = ModelConfig()
@@ -51,9 +49,7 @@ class Variant:
 
 def run(options: Options) -> Report:
     if not torch.cuda.is_available() and not options.short:
-        raise UserError(
-            "there is no GPU that torch can use here", remedy="run it on a machine with one; --short runs anywhere"
-        )
+        raise UserError("torch finds no GPU", where="gpu", remedy="run it on a machine with one; --short runs anywhere")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     sizes: Sizes = ((256, 256, 256),) if options.short else GEMM_SIZES_GPU
     peaks = {name: gemm_peak(device, dtype, sizes) for name, dtype in DTYPES.items()}
@@ -66,7 +62,7 @@ def run(options: Options) -> Report:
         "training steps on one GPU, three modalities at the paper's sizes: the usual way (batch 256, padded, one example a "
         "prefix) against antdist (sequence mode), data read from shards meanwhile",
         lines,
-        [] if importlib.util.find_spec("deepspeed") else ["DeepSpeed is not installed here: left out."],
+        [] if importlib.util.find_spec("deepspeed") else ["DeepSpeed is not installed: not measured."],
     )
 
 
@@ -107,7 +103,7 @@ def _cases(adapting: bool, device: torch.device, peaks: dict[str, float], option
                 shares[variant.name],
                 memory[variant.name],
             )
-        found = taking_turns(works, options.repeats)
+        found = alternate(works, options.repeats)
     lines = [Line(f"{what}: the usual way, bf16", found["the usual way, bf16"], "predictions/s")]
     for name in shares:
         lines += [
@@ -131,7 +127,7 @@ def _training(
     shares: list[float],
     memory: list[float],
 ) -> Callable[[], float]:
-    """Some steps of antdist; gives predictions a second and notes the share of the peak and the memory."""
+    """Make a work of some steps: returns predictions a second, appends share of peak and memory."""
     loss = LossConfig(negatives="catalogue", alignment=0.0) if adapting else LossConfig()
     trainer, inputs = make_trainer(
         domain,
@@ -144,16 +140,12 @@ def _training(
         engine_of=variant.engine_of,
     )
 
-    def steps_of_antdist() -> float:
+    def measure() -> float:
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
         synchronise(device)
-        start, predictions, batches = time.perf_counter(), 0, []
-        for step_input in itertools.islice(inputs, steps):
-            with exact_products(device):
-                trainer.step(step_input)
-            predictions += step_input.batch.predictions
-            batches += [micro.batch for micro in step_input.micro_batches]
+        start = time.perf_counter()
+        predictions, batches = run_steps(trainer, inputs, steps)
         synchronise(device)
         seconds = time.perf_counter() - start
         operations = sum(useful_flops(batch, MODEL, PAPER_DIMS, aligned=not adapting) for batch in batches)
@@ -161,13 +153,13 @@ def _training(
         memory.append(torch.cuda.max_memory_allocated(device) / 1e9 if device.type == "cuda" else 0.0)
         return predictions / seconds
 
-    return steps_of_antdist
+    return measure
 
 
 def _usual(
     domain: Domain, features: RandomFeatures, device: torch.device, adapting: bool, short: bool
 ) -> Callable[[], float]:
-    """A step of the baseline, everything on the device; gives its predictions a second."""
+    """Make a work of one step of the baseline, all on the device, that returns predictions a second."""
     examples = [part.to(device) for part in padded_prefixes(domain, MODEL.max_length, 8 if short else 256)]
     model = Baseline({m: v.to(device) for m, v in features.values.items()}).to(device)
     optimizer = torch.optim.Adam(model.parameters())
@@ -189,7 +181,7 @@ def _usual(
 
 @contextmanager
 def _process_group(device: torch.device) -> Iterator[None]:
-    """A group of this one process, which DeepSpeed wants."""
+    """Create a process group of this one process, which DeepSpeed requires."""
     os.environ.setdefault("LOCAL_RANK", "0")
     with tempfile.TemporaryDirectory() as folder:
         backend = "nccl" if device.type == "cuda" else "gloo"

@@ -1,4 +1,4 @@
-"""The chunked softmax over many candidates: how much memory it needs beyond its inputs and their gradients, how long it takes.
+"""Time of the chunked softmax over many candidates, and its extra memory.
 
 `antdist.model.ops.softmax_loss.softmax_loss`, forward and backward, gradients for users and candidates, float32. Against it, at a
 number of candidates at which all fit: the naive loss, which holds the matrix of logits, and torch's own chunked loss,
@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from antdist.config.schema import LossConfig
 from antdist.model.ops.products import exact_products
 from antdist.model.ops.softmax_loss import softmax_loss
-from benchmarks.processes import in_fresh_process, seconds_and_extra_bytes
+from benchmarks.processes import measure_memory, run_in_fresh_process
 from benchmarks.report import Line, Options, Report, ratio
 
 CPU = torch.device("cpu")
@@ -40,7 +40,7 @@ def naive(users: Tensor, candidates: Tensor, targets: Tensor) -> Tensor:
     return F.cross_entropy(logits, targets, reduction="sum")
 
 
-def torchs(users: Tensor, candidates: Tensor, targets: Tensor) -> Tensor:
+def torch_chunked(users: Tensor, candidates: Tensor, targets: Tensor) -> Tensor:
     return F.linear_cross_entropy(
         F.normalize(users, dim=1) / TEMPERATURE,
         F.normalize(candidates, dim=1),
@@ -51,27 +51,31 @@ def torchs(users: Tensor, candidates: Tensor, targets: Tensor) -> Tensor:
 
 
 def measure(name: str, chunk: int, predictions: int, candidates: int, dim: int, threads: int) -> tuple[float, float]:
-    """Seconds of forward and backward, and the extra memory in MB (10^6 bytes), in this process."""
+    """Measure forward and backward in this process. Returns seconds, and extra memory in MB (10^6 bytes)."""
     torch.set_num_threads(threads)
-    losses: dict[str, Loss] = {"chunked": lambda u, c, t: chunked(u, c, t, chunk), "naive": naive, "torch": torchs}
+    losses: dict[str, Loss] = {
+        "chunked": lambda u, c, t: chunked(u, c, t, chunk),
+        "naive": naive,
+        "torch": torch_chunked,
+    }
     loss = losses[name]
-    inputs = _inputs(predictions, candidates, dim)
+    inputs = _draw_inputs(predictions, candidates, dim)
     with exact_products(CPU):
-        _once(loss, *_inputs(256, 1000, dim))
+        _run_once(loss, *_draw_inputs(256, 1000, dim))
         gc.collect()
-        seconds, extra = seconds_and_extra_bytes(lambda: _once(loss, *inputs))
+        seconds, extra = measure_memory(lambda: _run_once(loss, *inputs))
     gradients = sum(x.grad.nbytes for x in inputs if x.grad is not None)
     return seconds, (extra - gradients) / 1e6
 
 
-def _inputs(predictions: int, candidates: int, dim: int) -> tuple[Tensor, Tensor, Tensor]:
+def _draw_inputs(predictions: int, candidates: int, dim: int) -> tuple[Tensor, Tensor, Tensor]:
     random = torch.Generator().manual_seed(0)
     users = torch.randn(predictions, dim, generator=random).requires_grad_()
     items = torch.randn(candidates, dim, generator=random).requires_grad_()
     return users, items, torch.randint(candidates, (predictions,), generator=random)
 
 
-def _once(loss: Loss, users: Tensor, candidates: Tensor, targets: Tensor) -> None:
+def _run_once(loss: Loss, users: Tensor, candidates: Tensor, targets: Tensor) -> None:
     loss(users, candidates, targets).backward()
 
 
@@ -85,7 +89,7 @@ def run(options: Options) -> Report:
     found: dict[tuple[str, int, int], list[tuple[float, float]]] = {case: [] for case in cases}
     for _ in range(options.repeats):
         for (name, chunk, candidates), values in found.items():
-            values.append(in_fresh_process(measure, name, chunk, predictions, candidates, dim, options.threads))
+            values.append(run_in_fresh_process(measure, name, chunk, predictions, candidates, dim, options.threads))
 
     def column(case: tuple[str, int, int], at: int) -> list[float]:
         return [values[at] for values in found[case]]
@@ -108,7 +112,7 @@ def run(options: Options) -> Report:
         "inputs and their gradients; the default chunk is " + str(DEFAULT),
         lines,
         [
-            f"the naive loss must hold its {logits:,.0f} MB of logits at least twice (with their gradient): the check on "
-            "the measurement"
+            f"the naive loss must hold its {logits:,.0f} MB of logits at least twice (with their gradient): a check "
+            "of the measurement"
         ],
     )

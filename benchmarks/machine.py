@@ -11,12 +11,12 @@ from antdist.tracking.tags import environment_tags
 
 
 def cores() -> int:
-    """That this process may run on."""
+    """Count the cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def machine(threads: int) -> dict[str, Any]:
-    """Facts for the foot of a report, by name. `threads` is what torch was given."""
+    """Return facts for the foot of a report, by name. `threads` are those of torch."""
     facts: dict[str, Any] = {
         "processor": _processor(),
         "cores": cores(),

@@ -1,7 +1,8 @@
-"""Predictions a second of `sequence` against `prefix` training, steps of the two taking turns in one process.
+"""Predictions a second of `sequence` against `prefix` training, in alternating steps of one process.
 
-Paper's sizes, full-catalogue loss, plain engine, batch of 2,048 predictions. `--data DATA/NAME` takes a prepared domain
-with text features; else a world of the size of Amazon Scientific with random ones of 384 dimensions is generated.
+The paper's sizes, full-catalogue loss, plain engine, batches of 2,048 predictions. `--data DATA/NAME` takes a prepared
+domain with text features; otherwise a world of the size of Amazon Scientific with random 384-dimensional features is
+generated.
 """
 
 from __future__ import annotations
@@ -13,17 +14,17 @@ from antdist.config.schema import LossConfig, ModelConfig, StreamConfig, Trainin
 from antdist.data.domain import open_domain
 from antdist.features.catalogue import Catalogue
 from antdist.training.trainer import Trainer
-from benchmarks.jobs import Steps, make_trainer, rate
-from benchmarks.report import Line, Options, Report, ratio, taking_turns
+from benchmarks.report import Line, Options, Report, alternate, ratio
+from benchmarks.trainers import Steps, make_trainer, measure_rate
 from benchmarks.worlds import TARGET, RandomFeatures, Shape, write_world
 
 
 def run(options: Options) -> Report:
     with tempfile.TemporaryDirectory() as folder:
-        return _run(options, Path(folder))
+        return _measure(options, Path(folder))
 
 
-def _run(options: Options, folder: Path) -> Report:
+def _measure(options: Options, folder: Path) -> Report:
     model = ModelConfig(modalities=["text"])
     if options.data is not None:
         domain = open_domain(options.data)
@@ -33,7 +34,7 @@ def _run(options: Options, folder: Path) -> Report:
         catalogue = RandomFeatures(domain.manifest.items, {"text": 384})
     batch, steps = (128, 1) if options.short else (2048, 8)
 
-    def job_of(mode: str) -> tuple[Trainer, Steps]:
+    def make(mode: str) -> tuple[Trainer, Steps]:
         return make_trainer(
             domain,
             catalogue,
@@ -43,9 +44,10 @@ def _run(options: Options, folder: Path) -> Report:
             training=TrainingConfig(engine="plain"),
         )
 
-    sequence, prefix = job_of("sequence"), job_of("prefix")
-    rates = taking_turns(
-        {"sequence": lambda: rate(*sequence, steps), "prefix": lambda: rate(*prefix, steps)}, options.repeats
+    sequence, prefix = make("sequence"), make("prefix")
+    rates = alternate(
+        {"sequence": lambda: measure_rate(*sequence, steps), "prefix": lambda: measure_rate(*prefix, steps)},
+        options.repeats,
     )
     manifest = domain.manifest
     length = manifest.interactions / manifest.users - 2

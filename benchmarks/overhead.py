@@ -1,9 +1,9 @@
-"""What a run loses to logging, progress and checkpoints, and to waiting for data.
+"""The share of a run that logging, progress, checkpoints and waiting for data take.
 
-The same steps from the same start, taking turns: `antdist.training.trainer.Trainer.train` with MLflow on SQLite, the live figures for
-the driver, `log_every` and `checkpoint_every` at their defaults (a checkpoint an epoch), against the bare
-steps. Validation costs nothing here and always finds a better model, so that its weights are kept each time. Turns differ
-by the machine's noise, so the time between the steps of the full run, other than waiting for data, is told too.
+The same steps from the same start alternate: `antdist.training.trainer.Trainer.train` with MLflow on SQLite, the live
+status for the driver, `log_every` and `checkpoint_every` at their defaults (a checkpoint an epoch), against the bare steps.
+Validation costs nothing here and always finds a better model, so its weights are kept each time. Alternating runs differ by
+the machine's noise, so the time between the steps of the full run, other than waiting for data, is reported too.
 """
 
 from __future__ import annotations
@@ -24,37 +24,37 @@ from antdist.runs.folder import RunFolder
 from antdist.tracking.run import start_run
 from antdist.training.engines.plain import PlainEngine
 from antdist.training.trainer import Trainer
-from benchmarks.jobs import make_trainer
 from benchmarks.report import Line, Options, Report, ratio
+from benchmarks.trainers import make_trainer
 from benchmarks.worlds import PAPER_DIMS, TARGET, RandomFeatures, Shape, write_world
 
 LOSS = LossConfig(negatives="catalogue", alignment=0.0)
 
 
-class Watched(PlainEngine):
-    """An engine that knows how long its steps took: from the first forward pass to the end of the update."""
+class TimedEngine(PlainEngine):
+    """An engine that sums the time of its steps, from the first forward pass to the end of the update."""
 
-    begun: float | None = None
+    started: float | None = None
     stepping = 0.0
 
     def forward(self, *args: object) -> object:
-        if self.begun is None:
-            self.begun = time.perf_counter()
+        if self.started is None:
+            self.started = time.perf_counter()
         return super().forward(*args)
 
     def update(self, learning_rate: float) -> Tensor:
         broken = super().update(learning_rate)
-        assert self.begun is not None
-        self.stepping += time.perf_counter() - self.begun
-        self.begun = None
+        assert self.started is not None
+        self.stepping += time.perf_counter() - self.started
+        self.started = None
         return broken
 
 
 @dataclass
-class Full:
-    """What one full run took, in seconds, and the shares of time that it says it waited for data."""
+class FullRun:
+    """The seconds of a full run and of its steps, and the recorded shares of waiting for data."""
 
-    whole: float
+    total: float
     stepping: float
     waits: list[float] = field(default_factory=list)
 
@@ -63,7 +63,7 @@ class Full:
         return sum(self.waits) / len(self.waits)
 
 
-def new_job(domain: Domain, dims: dict[str, int], training: TrainingConfig, batch: int) -> Trainer:
+def new_trainer(domain: Domain, dims: dict[str, int], training: TrainingConfig, batch: int) -> Trainer:
     trainer, _ = make_trainer(
         domain,
         RandomFeatures(domain.manifest.items, dims),
@@ -71,13 +71,13 @@ def new_job(domain: Domain, dims: dict[str, int], training: TrainingConfig, batc
         loss=LOSS,
         stream=StreamConfig(batch_size=batch),
         training=training,
-        engine_of=Watched,
+        engine_of=TimedEngine,
     )
     return trainer
 
 
-def full_run(trainer: Trainer, folder: Path) -> Full:
-    """With everything around it; the run in MLflow is begun before the clock, and delivered within it."""
+def full_run(trainer: Trainer, folder: Path) -> FullRun:
+    """Train with everything around it; the MLflow run starts before the clock and is delivered within it."""
     tracked = start_run(f"sqlite:///{folder / 'mlflow.db'}", "overhead", "full", folder, config={})
     better: Iterator[int] = iter(range(1, 1 << 30))
     waits: list[float] = []
@@ -86,7 +86,7 @@ def full_run(trainer: Trainer, folder: Path) -> Full:
         tracked.log(metrics, step)
         waits.extend(value for name, value in metrics.items() if name == "train/data_wait")
 
-    assert isinstance(trainer.engine, Watched)
+    assert isinstance(trainer.engine, TimedEngine)
     recorded = replace(
         trainer,
         folder=folder,
@@ -97,11 +97,11 @@ def full_run(trainer: Trainer, folder: Path) -> Full:
     start = time.perf_counter()
     recorded.train()
     tracked.finish()
-    return Full(time.perf_counter() - start, trainer.engine.stepping, waits)
+    return FullRun(time.perf_counter() - start, trainer.engine.stepping, waits)
 
 
 def bare_run(trainer: Trainer) -> float:
-    """Seconds of the same steps, in the matrix products that `train` uses, and nothing else."""
+    """Run only the steps, with the matrix products of `train`. Returns seconds."""
     start = time.perf_counter()
     with exact_products(trainer.world.device):
         for epoch in range(trainer.config.epochs):
@@ -110,8 +110,8 @@ def bare_run(trainer: Trainer) -> float:
     return time.perf_counter() - start
 
 
-def apart(one: Trainer, other: Trainer) -> float:
-    """The largest difference between the weights of two jobs: 0 if they took the same steps."""
+def max_difference(one: Trainer, other: Trainer) -> float:
+    """Return the largest difference between two trainers' weights: 0 if they took the same steps."""
     pairs = zip(one.engine.model.parameters(), other.engine.model.parameters(), strict=True)
     return max(float((a - b).detach().abs().max()) for a, b in pairs)
 
@@ -121,7 +121,7 @@ def run(options: Options) -> Report:
     if options.short:
         shape, dims, batch, epochs = Shape(500, 300, 7.0), dict.fromkeys(PAPER_DIMS, 16), 256, 2
     training = TrainingConfig(engine="plain", epochs=epochs)
-    fulls: list[Full] = []
+    fulls: list[FullRun] = []
     bares: list[float] = []
     differences: list[float] = []
     with tempfile.TemporaryDirectory() as folder:
@@ -129,25 +129,25 @@ def run(options: Options) -> Report:
         for repeat in range(options.repeats):
             place = Path(folder) / f"run-{repeat}"
             place.mkdir()
-            full, bare = (new_job(domain, dims, training, batch) for _ in range(2))
+            full, bare = (new_trainer(domain, dims, training, batch) for _ in range(2))
             fulls.append(full_run(full, place))
             bares.append(bare_run(bare))
-            differences.append(apart(full, bare))
+            differences.append(max_difference(full, bare))
         steps = full.feed.stream.steps_per_epoch
     waited = [full.wait for full in fulls]
-    between = [1 - full.stepping / full.whole - wait for full, wait in zip(fulls, waited, strict=True)]
+    between = [1 - full.stepping / full.total - wait for full, wait in zip(fulls, waited, strict=True)]
     return Report(
         "overhead",
         f"{epochs} epochs of {steps} steps, batch {batch:,}, features {dims}, {shape.items:,} items as candidates, plain "
         f"engine, one thread that reads ahead: the run with MLflow on SQLite, live figures, a point every "
         f"{training.log_every} steps, a checkpoint and best weights each epoch, against the bare steps",
         [
-            Line("full run", [full.whole for full in fulls], "s"),
+            Line("full run", [full.total for full in fulls], "s"),
             Line("bare steps", bares, "s"),
-            Line("lost, by turns", [100 * (1 - b / f.whole) for b, f in zip(bares, fulls, strict=True)], "%"),
+            Line("lost, by turns", [100 * (1 - b / f.total) for b, f in zip(bares, fulls, strict=True)], "%"),
             Line("lost, time between the steps", [100 * share for share in between], "%"),
             Line("waiting for data", [100 * share for share in waited], "%"),
-            ratio("full over bare", [full.whole for full in fulls], bares),
+            ratio("full over bare", [full.total for full in fulls], bares),
         ],
         [
             f"weights after the two sides differ by at most {max(differences):.1e}: they took the same steps",

@@ -1,9 +1,9 @@
-"""What `antdist plan` says of a step beside what a step takes: seconds and peak memory of three sizes, none of them calibrated on.
+"""Seconds and peak memory of a step at three sizes, predicted by `antdist plan` and measured.
 
-The calibration is taken in the same run, from steps of other sizes; then all is predicted; then it is measured: each size in
-a fresh process, through stream, feed and plain engine. Memory is what is resident at the peak of the steps beyond what was
-before the model was built; no checkpoint is saved. The fastest step counts on both sides, and processor seconds stand beside,
-since others may be at work on the machine.
+The sizes are outside the calibration, which is taken in the same run from steps of other sizes; then each size is predicted, and measured in a fresh
+process, through stream, feed and plain engine. Memory is what is resident at the peak of the steps beyond what was resident
+before the model was built; no checkpoint is saved. The fastest step counts on both sides, and processor seconds are reported
+as well, because the machine may be busy.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ from antdist.planning.calibration import Calibration, calibrate, line_through
 from antdist.planning.costs import MACHINES, Plan, Workload, counted, make_plan, useful_operations
 from antdist.training.memory import peak_bytes, reset_peak, resident_bytes
 from antdist.training.trainer import Trainer
-from benchmarks.jobs import Steps, make_trainer
-from benchmarks.processes import in_fresh_process
+from benchmarks.processes import run_in_fresh_process
 from benchmarks.report import Line, Options, Report
+from benchmarks.trainers import Steps, make_trainer
 from benchmarks.worlds import AUXILIARY, PAPER_DIMS, TARGET, RandomFeatures, Shape, write_world
 
 CPU = torch.device("cpu")
@@ -36,7 +36,7 @@ CPU = torch.device("cpu")
 
 @dataclass(frozen=True)
 class Size:
-    """One run to be planned and measured."""
+    """A run to be planned and measured."""
 
     name: str
     shape: Shape
@@ -44,29 +44,33 @@ class Size:
     steps: int
 
 
-def size(name: str, shape: Shape, steps: int, batch: int, model: ModelConfig, loss: LossConfig) -> Size:
+def make_size(name: str, shape: Shape, steps: int, batch: int, model: ModelConfig, loss: LossConfig) -> Size:
     stream, training = StreamConfig(batch_size=batch), TrainingConfig(engine="plain")
     return Size(name, shape, PretrainConfig(model=model, loss=loss, stream=stream, training=training), steps)
 
 
 SIZES = [
-    size("batch 1,024", AUXILIARY, 12, 1024, ModelConfig(), LossConfig()),
-    size("batch 6,144, d 384, 4 layers", AUXILIARY, 5, 6144, ModelConfig(dim=384, layers=4), LossConfig()),
-    size("adaptation, 4,385 items", TARGET, 8, 2048, ModelConfig(), LossConfig(negatives="catalogue", alignment=0.0)),
+    make_size("batch 1,024", AUXILIARY, 12, 1024, ModelConfig(), LossConfig()),
+    make_size("batch 6,144, d 384, 4 layers", AUXILIARY, 5, 6144, ModelConfig(dim=384, layers=4), LossConfig()),
+    make_size(
+        "adaptation, 4,385 items", TARGET, 8, 2048, ModelConfig(), LossConfig(negatives="catalogue", alignment=0.0)
+    ),
 ]
-SHORT = [size("batch 64", Shape(200, 150, 7.0), 2, 64, ModelConfig(dim=32, inner=32), LossConfig())]
+SHORT = [make_size("batch 64", Shape(200, 150, 7.0), 2, 64, ModelConfig(dim=32, inner=32), LossConfig())]
 
 
 def run(options: Options) -> Report:
     sizes = SHORT if options.short else SIZES
     short: tuple[Any, ...] = ((32, 64), 200, ((256, 256, 256),), ModelConfig(dim=32, inner=32))
-    calibration = in_fresh_process(calibrated, options.threads, *(short if options.short else ()))
+    calibration = run_in_fresh_process(run_calibration, options.threads, *(short if options.short else ()))
     lines: list[Line] = []
     for entry in sizes:
         with tempfile.TemporaryDirectory() as folder:
             domain = write_world(Path(folder), entry.shape)
-            planned = predicted(entry, domain, calibration)
-            found = [in_fresh_process(measured, domain.folder, entry, options.threads) for _ in range(options.repeats)]
+            planned = predict(entry, domain, calibration)
+            found = [
+                run_in_fresh_process(measure, domain.folder, entry, options.threads) for _ in range(options.repeats)
+            ]
         seconds, processor, memory = ([float(column) for column in columns] for columns in zip(*found, strict=True))
         memory_planned = (planned.memory.total - planned.memory.device["checkpoint in the making"]) / 1e6
         slope, least = line_through(*((step.operations, step.processor) for step in calibration.steps))
@@ -91,14 +95,14 @@ def run(options: Options) -> Report:
     )
 
 
-def calibrated(threads: int, *arguments: Any) -> Calibration:
-    """In a process that has not trained: what it kept would hide what a step takes."""
+def run_calibration(threads: int, *arguments: Any) -> Calibration:
+    """Calibrate in a process that has not trained: memory that it kept would hide what a step takes."""
     torch.set_num_threads(threads)
     return calibrate(*arguments)
 
 
-def predicted(entry: Size, domain: Domain, calibration: Calibration) -> Plan:
-    """From the configuration and the domain's figures."""
+def predict(entry: Size, domain: Domain, calibration: Calibration) -> Plan:
+    """Predict from the configuration and the domain's statistics."""
     lengths = np.diff(domain.sequences().offsets).astype(np.float64)
     m = domain.manifest
     data = Workload(
@@ -115,9 +119,12 @@ def predicted(entry: Size, domain: Domain, calibration: Calibration) -> Plan:
     return make_plan(entry.config, data, 1, calibration.applied_to(MACHINES["cpu"]))
 
 
-def measured(folder: Path, entry: Size, threads: int) -> tuple[float, float, float]:
-    """Seconds of the fastest step, processor seconds of the one with the least, and megabytes at the peak of all of them, in
-    this process."""
+def measure(folder: Path, entry: Size, threads: int) -> tuple[float, float, float]:
+    """Run the steps in this process.
+
+    Returns:
+        Seconds of the fastest step, the least processor seconds of a step, and megabytes at the peak.
+    """
     torch.set_num_threads(threads)
     domain = open_domain(folder)
     features = RandomFeatures(domain.manifest.items, PAPER_DIMS)
@@ -130,12 +137,12 @@ def measured(folder: Path, entry: Size, threads: int) -> tuple[float, float, flo
         domain, features, model=config.model, loss=config.loss, stream=config.stream, training=config.training
     )
     with exact_products(CPU):
-        seconds, processor = zip(*itertools.islice(_steps(trainer, inputs), 1, entry.steps + 1), strict=True)
+        seconds, processor = zip(*itertools.islice(_time_steps(trainer, inputs), 1, entry.steps + 1), strict=True)
     return min(seconds), min(processor), (peak_bytes() - before) / 1e6
 
 
-def _steps(trainer: Trainer, inputs: Steps) -> Iterator[tuple[float, float]]:
-    """Seconds of each, waiting for data included, and processor seconds of all threads."""
+def _time_steps(trainer: Trainer, inputs: Steps) -> Iterator[tuple[float, float]]:
+    """Run steps. Yields seconds, waiting for data included, and processor seconds of all threads."""
     start, busy = time.perf_counter(), time.process_time()
     for step_input in inputs:
         trainer.step(step_input)

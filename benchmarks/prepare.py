@@ -1,6 +1,6 @@
-"""Interactions from a plain CSV file to a prepared domain, in time and memory, against the usual way with pandas.
+"""Time and memory from a CSV file of interactions to a prepared domain, against pandas.
 
-Each measurement is a process of its own; memory is its peak resident memory (it starts no others), imports included.
+Each measurement runs in a process of its own; memory is its peak resident memory, imports included.
 """
 
 from __future__ import annotations
@@ -12,14 +12,14 @@ from pathlib import Path
 import numpy as np
 
 from antdist.training.memory import peak_bytes
-from benchmarks.processes import in_fresh_process
+from benchmarks.processes import run_in_fresh_process
 from benchmarks.report import Line, Options, Report, ratio
 
 K_CORE = 5
 
 
 def write_source(folder: Path, interactions: int, users: int, items: int) -> None:
-    """`interactions.csv` in order of time, users and items drawn with unequal chances, and `items.csv`."""
+    """Write `interactions.csv` in order of time, with skewed users and items, and `items.csv`."""
     import pyarrow as pa
     import pyarrow.csv as pa_csv
 
@@ -39,8 +39,8 @@ def write_source(folder: Path, interactions: int, users: int, items: int) -> Non
     pa_csv.write_csv(pa.table({"item_id": names["item"], "title": titles}), folder / "items.csv", options)
 
 
-def ours(folder: Path, threads: int) -> tuple[float, float]:
-    """Seconds, and the peak of memory in GiB."""
+def prepare_with_antdist(folder: Path, threads: int) -> tuple[float, float]:
+    """Prepare the source. Returns seconds, and peak memory in GiB."""
     start = time.perf_counter()
     import pyarrow
 
@@ -52,8 +52,8 @@ def ours(folder: Path, threads: int) -> tuple[float, float]:
     return time.perf_counter() - start, peak_bytes() / 2**30
 
 
-def usual(folder: Path) -> tuple[float, float]:
-    """The same filter and order with pandas, written as Parquet: neither checks, digests nor blocks."""
+def prepare_with_pandas(folder: Path) -> tuple[float, float]:
+    """Filter and sort likewise with pandas, to Parquet: without checks, digests or blocks."""
     start = time.perf_counter()
     import pandas
 
@@ -77,10 +77,10 @@ def run(options: Options) -> Report:
     interactions, users, items = (20_000, 2_000, 400) if options.short else (10_000_000, 1_000_000, 200_000)
     found: dict[str, list[tuple[float, float]]] = {"antdist": [], "pandas": []}
     with tempfile.TemporaryDirectory() as folder:
-        in_fresh_process(write_source, Path(folder), interactions, users, items)
+        run_in_fresh_process(write_source, Path(folder), interactions, users, items)
         for _ in range(options.repeats):
-            found["antdist"].append(in_fresh_process(ours, Path(folder), options.threads))
-            found["pandas"].append(in_fresh_process(usual, Path(folder)))
+            found["antdist"].append(run_in_fresh_process(prepare_with_antdist, Path(folder), options.threads))
+            found["pandas"].append(run_in_fresh_process(prepare_with_pandas, Path(folder)))
     rates = {name: [interactions / seconds for seconds, _ in values] for name, values in found.items()}
     memory = {name: [peak for _, peak in values] for name, values in found.items()}
     return Report(

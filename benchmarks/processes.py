@@ -1,4 +1,4 @@
-"""Work in processes of its own: fresh ones, for memory and start-up, and ranks that talk over gloo."""
+"""Work in separate processes: fresh ones, for memory and start-up, and ranks over gloo."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from antdist.training.memory import peak_bytes, reset_peak, resident_bytes
 T = TypeVar("T")
 
 
-def in_fresh_process(function: Callable[..., T], *arguments: Any) -> T:
-    """`function(*arguments)` in a new interpreter; arguments and result are picklable."""
+def run_in_fresh_process(function: Callable[..., T], *arguments: Any) -> T:
+    """Call `function(*arguments)` in a new interpreter; arguments and result must be picklable."""
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
         return pool.submit(function, *arguments).result()
 
 
-def on_ranks(size: int, function: Callable[..., T], *arguments: Any) -> list[T]:
-    """`function(rank, *arguments)` on `size` new processes of one gloo group, a thread each; in rank order."""
+def run_on_ranks(size: int, function: Callable[..., T], *arguments: Any) -> list[T]:
+    """Call `function(rank, *arguments)` on each of `size` new processes of a gloo group, one thread each."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = int(probe.getsockname()[1])
@@ -44,8 +44,8 @@ def _on_rank(rank: int, size: int, port: int, function: Callable[..., T], argume
         dist.destroy_process_group()
 
 
-def seconds_and_extra_bytes(work: Callable[[], object]) -> tuple[float, int]:
-    """How long a work takes, and how much more memory than before is resident at its peak."""
+def measure_memory(work: Callable[[], object]) -> tuple[float, int]:
+    """Measure how long a work takes, and how much memory it adds at its peak."""
     reset_peak()
     before, start = resident_bytes(), time.perf_counter()
     work()

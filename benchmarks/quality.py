@@ -1,10 +1,10 @@
-"""Does `sequence` mode cost quality against `prefix`? Both trained from scratch on a real domain, a seed a repeat.
+"""Does `sequence` mode cost quality against `prefix`? Both from scratch on real data, a seed a repeat.
 
     python -m benchmarks quality --data DATA/scientific --repeats 3 --set model.modalities='[text]' --picture curves.svg
 
 Full-catalogue loss, best epoch by validation Recall@10, one test; the metric of each user is averaged over seeds and the
-modes are compared by a paired t-test over users. Curves against wall time: the best validation Recall@10 so far, training
-and validation included. The two modes of a seed run one after the other.
+modes are compared by a paired t-test over users. The curves show the best validation Recall@10 so far against wall time,
+training and validation included. The two modes of a seed run one after the other.
 """
 
 from __future__ import annotations
@@ -20,8 +20,6 @@ import numpy as np
 from antdist.config.load import load_config
 from antdist.config.schema import RelearnConfig
 from antdist.data.domain import Domain, open_domain
-from antdist.data.stream.stream import Stream
-from antdist.distributed.world import World
 from antdist.errors import UserError
 from antdist.evaluation.metrics import per_user, summary
 from antdist.evaluation.ranking import Ranks, embed_catalogue, rank_targets, test_queries, validation_queries
@@ -29,12 +27,9 @@ from antdist.evaluation.significance import compare
 from antdist.features.catalogue import Catalogue, open_optional_table
 from antdist.model.recommender import Recommender
 from antdist.training.adaptation import adapt
-from antdist.training.checkpoints.local import best_weights
-from antdist.training.engines.plain import PlainEngine
-from antdist.training.feed import Feed
 from antdist.training.progress import SELECTION_METRIC
-from antdist.training.trainer import Trainer
 from benchmarks.report import Line, Options, Report
+from benchmarks.trainers import train_to_best
 from benchmarks.worlds import RandomFeatures, Shape, write_world
 
 MODES = ("prefix", "sequence")
@@ -57,7 +52,9 @@ def run(options: Options) -> Report:
             settings = ["training.epochs=2", "model.dim=16", "stream.batch_size=64", *options.settings]
         elif options.data is None:
             raise UserError(
-                "quality is measured on real data", remedy="name a prepared and featurized domain: --data DATA/NAME"
+                "quality is measured on real data",
+                where="--data",
+                remedy="name a prepared and featurized domain: --data DATA/NAME",
             )
         else:
             domain, settings = open_domain(options.data), list(options.settings)
@@ -74,7 +71,7 @@ def run(options: Options) -> Report:
                 fits[mode].append(fit(configs[mode], domain, catalogue, seed, Path(folder) / f"{mode}-{seed}"))
     if options.picture is not None:
         draw(fits, domain.name, options.picture)
-    lines, notes = compared(fits)
+    lines, notes = compare_modes(fits)
     return Report(
         "quality",
         f"sequence against prefix mode on {domain.name} ({', '.join(catalogue.dims)}), from scratch, seeds 0 to "
@@ -86,38 +83,38 @@ def run(options: Options) -> Report:
 
 def fit(config: RelearnConfig, domain: Domain, catalogue: Any, seed: int, folder: Path) -> Fit:
     """Train from scratch and test the best epoch."""
-    from safetensors.torch import load_file
-
     means = catalogue.means() if config.model.initial_shift == "mean" else None
     model = adapt("scratch", config.model, catalogue.dims, parent=None, means=means, seed=seed)
-    sequences, longest, world = domain.sequences(), config.model.max_length, World()
-    watched = validation_queries(sequences, longest)
+    sequences, longest = domain.sequences(), config.model.max_length
+    queries = validation_queries(sequences, longest)
     start, curve = time.perf_counter(), list[tuple[float, float]]()
 
     def validate() -> dict[str, float]:
-        found = summary(ranks_of(model, catalogue, watched))
+        found = summary(rank_queries(model, catalogue, queries))
         best = max([found[SELECTION_METRIC], *(value for _, value in curve)])
         curve.append((time.perf_counter() - start, best))
         return found
 
-    stream = Stream([domain], config.stream, max_length=longest, seed=seed)
-    feed = Feed(stream, catalogue, config.loss, domain.popularity(), config.training.accumulation, seed, world)
-    engine = PlainEngine(model, config.training, world)
-    trainer = Trainer(
-        engine, feed, config.training, world, folder, seed, validate, lambda metrics, step: None, name=folder.name
+    train_to_best(
+        model,
+        domain,
+        catalogue,
+        loss=config.loss,
+        stream=config.stream,
+        training=config.training,
+        seed=seed,
+        folder=folder,
+        evaluate=validate,
     )
-    progress = trainer.train()
-    assert progress.best_epoch is not None
-    model.load_state_dict(load_file(best_weights(folder, progress.best_epoch)))
-    return Fit(curve, ranks_of(model, catalogue, test_queries(sequences, longest)))
+    return Fit(curve, rank_queries(model, catalogue, test_queries(sequences, longest)))
 
 
-def ranks_of(model: Recommender, catalogue: Any, queries: Any) -> Ranks:
+def rank_queries(model: Recommender, catalogue: Any, queries: Any) -> Ranks:
     return rank_targets(model, embed_catalogue(model, catalogue), queries)
 
 
-def compared(fits: dict[str, list[Fit]]) -> tuple[list[Line], list[str]]:
-    """A line for each figure of each mode, and what the t-tests say."""
+def compare_modes(fits: dict[str, list[Fit]]) -> tuple[list[Line], list[str]]:
+    """Make a line for each figure of each mode, and notes with the results of the t-tests."""
     lines, notes = [], []
     for mode, runs in fits.items():
         for metric in TESTED:
@@ -141,7 +138,7 @@ def compared(fits: dict[str, list[Fit]]) -> tuple[list[Line], list[str]]:
 
 
 def draw(fits: dict[str, list[Fit]], domain: str, path: Path) -> None:
-    """Both modes' curves against wall time, a thin line a seed."""
+    """Draw both modes' curves against wall time, a thin line a seed."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7, 4), layout="constrained")

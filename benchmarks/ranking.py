@@ -1,7 +1,7 @@
 """Full ranking by counting against sorting the masked score matrix.
 
 Random users and items of the size of Amazon Scientific. Both sides start from the same user and item vectors, score all
-items for all users, leave out what a user has seen, and give the rank of the target: by counting the items above it
+items for all users, exclude what a user has seen, and return the rank of the target: by counting the items above it
 (`antdist.evaluation.ranking.rank_targets`), or by `torch.argsort` of the whole masked matrix. A last line has the model
 encode the users' histories too.
 """
@@ -18,14 +18,14 @@ from antdist.config.schema import ModelConfig
 from antdist.evaluation.ranking import Queries, rank_targets, test_queries
 from antdist.model.ops.scores import scores, unit_or_fail
 from antdist.model.recommender import Recommender, build_recommender
-from benchmarks.report import Line, Options, Report, ratio, taking_turns
-from benchmarks.worlds import TARGET, Shape, sequences_of
+from benchmarks.report import Line, Options, Report, alternate, ratio
+from benchmarks.worlds import TARGET, Shape, draw_sequences
 
 DIM = 256
 
 
-class Ready(nn.Module):
-    """User vectors that are there already, one a user: leaves the ranking alone to be timed."""
+class FixedUsers(nn.Module):
+    """Precomputed user vectors in place of an encoder, so that only the ranking is timed."""
 
     def __init__(self, users: Tensor) -> None:
         super().__init__()
@@ -36,7 +36,7 @@ class Ready(nn.Module):
 
 
 def rank_by_sorting(users: Tensor, items: Tensor, queries: Queries) -> np.ndarray:
-    """The plain way: all scores, a mask, a sort."""
+    """Rank the plain way: all scores, a mask, a sort."""
     found = scores(unit_or_fail(users, "users"), unit_or_fail(items, "items"))
     rows = np.repeat(np.arange(len(queries)), np.diff(queries.exclude_offsets))
     found[torch.from_numpy(rows), torch.from_numpy(queries.exclude_items)] = -torch.inf
@@ -47,7 +47,7 @@ def rank_by_sorting(users: Tensor, items: Tensor, queries: Queries) -> np.ndarra
 def run(options: Options) -> Report:
     shape = Shape(500, 300, 7.0) if options.short else TARGET
     torch.manual_seed(0)
-    queries = test_queries(sequences_of(shape), 50)
+    queries = test_queries(draw_sequences(shape), 50)
     everyone = np.arange(shape.users)
     ready = Queries(
         everyone,
@@ -59,7 +59,7 @@ def run(options: Options) -> Report:
     )
     items, users = torch.randn(shape.items, DIM), torch.randn(shape.users, DIM)
     model = build_recommender(ModelConfig(dim=DIM, inner=DIM, modalities=["text"]), {"text": 384})
-    vectors = cast("Recommender", Ready(users))
+    vectors = cast("Recommender", FixedUsers(users))
 
     counted, in_order = rank_targets(vectors, items, ready), rank_by_sorting(users, items, ready)
     apart = (counted.ranks - in_order)[~counted.seen]  # sorting knows no tolerance for ties
@@ -73,9 +73,7 @@ def run(options: Options) -> Report:
     def with_histories() -> None:
         rank_targets(model, items, queries)
 
-    seconds = taking_turns(
-        {"counting": by_counting, "sorting": by_sorting, "encoding": with_histories}, options.repeats
-    )
+    seconds = alternate({"counting": by_counting, "sorting": by_sorting, "encoding": with_histories}, options.repeats)
     return Report(
         "ranking",
         f"rank of one target among {shape.items:,} items for each of {shape.users:,} users, d = {DIM}, scoring and leaving "

@@ -1,7 +1,7 @@
-"""What a benchmark has to say: lines of figures with their spread, for people and as JSON.
+"""The report of a benchmark: lines of figures with their spread, for people and as JSON.
 
-A figure has one value a repeat; a ratio is always of two things of the same repeat, which took turns in one run, so that a
-noisy machine slows both.
+A figure has one value a repeat. A ratio compares two works of the same repeat, which alternate in one run, so that a noisy
+machine slows both.
 """
 
 from __future__ import annotations
@@ -16,16 +16,15 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Options:
-    """How a benchmark is run. `data` is a prepared domain or a folder of them, `settings` are overrides of the
-    configuration, `picture` is where curves are drawn, `minutes` is how long to go on: each for those that can use it."""
+    """The options of a run; some apply to a few benchmarks only."""
 
     short: bool = False
     repeats: int = 5
     threads: int = 2
-    data: Path | None = None
-    settings: tuple[str, ...] = ()
-    picture: Path | None = None
-    minutes: float = 20.0
+    data: Path | None = None  # a prepared domain, or a folder of them
+    settings: tuple[str, ...] = ()  # overrides of the configuration
+    picture: Path | None = None  # the file for curves
+    minutes: float = 20.0  # how long to run
 
 
 @dataclass(frozen=True)
@@ -43,7 +42,7 @@ class Line:
 
 @dataclass(frozen=True)
 class Report:
-    """`work` says in words exactly what was compared."""
+    """Figures and notes; `work` states exactly what was compared."""
 
     name: str
     work: str
@@ -52,14 +51,14 @@ class Report:
 
 
 def ratio(what: str, fast: Sequence[float], slow: Sequence[float]) -> Line:
-    """How many times `fast` is of `slow`, repeat by repeat: give rates as (ours, theirs), seconds as (theirs, ours)."""
+    """Divide `fast` by `slow`, repeat by repeat: pass rates as (ours, theirs), seconds as (theirs, ours)."""
     return Line(what, [f / s for f, s in zip(fast, slow, strict=True)], "x")
 
 
-def taking_turns(works: dict[str, Callable[[], float | None]], repeats: int) -> dict[str, list[float]]:
-    """Seconds of each work in each of `repeats` rounds, after a round that warms up.
+def alternate(works: dict[str, Callable[[], float | None]], repeats: int) -> dict[str, list[float]]:
+    """Measure the seconds of each work in each of `repeats` rounds, after a warm-up round.
 
-    A work that returns a number has measured itself: the number counts instead of its seconds.
+    A work that returns a number has measured itself: the number replaces its seconds.
     """
     found: dict[str, list[float]] = {name: [] for name in works}
     for number in range(repeats + 1):
@@ -72,13 +71,19 @@ def taking_turns(works: dict[str, Callable[[], float | None]], repeats: int) -> 
     return found
 
 
-def show(report: Report, machine: dict[str, Any]) -> str:
-    """The report as aligned columns: what, median, spread over repeats; below it the notes and the machine."""
+def format_report(report: Report, machine: dict[str, Any]) -> str:
+    """Format the report as aligned columns (what, median, spread over repeats), then notes and machine."""
     head = ["", "median", "from", "to", "unit"]
     cells = [
         head,
         *(
-            [line.what, number(line.median), number(min(line.values)), number(max(line.values)), line.unit]
+            [
+                line.what,
+                format_number(line.median),
+                format_number(min(line.values)),
+                format_number(max(line.values)),
+                line.unit,
+            ]
             for line in report.lines
         ),
     ]
@@ -102,15 +107,15 @@ def show(report: Report, machine: dict[str, Any]) -> str:
     )
 
 
-def number(value: float) -> str:
-    """Three significant digits, or all those before the point; thousands set off."""
+def format_number(value: float) -> str:
+    """Format a number with three significant digits, or all before the point, and separators."""
     if abs(value) >= 100 or value == int(value):
         return f"{value:,.0f}"
     return f"{value:.3g}"
 
 
 def to_json(report: Report, machine: dict[str, Any]) -> dict[str, Any]:
-    """The same as a document."""
+    """Convert the report to a JSON document."""
     lines = [
         {
             "what": line.what,

@@ -1,26 +1,24 @@
-"""Weak scaling: two workers over one, a thread each, the same number of predictions a worker: in predictions a second, and,
-since a prediction's work changes with the size of the global batch, in useful operations a second.
+"""Weak scaling: two workers over one, one thread each, the same number of predictions a worker.
 
-Plain engine over gloo, worlds and feature sizes of the paper, all three modalities. With two workers the global batch is
-twice as large; each distinct item of it is embedded by one of them and gathered. Runs of one and of two workers take turns.
+Measured in predictions a second and, since the work of a prediction changes with the size of the global batch, in useful
+operations a second. Plain engine over gloo, worlds and feature sizes of the paper, all three modalities. With two workers the
+global batch is twice as large; each distinct item of it is embedded by one of them and gathered. Runs of one and of two
+workers alternate.
 """
 
 from __future__ import annotations
 
-import itertools
 import tempfile
 import time
 from pathlib import Path
 
-from antdist.batch import Batch
 from antdist.config.schema import LossConfig, ModelConfig, StreamConfig, TrainingConfig
 from antdist.data.domain import open_domain
 from antdist.distributed.world import barrier, current_world
-from antdist.model.ops.products import exact_products
 from benchmarks.flops import useful_flops
-from benchmarks.jobs import make_trainer, rate
-from benchmarks.processes import on_ranks
+from benchmarks.processes import run_on_ranks
 from benchmarks.report import Line, Options, Report, ratio
+from benchmarks.trainers import make_trainer, run_steps
 from benchmarks.worlds import AUXILIARY, PAPER_DIMS, TARGET, RandomFeatures, Shape, write_world
 
 JOBS = {
@@ -29,9 +27,13 @@ JOBS = {
 }
 
 
-def rates(rank: int, folder: Path, loss: LossConfig, batch: int, steps: int) -> tuple[float, float]:
-    """By this rank's clock, after two steps that warm up: predictions a second of all ranks together, and the useful
-    operations a second of this rank's matrix products (`benchmarks.flops.useful_flops`)."""
+def measure_rates(rank: int, folder: Path, loss: LossConfig, batch: int, steps: int) -> tuple[float, float]:
+    """Measure by this rank's clock, after two warm-up steps.
+
+    Returns:
+        Predictions a second of all ranks together, and the useful operations a second of this rank's matrix products
+        (`benchmarks.flops.useful_flops`).
+    """
     domain, world = open_domain(folder), current_world()
     trainer, inputs = make_trainer(
         domain,
@@ -42,15 +44,10 @@ def rates(rank: int, folder: Path, loss: LossConfig, batch: int, steps: int) -> 
         training=TrainingConfig(engine="plain"),
         world=world,
     )
-    rate(trainer, inputs, 2)
+    run_steps(trainer, inputs, 2)
     barrier(world)
-    batches: list[Batch] = []
-    predictions, start = 0, time.perf_counter()
-    with exact_products(world.device):
-        for step_input in itertools.islice(inputs, steps):
-            trainer.step(step_input)
-            predictions += step_input.batch.predictions
-            batches += [micro.batch for micro in step_input.micro_batches]
+    start = time.perf_counter()
+    predictions, batches = run_steps(trainer, inputs, steps)
     seconds = time.perf_counter() - start
     operations = sum(useful_flops(b, ModelConfig(), PAPER_DIMS, aligned=loss.alignment > 0) for b in batches)
     return predictions / seconds, operations / seconds
@@ -66,7 +63,7 @@ def run(options: Options) -> Report:
         domains = {name: write_world(Path(folder) / name, shape).folder for name, shape in shapes.items()}
         for _ in range(options.repeats):
             for (name, size), measured in found.items():
-                ranks = on_ranks(size, rates, domains[name], JOBS[name], batch, steps)
+                ranks = run_on_ranks(size, measure_rates, domains[name], JOBS[name], batch, steps)
                 measured.append((min(speed for speed, _ in ranks), sum(operations for _, operations in ranks)))
     lines = []
     for name in shapes:

@@ -1,4 +1,4 @@
-"""`antdist --help` in a fresh process, against a Python that does nothing and one that imports torch."""
+"""`antdist --help` in a fresh process, against an empty Python program and one that imports torch."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 
-from benchmarks.report import Line, Options, Report, ratio, taking_turns
+from benchmarks.report import Line, Options, Report, alternate, ratio
 
 COMMANDS = {
     "antdist --help": ["-m", "antdist", "--help"],
@@ -16,13 +16,13 @@ COMMANDS = {
 
 
 def run(options: Options) -> Report:
-    def process(arguments: list[str]) -> Callable[[], None]:
+    def make_work(arguments: list[str]) -> Callable[[], None]:
         def start() -> None:
             subprocess.run([sys.executable, *arguments], check=True, capture_output=True)
 
         return start
 
-    seconds = taking_turns({name: process(arguments) for name, arguments in COMMANDS.items()}, options.repeats)
+    seconds = alternate({name: make_work(arguments) for name, arguments in COMMANDS.items()}, options.repeats)
     ours, nothing, torch = seconds.values()
     return Report(
         "startup",

@@ -1,8 +1,8 @@
 """Users a second of one process from shards in the page cache, shuffled.
 
-`antdist.data.stream.stream.Stream` in both modes, against a pipeline as it is usually written with webdataset over the same
-shards: each user a sample of its own, shards and users shuffled (a buffer of 10,000), batches collated to ids and offsets.
-The stream in `sequence` mode also from a URI whose shards lie in the node's cache.
+`antdist.data.stream.stream.Stream` in both modes, against the usual webdataset pipeline over the same shards: each user is a
+sample, shards and users are shuffled (a buffer of 10,000), batches are collated to ids and offsets. The stream in `sequence`
+mode also reads from a URI whose shards are in the node's cache.
 A window of the stream is a user's training items: in `sequence` mode once, in `prefix` mode each of its prefixes.
 """
 
@@ -24,13 +24,13 @@ from antdist.data.domain import Domain, Sequences, open_domain
 from antdist.data.shards import ItemRecord
 from antdist.data.stream.stream import Stream
 from antdist.data.writing import write_domain
-from benchmarks.report import Line, Options, Report, ratio, taking_turns
+from benchmarks.report import Line, Options, Report, alternate, ratio
 
 LENGTH, SHARDS, BATCH, BUFFER = 8, 16, 2048, 10_000
 
 
 def write_users(folder: Path, users: int, items: int) -> Domain:
-    """A domain of users of eight random items in sixteen shards."""
+    """Write a domain of users with eight random items each, in sixteen shards."""
     random = np.random.default_rng(0)
     blocks = -(-users // 1024)
     write_domain(
@@ -49,8 +49,8 @@ def write_users(folder: Path, users: int, items: int) -> Domain:
     return open_domain(folder / "users")
 
 
-def usual(shards: list[str], users_a_batch: int) -> Iterable[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-    """A webdataset pipeline: blocks exploded into a sample a user, shuffled, batched."""
+def webdataset_pipeline(shards: list[str], users_a_batch: int) -> Iterable[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+    """Make a webdataset pipeline: blocks split into one sample a user, shuffled, batched."""
     import webdataset
 
     def explode(blocks: Iterable[dict[str, Any]]) -> Iterator[np.ndarray]:
@@ -94,14 +94,16 @@ def run(options: Options) -> Report:
             return seen / predictions
 
         def theirs() -> float:
-            return sum(len(targets) for _, targets, _ in usual(shards, BATCH // predictions)) / predictions
+            return (
+                sum(len(targets) for _, targets, _ in webdataset_pipeline(shards, BATCH // predictions)) / predictions
+            )
 
         counted: dict[str, float] = {}
 
         def count(name: str, seen: float) -> None:
             counted[name] = seen
 
-        seconds = taking_turns(
+        seconds = alternate(
             {
                 "sequence": lambda: count("sequence", ours("sequence")),
                 "sequence from the cache": lambda: count("sequence from the cache", ours("sequence", cached)),
@@ -113,7 +115,7 @@ def run(options: Options) -> Report:
     rates = {name: [counted[name] / found for found in values] for name, values in seconds.items()}
     return Report(
         "stream",
-        f"{users:,} users of {LENGTH} items in {len(shards)} shards that lie in the page cache, one process, one epoch a "
+        f"{users:,} users of {LENGTH} items in {len(shards)} shards in the page cache, one process, one epoch a "
         f"repeat, shuffled, batches of about {BATCH} predictions: the stream in both modes, from a folder and from a URI whose "
         f"shards lie in the node's cache, against a webdataset pipeline that makes each user a sample (as in sequence mode), shuffles in a buffer of {BUFFER:,} and collates",
         [

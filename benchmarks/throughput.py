@@ -1,13 +1,12 @@
-"""Predictions a second in training: antdist's plain engine against `benchmarks.baseline`, steps of the two taking turns.
+"""Predictions a second in training: antdist's plain engine against `benchmarks.baseline`.
 
-Three modalities at the paper's sizes, random features, generated histories (`benchmarks.worlds`), or those of `--data`.
-The baseline does one step of 256 prefixes a repeat; antdist some steps of the default batch in `sequence` mode, its data
-read from shards beside the steps. The matrix product's peak is taken in every repeat: the most that any size reached.
+Steps of the two alternate. Three modalities at the paper's sizes, random features, generated histories (`benchmarks.worlds`), or those of `--data`.
+In each repeat the baseline runs one step of 256 prefixes; antdist runs some steps of the default batch in `sequence` mode,
+while it reads its data from shards. The peak of a matrix product, the best over several sizes, is taken in every repeat.
 """
 
 from __future__ import annotations
 
-import itertools
 import tempfile
 import time
 from collections.abc import Callable
@@ -17,15 +16,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from antdist.batch import Batch
 from antdist.config.schema import LossConfig, ModelConfig, StreamConfig, TrainingConfig
 from antdist.data.domain import open_domain
 from antdist.model.ops.products import exact_products
 from antdist.planning.calibration import GEMM_SIZES, Sizes, gemm_peak
 from benchmarks.baseline import Baseline
 from benchmarks.flops import padded_flops, useful_flops
-from benchmarks.jobs import make_trainer
-from benchmarks.report import Line, Options, Report, ratio, taking_turns
+from benchmarks.report import Line, Options, Report, alternate, ratio
+from benchmarks.trainers import make_trainer, run_steps
 from benchmarks.worlds import (
     AUXILIARY,
     LARGE_TARGET,
@@ -44,7 +42,7 @@ MODEL = ModelConfig()
 
 @dataclass(frozen=True)
 class Case:
-    """One comparison. `steps` of antdist are about as long as one of the baseline's is, or shorter."""
+    """One comparison. `steps` of antdist take about as long as one step of the baseline, or less."""
 
     name: str
     shape: Shape
@@ -93,25 +91,20 @@ def _compare(case: Case, options: Options) -> list[Line]:
         usual = _usual_step(features, examples, in_batch)
         speeds: list[float] = []
 
-        def fast() -> float:
-            predictions, operations, start = 0, 0.0, time.perf_counter()
-            batches: list[Batch] = []
-            for step_input in itertools.islice(inputs, case.steps):
-                with exact_products(CPU):
-                    trainer.step(step_input)
-                predictions += step_input.batch.predictions
-                batches += [micro.batch for micro in step_input.micro_batches]
+        def run_antdist() -> float:
+            start = time.perf_counter()
+            predictions, batches = run_steps(trainer, inputs, case.steps)
             seconds = time.perf_counter() - start
             operations = sum(useful_flops(batch, MODEL, PAPER_DIMS, aligned=in_batch) for batch in batches)
             speeds.append(operations / seconds)
             return predictions / seconds
 
         sizes: Sizes = ((256, 256, 256),) if options.short else GEMM_SIZES
-        found = taking_turns({"peak": lambda: _peak(sizes), "usual": usual, "fast": fast}, options.repeats)
+        found = alternate({"peak": lambda: _peak(sizes), "usual": usual, "fast": run_antdist}, options.repeats)
     speeds = speeds[-options.repeats :]
-    known = len(examples[2])
-    usual_items = known if in_batch else domain.manifest.items
-    usual_flops = padded_flops(known, MODEL.max_length, usual_items, usual_items, MODEL, PAPER_DIMS, aligned=in_batch)
+    count = len(examples[2])
+    usual_items = count if in_batch else domain.manifest.items
+    usual_flops = padded_flops(count, MODEL.max_length, usual_items, usual_items, MODEL, PAPER_DIMS, aligned=in_batch)
     return [
         Line(f"{case.name}: antdist", found["fast"], "predictions/s"),
         Line("  the usual way", found["usual"], "predictions/s"),
@@ -124,7 +117,7 @@ def _compare(case: Case, options: Options) -> list[Line]:
         ),
         Line(
             "  operations of the usual way over it",
-            [100 * rate / known * usual_flops / p for rate, p in zip(found["usual"], found["peak"], strict=True)],
+            [100 * rate / count * usual_flops / p for rate, p in zip(found["usual"], found["peak"], strict=True)],
             "%",
         ),
     ]
@@ -133,7 +126,7 @@ def _compare(case: Case, options: Options) -> list[Line]:
 def _usual_step(
     features: RandomFeatures, examples: tuple[Tensor, Tensor, Tensor], in_batch: bool
 ) -> Callable[[], float]:
-    """A step of the baseline; gives its predictions a second."""
+    """Make a work of one step of the baseline that returns its predictions a second."""
     model = Baseline(features.values)
     optimizer = torch.optim.Adam(model.parameters())
     loss_of = model.pretraining_loss if in_batch else model.adaptation_loss
@@ -149,7 +142,7 @@ def _usual_step(
 
 
 def _peak(sizes: Sizes) -> float:
-    """The better of torch's default product and `exact_products`."""
+    """Measure the better of torch's default product and `exact_products`."""
     with exact_products(CPU):
         best = gemm_peak(CPU, torch.float32, sizes)
     return max(best, gemm_peak(CPU, torch.float32, sizes))

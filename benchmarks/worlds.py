@@ -1,4 +1,4 @@
-"""Worlds that the benchmarks train on: users, items and histories drawn to the shape of public data, random features."""
+"""Worlds for benchmarks: histories with the statistics of public data, random features."""
 
 from __future__ import annotations
 
@@ -21,20 +21,20 @@ PAPER_DIMS = {"text": 768, "image": 1024, "price": 64}  # the authors' features
 
 @dataclass(frozen=True)
 class Shape:
-    """How large a world is. Lengths are at least 5, log-normal above, with this mean; item popularity is Zipf's."""
+    """The size of a world. Lengths are 5 plus a log-normal; item popularity follows Zipf's law."""
 
     users: int
     items: int
     mean_length: float
 
 
-TARGET = Shape(8_442, 4_385, 7.0)  # as Amazon Scientific: the paper's own target
+TARGET = Shape(8_442, 4_385, 7.0)  # like Amazon Scientific, a target of the paper
 LARGE_TARGET = Shape(50_000, 26_000, 7.0)
-AUXILIARY = Shape(55_000, 28_800, 14.4)  # as four public domains together
+AUXILIARY = Shape(55_000, 28_800, 14.4)  # like four public domains together
 
 
 class RandomFeatures:
-    """Features of all items in memory, in place of a domain's feature tables (`antdist.training.feed.FeatureSource`)."""
+    """Random features in memory, in place of a domain's tables (`antdist.training.feed.FeatureSource`)."""
 
     def __init__(self, items: int, dims: dict[str, int], seed: int = 0) -> None:
         random = torch.Generator().manual_seed(seed)
@@ -49,8 +49,8 @@ class RandomFeatures:
         )
 
 
-def sequences_of(shape: Shape, seed: int = 0) -> Sequences:
-    """Histories of random users, each with at least five interactions."""
+def draw_sequences(shape: Shape, seed: int = 0) -> Sequences:
+    """Draw histories of random users, each with at least five interactions."""
     random = np.random.default_rng(seed)
     above = random.lognormal(0.0, 1.0, shape.users)
     lengths = 5 + np.floor(above * (shape.mean_length - 4.5) / above.mean()).astype(np.int64)
@@ -61,13 +61,13 @@ def sequences_of(shape: Shape, seed: int = 0) -> Sequences:
 
 
 def write_world(folder: Path, shape: Shape, seed: int = 0, block_users: int = 1024) -> Domain:
-    """A prepared domain of that shape below `folder`, without features."""
+    """Write and open a prepared domain of that shape below `folder`, without features."""
     records = (ItemRecord(i, f"item-{i}", None, None, []) for i in range(shape.items))
     write_domain(
         folder / "world",
         "world",
         records,
-        sequences_of(shape, seed),
+        draw_sequences(shape, seed),
         [f"user-{u}" for u in range(shape.users)],
         {},
         block_users=block_users,
@@ -76,10 +76,13 @@ def write_world(folder: Path, shape: Shape, seed: int = 0, block_users: int = 10
 
 
 def padded_prefixes(domain: Domain, length: int, examples: int, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
-    """Some of a domain's predictions as the usual loader hands them out: histories (B, length) padded at the end, their
-    lengths (B,) and the next items (B,)."""
+    """Draw predictions of a domain as the usual loader returns them.
+
+    Returns:
+        Histories (B, length) padded at the end, their lengths (B,) and the next items (B,).
+    """
     known = domain.sequences()
-    lengths = np.diff(known.offsets) - 2  # less validation and test item
+    lengths = np.diff(known.offsets) - 2  # without validation and test item
     random = np.random.default_rng(seed)
     chances: NDArray[np.float64] = (lengths - 1) / (lengths - 1).sum()
     users = random.choice(len(lengths), size=examples, p=chances)

@@ -11,7 +11,7 @@ from hypothesis import settings
 from antdist.io.logs import PACKAGE, setup_logging
 from tests.stores import Bucket, Database, postgres_programs, postgres_server, s3_server
 
-# no test is timed: the cores are shared
+# no deadlines: the cores are shared
 settings.register_profile("untimed", deadline=None)
 settings.load_profile("untimed")
 
@@ -31,7 +31,7 @@ SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 
 @pytest.fixture(scope="session")
 def shared_data() -> Path:
-    """The real data beside the project; tests that need it skip by name where it is absent."""
+    """Return the folder of real data beside the project; skips the test if it is absent."""
     if not SHARED_DATA.is_dir():
         pytest.skip("real data absent: no folder ../shared/data beside the project")
     return SHARED_DATA
@@ -45,13 +45,13 @@ def _new_bucket() -> Iterator[Callable[[], Bucket]]:
 
 @pytest.fixture
 def s3(_new_bucket: Callable[[], Bucket], monkeypatch: pytest.MonkeyPatch) -> Iterator[Bucket]:
-    """A new bucket of a server that speaks S3; the environment has what reaches it."""
+    """Create a bucket of an S3 server, reachable through the environment."""
     from s3fs import S3FileSystem
 
     bucket = _new_bucket()
     for name, value in bucket.environment.items():
         monkeypatch.setenv(name, value)
-    S3FileSystem.clear_instance_cache()  # fsspec keeps clients, with the environment that they were made in
+    S3FileSystem.clear_instance_cache()  # fsspec caches clients with the environment that they were created in
     yield bucket
     S3FileSystem.clear_instance_cache()
 
@@ -67,5 +67,5 @@ def _new_database() -> Iterator[Callable[[], Database]]:
 
 @pytest.fixture
 def database(_new_database: Callable[[], Database]) -> Database:
-    """A new, empty database of a PostgreSQL server."""
+    """Create an empty database of a PostgreSQL server."""
     return _new_database()

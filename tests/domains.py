@@ -1,4 +1,4 @@
-"""Small prepared domains in which every interaction has an item of its own, so that an item names its place."""
+"""Small prepared domains in which every interaction has its own item, which names its position."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from antdist.data.writing import write_domain
 
 
 def numbered_domain(folder: Path, lengths: Sequence[int], *, block_users: int = 4, blocks_per_shard: int = 2) -> Domain:
-    """Users with these many interactions; the n-th interaction of the domain is with item n."""
+    """Write users with these numbers of interactions; the n-th of the domain is with item n."""
     offsets = ragged.offsets(lengths)
     items = np.arange(offsets[-1])
     write_domain(
@@ -32,6 +32,6 @@ def numbered_domain(folder: Path, lengths: Sequence[int], *, block_users: int = 
 
 
 def training_targets(lengths: Sequence[int]) -> list[int]:
-    """The items that `numbered_domain` has to predict in training: all but each user's first and last two."""
+    """Return the training targets of `numbered_domain`: all but each user's first and last two."""
     ends = np.cumsum(lengths)
     return [i for n, end in zip(lengths, ends.tolist(), strict=True) for i in range(end - n + 1, end - 2)]

@@ -1,4 +1,4 @@
-"""A Ray head of a test's own, beside whatever else runs on the machine, and jobs submitted to it as a user submits them."""
+"""A private Ray head for a test, and jobs submitted to it as a user would."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ PROJECT = Path(__file__).resolve().parents[1]
 
 @dataclass(frozen=True)
 class Job:
-    """A submitted job that has ended: `ray job submit` gives its logs and whether it succeeded."""
+    """A submitted job that has ended: its logs, and whether it succeeded."""
 
     succeeded: bool
     logs: str
@@ -35,7 +35,7 @@ class Job:
 
 @dataclass(frozen=True)
 class Head:
-    """A running head. `environment` is what a process needs to talk to it: it names the token's file, not the token."""
+    """A running head. `environment` lets a process connect; it names the token's file, not the token."""
 
     address: str  # host:port, for ray.init
     jobs: str  # http://host:port, for ray job
@@ -55,11 +55,11 @@ class Head:
         return Job(done.returncode == 0, done.stdout)
 
     def status(self, job: str) -> str:
-        """What the head says of the job that was submitted under this id."""
+        """Return the status of a job by its id."""
         return str(self.get(f"/api/jobs/{job}")["status"])
 
     def get(self, path: str) -> Any:
-        """What the head answers over HTTP."""
+        """Return the head's answer to an HTTP request."""
         token = Path(self.environment["RAY_AUTH_TOKEN_PATH"]).read_text()
         request = urllib.request.Request(f"{self.jobs}{path}", headers={"Authorization": f"Bearer {token}"})
         with urllib.request.urlopen(request, timeout=30) as answer:
@@ -68,8 +68,8 @@ class Head:
 
 @contextlib.contextmanager
 def ray_head(cpus: int = 2, *, wait: float = 90) -> Iterator[Head]:
-    """Start a head with free ports and a folder and token of its own; at the end stop it, and no other."""
-    # Ray's sockets lie below its folder, and a socket's path has at most 107 characters
+    """Start a head with free ports, its own folder and token; stop it, and no other, at the end."""
+    # Ray's sockets are below its folder, and a socket's path has at most 107 characters
     folder = Path(tempfile.mkdtemp(prefix="ray-", dir="/tmp"))
     environment = ray_environment(folder)
     jobs = f"127.0.0.1:{free_port()}"
@@ -106,13 +106,13 @@ def ray_environment(folder: Path) -> dict[str, str]:
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN_PATH": str(token),
         "RAY_USAGE_STATS_ENABLED": "0",
-        "RAY_worker_niceness": "0",  # its 15 lets workers starve beside whatever else runs on the machine
-        "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "0",  # else it waits up to 30 s for Train's idle actors to leave
+        "RAY_worker_niceness": "0",  # Ray's 15 would let workers starve on a busy machine
+        "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "0",  # otherwise it waits up to 30 s for Train's idle actors
     }
 
 
 def _await_head(process: subprocess.Popen[bytes], folder: Path, jobs: str, wait: float) -> str:
-    """Wait until the head has started and takes jobs; its address."""
+    """Wait until the head accepts jobs. Returns its address."""
     address, log = folder / "ray_current_cluster", folder / "head.log"
     deadline = time.monotonic() + wait
     while not (address.is_file() and _answers(f"http://{jobs}/api/version")):
@@ -125,7 +125,7 @@ def _await_head(process: subprocess.Popen[bytes], folder: Path, jobs: str, wait:
 def _answers(url: str) -> bool:
     try:
         urllib.request.urlopen(url, timeout=5).close()
-    except urllib.error.HTTPError:  # an answer too: it wants the token
+    except urllib.error.HTTPError:  # an answer, too: it requires the token
         return True
     except OSError:
         return False
@@ -133,7 +133,7 @@ def _answers(url: str) -> bool:
 
 
 def _stop(process: subprocess.Popen[bytes]) -> None:
-    """End the head: `ray start --block` ends what it started, and the kernel what would outlive it."""
+    """Stop the head: `ray start --block` ends its processes, and SIGKILL what would outlive it."""
     process.terminate()
     with contextlib.suppress(subprocess.TimeoutExpired):
         process.wait(timeout=20)

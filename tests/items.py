@@ -13,7 +13,7 @@ WORDS = ["red", "blue", "green", "lamp", "chair", "table", "steel", "wood", "lar
 
 
 def picture(seed: int, mode: str = "RGB", size: tuple[int, int] = (40, 30), form: str = "PNG") -> bytes:
-    """A noisy picture of one ground colour, as bytes."""
+    """Draw a noisy picture of one base colour, as bytes."""
     rng = np.random.default_rng(seed)
     pixels = (rng.integers(0, 200, 3) + rng.integers(0, 55, (size[1], size[0], 3))).astype(np.uint8)
     file = io.BytesIO()
@@ -22,7 +22,7 @@ def picture(seed: int, mode: str = "RGB", size: tuple[int, int] = (40, 30), form
 
 
 def some_items(count: int, seed: int = 0) -> list[ItemRecord]:
-    """Items of which every 5th has no text, every 3rd no picture, every 4th no price; the others have one or two."""
+    """Make items; every 5th has no text, every 3rd no picture, every 4th no price."""
     rng = np.random.default_rng(seed)
     items = []
     for n in range(count):

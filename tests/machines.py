@@ -1,5 +1,7 @@
-"""Machines of a test's own: namespaces for network, host name, processes and mounts, all on one bridge, so that what they say to
-each other crosses a network that can be cut. They share the file system, but for /tmp/ray and /dev/shm."""
+"""Simulated machines: namespaces for network, host name, processes and mounts on one bridge.
+
+Their traffic crosses a network that can be cut. They share the file system, except /tmp/ray and /dev/shm.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,7 @@ from pathlib import Path
 import pytest
 
 BRIDGE = "10.77.0.1"
-# a machine as Debian sets it up: its own name is a loopback address, which no other machine can use
+# as on Debian: the machine's own name is a loopback address, which no other machine can use
 HOSTS = "127.0.0.1 localhost\n127.0.1.1 {name}\n"
 SETTLE = """
 set -e
@@ -36,7 +38,7 @@ INSIDE = ("--net", "--uts", "--mount", "--pid")
 
 @dataclass
 class Machine:
-    """One that is switched on. `init` keeps its namespaces; without it all its processes are gone."""
+    """A running machine. `init` keeps its namespaces; when it ends, so do all processes."""
 
     name: str
     address: str
@@ -65,17 +67,17 @@ class Machine:
         )  # fmt: skip
 
     def hide(self, folder: Path) -> None:
-        """The machine sees an empty folder there."""
+        """Mount an empty folder at this path."""
         subprocess.run([*self._enter(), "mount", "-t", "tmpfs", "tmpfs", folder], check=True)
 
     def crash(self) -> None:
-        """As if its power went: kill -9 of every process."""
+        """Simulate a power cut: kill -9 of every process."""
         with contextlib.suppress(ProcessLookupError):
             os.kill(self.init, signal.SIGKILL)
         self.holder.wait()
 
     def link(self, state: str) -> None:
-        """Its cable, `down` or `up`: packets get lost, and nobody is told."""
+        """Set its link `down` or `up`: while down, packets are lost silently."""
         self.network.ip("link", "set", f"v-{self.name}", state)
 
     def _enter(self) -> list[str]:
@@ -95,7 +97,7 @@ class Network:
         subprocess.run(command, check=True, stderr=subprocess.DEVNULL)
 
     def switch_on(self, name: str, number: int) -> Machine:
-        """A machine of this name with the address 10.77.0.NUMBER."""
+        """Start a machine with this name and the address 10.77.0.NUMBER."""
         folder = self.folder / name
         shutil.rmtree(folder, ignore_errors=True)
         (folder / "ray").mkdir(parents=True)
@@ -106,7 +108,9 @@ class Network:
         )  # fmt: skip
         machine = Machine(name, f"10.77.0.{number}", holder, _child(holder), self)
         self.machines.append(machine)
-        with contextlib.suppress(subprocess.CalledProcessError):  # of the machine before it: the kernel takes its time
+        with contextlib.suppress(
+            subprocess.CalledProcessError
+        ):  # left by an earlier machine: the kernel removes it late
             self.ip("link", "delete", f"v-{name}")
         self.ip("link", "add", f"v-{name}", "type", "veth", "peer", "name", "eth0", "netns", str(machine.init))
         self.ip("link", "set", f"v-{name}", "master", "bridge", "up")
@@ -116,7 +120,7 @@ class Network:
 
 
 def _child(holder: subprocess.Popen[bytes]) -> int:
-    """The first process in the namespaces that `unshare` makes."""
+    """Find the first process in the namespaces that `unshare` creates."""
     deadline = time.monotonic() + 10
     while time.monotonic() < deadline:
         assert holder.poll() is None, "no namespaces"
@@ -129,7 +133,7 @@ def _child(holder: subprocess.Popen[bytes]) -> int:
 
 @contextlib.contextmanager
 def network(folder: Path) -> Iterator[Network]:
-    """A bridge without machines; at the end all are switched off. Skips the test where namespaces cannot be made."""
+    """Create a bridge; stop all machines at the end. Skips the test if namespaces are unavailable."""
     if any(shutil.which(program) is None for program in ("unshare", "nsenter", "ip", "ss")):
         pytest.skip("no network namespaces: unshare, nsenter, ip or ss is not installed")
     if subprocess.run(["unshare", *INSIDE, "--fork", "true"], capture_output=True).returncode:

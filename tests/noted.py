@@ -1,4 +1,4 @@
-"""Storage for tests: a local folder as `noted://FOLDER` that notes what is opened, and fails or dawdles as it is told."""
+"""Storage for tests: a folder as `noted://FOLDER` that logs openings, and fails or delays on request."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from typing import Any
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
-LOG, AWAY = "NOTED_LOG", "NOTED_AWAY"  # files: one line an opening; while it is there, nothing is answered
-SLOW = "NOTED_SLOW"  # seconds that an opening takes
+LOG, AWAY = "NOTED_LOG", "NOTED_AWAY"  # files: one line for each opening; while it exists, every request fails
+SLOW = "NOTED_SLOW"  # seconds of delay for each opening
 
 
 class Noted(LocalFileSystem):
@@ -35,7 +35,7 @@ class Noted(LocalFileSystem):
     def _open(self, path: str, mode: str = "rb", **options: Any) -> Any:
         _answer()
         if log := os.environ.get(LOG):
-            with Path(log).open("a") as file:  # a short line, so whole, whoever else writes
+            with Path(log).open("a") as file:  # a short line, so it is written in one piece
                 file.write(f"{Path(path).name}\n")
         if slow := os.environ.get(SLOW):
             time.sleep(float(slow))
@@ -51,5 +51,5 @@ fsspec.register_implementation("noted", Noted, clobber=True)
 
 
 def opened(log: Path) -> Counter[str]:
-    """How often each file was opened."""
+    """Count how often each file was opened."""
     return Counter(log.read_text().split()) if log.is_file() else Counter()

@@ -1,4 +1,4 @@
-"""Run a function on N gloo ranks on this machine, for what each gives or how each ends."""
+"""Run a function on N gloo ranks on this machine, for their results or how they end."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import torch.multiprocessing as mp
 
 from antdist.io.logs import setup_logging
 
-# imported once, in the server that the ranks are forked from: seconds each otherwise
+# imported once, in the server that ranks are forked from; otherwise seconds for each rank
 PRELOADED = ["torch._dynamo", "deepspeed", "antdist.training.trainer"]
 
 
@@ -65,8 +65,15 @@ def start_ranks(
     environment: Mapping[str, str] | None = None,
     errors: Path | None = None,
 ) -> tuple[list[Any], Any]:
-    """`function(*arguments)` on `size` processes of one gloo group, with what `environment` adds to this process' and the
-    standard error in the file `errors`: the processes, and the queue of (rank, result, traceback)."""
+    """Start `function(*arguments)` on `size` processes of one gloo group.
+
+    Args:
+        environment: added to this process's environment.
+        errors: the file for standard error.
+
+    Returns:
+        The processes, and a queue of (rank, result, traceback).
+    """
     context = mp.get_context("forkserver")
     context.set_forkserver_preload(PRELOADED)
     results = context.Queue()
@@ -83,7 +90,7 @@ def start_ranks(
 
 
 def on_ranks(size: int, function: Callable[..., Any], *arguments: Any) -> list[Any]:
-    """`function(*arguments)` on `size` processes of one gloo group; their results (picklable) in rank order."""
+    """Run `function(*arguments)` on `size` processes of a gloo group. Returns results by rank."""
     processes, results = start_ranks(size, function, *arguments)
     collected: dict[int, Any] = {}
     try:

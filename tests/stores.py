@@ -1,4 +1,4 @@
-"""Stores as users have them, on loopback, each a process of its own: what speaks S3, PostgreSQL, MLflow's tracking server.
+"""Stores as users have them, on loopback, one process each: S3, PostgreSQL, MLflow's server.
 
 The fixtures are in `tests/conftest.py`: `s3` (a new bucket), `database` (a new database; skips by name where no PostgreSQL is).
 """
@@ -30,7 +30,7 @@ SERVANTS = ("postgres", "nobody")  # PostgreSQL refuses to be root
 
 @dataclass(frozen=True)
 class Bucket:
-    """A bucket of its own. `environment` is all that a process needs to reach it, whatever client it uses."""
+    """A private bucket. `environment` is all that a process needs to reach it with any client."""
 
     name: str
     environment: Mapping[str, str]
@@ -40,7 +40,7 @@ class Bucket:
         return f"s3://{self.name}"
 
     def files(self) -> Any:
-        """fsspec's file system; a new one each time, so that it knows nothing from before."""
+        """Return a new fsspec file system, with no cached listings."""
         import s3fs
 
         environment = self.environment
@@ -53,14 +53,14 @@ class Bucket:
         )
 
     def contents(self, below: str = "") -> dict[str, bytes]:
-        """What lies there, by key."""
+        """Return the contents by key."""
         files, root = self.files(), f"{self.name}/{below}".rstrip("/")
         return {str(path).removeprefix(f"{self.name}/"): bytes(files.cat_file(path)) for path in files.find(root)}
 
 
 @contextlib.contextmanager
 def s3_server() -> Iterator[Callable[[], Bucket]]:
-    """A server that speaks S3; each call makes a bucket. What is larger than 16 MB it keeps on disk."""
+    """Start an S3 server; each call creates a bucket. Objects above 16 MB are kept on disk."""
     port = free_port()
     endpoint = f"http://127.0.0.1:{port}"
     environment = {
@@ -85,7 +85,7 @@ def s3_server() -> Iterator[Callable[[], Bucket]]:
 
 
 def postgres_programs() -> Path | None:
-    """The folder of PostgreSQL's programs, the newest version's; None where there is no server."""
+    """Find the programs of the newest installed PostgreSQL server; None without one."""
     found = shutil.which("initdb")
     folders = [Path(found).resolve().parent] if found else []
     folders += sorted(DEBIAN.glob("*/bin"), key=lambda folder: -float(folder.parent.name))
@@ -94,7 +94,7 @@ def postgres_programs() -> Path | None:
 
 @dataclass(frozen=True)
 class Database:
-    """A database of its own, as SQLAlchemy names it; the password is in the environment, not in the URI."""
+    """A private database by its SQLAlchemy URI; the password is in the environment, not in the URI."""
 
     uri: str
     environment: Mapping[str, str]
@@ -102,7 +102,10 @@ class Database:
 
 @contextlib.contextmanager
 def postgres_server(programs: Path) -> Iterator[Callable[[], Database]]:
-    """PostgreSQL on a free port of loopback, with a password; as root, under another user. Each call makes a database."""
+    """Start PostgreSQL on loopback with a password; each call creates a database.
+
+    PostgreSQL refuses to run as root, so root starts it under another user.
+    """
     servant = _servant()
     folder = Path(tempfile.mkdtemp(prefix="pg-", dir="/tmp"))  # a user without rights below pytest's folders
     port, password = free_port(), secrets.token_hex(16)
@@ -139,7 +142,7 @@ def postgres_server(programs: Path) -> Iterator[Callable[[], Database]]:
 
 @dataclass
 class TrackingServer:
-    """`mlflow server`, its records in a database, its artifacts in a bucket; it may be killed and started again.
+    """`mlflow server` with a database and a bucket, which can be killed and restarted.
 
     Args:
         proxied: artifacts go through the server; else clients reach the bucket themselves.
@@ -186,7 +189,7 @@ class TrackingServer:
 
 
 def start_quietly(command: list[str], log: Path, **options: Any) -> subprocess.Popen[bytes]:
-    """A process in a group of its own, all it says in a file."""
+    """Start a process in its own group, with its output in a file."""
     with log.open("ab") as file:
         return subprocess.Popen(
             command, stdin=subprocess.DEVNULL, stdout=file, stderr=file, start_new_session=True, **options
@@ -212,7 +215,7 @@ def kill_group(process: subprocess.Popen[bytes]) -> None:
 def _serving(
     command: list[str], answers: Callable[[], bool], end: int = signal.SIGKILL, **options: Any
 ) -> Iterator[None]:
-    """The process, once it answers; ended by the signal `end`: what it holds goes with it."""
+    """Run a process within the block, from its first answer on, and end it by the signal `end`."""
     with tempfile.TemporaryDirectory() as folder:
         log = Path(folder) / "log"
         process = start_quietly(command, log, **options)
@@ -235,7 +238,7 @@ def _answers(url: str) -> bool:
 
 
 def _servant() -> str | None:
-    """Whom the server runs as, if we are root."""
+    """Return the user that runs the server if we are root."""
     if os.getuid() != 0:
         return None
     for name in SERVANTS:

@@ -1,4 +1,4 @@
-"""What the project never does with what comes from outside, read off its source; and that no secret is told."""
+"""What the sources never do with untrusted input, checked on the source; and redacted secrets."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ NEVER_CALLED = {
     "eval", "exec", "compile", "__import__", "os.system", "os.popen", "yaml.unsafe_load", "yaml.full_load", "yaml.load_all",
     "runpy.run_path", "runpy.run_module",
 }  # fmt: skip
-# what is allowed in one place, and there in one way only
+# allowed in one place, and there in one way only
 IN_ONE_PLACE = {
     "torch.load": ("antdist/model/import_reference.py", {"weights_only": True}),
     "yaml.load": ("antdist/config/load.py", {}),

@@ -28,7 +28,7 @@ def make_domain(
     dims: dict[str, int] | None = None,
     missing: float = 0.2,
 ) -> Domain:
-    """A domain of random walks over items (the next item is near the last), with random features of `dims`."""
+    """Write a domain of random walks over items, with random features of `dims`."""
     random = np.random.default_rng([seed, len(name)])
     lengths = random.integers(3, longest + 1, users)
     starts = random.integers(0, items, users)
@@ -57,7 +57,7 @@ def make_domain(
 def give_features(
     domain: Domain, modality: str, dim: int, *, seed: int = 0, missing: float = 0.0, encoder: str = "random"
 ) -> None:
-    """A feature table of unit random rows, some of them missing."""
+    """Write a feature table of random unit rows, some of them missing."""
     random = np.random.default_rng([seed, len(modality), dim])
     items = domain.manifest.items
     values = random.standard_normal((items, dim)).astype(np.float32)

@@ -53,7 +53,7 @@ class FoundModel:
 
 @dataclass(frozen=True, repr=False)
 class Evaluation(Report):
-    """The metrics of a model on the users of a split, the number of users, and of targets already in their history."""
+    """Metrics on the users of a split, with the number of users and of targets in their history."""
 
     model: str
     domain: str

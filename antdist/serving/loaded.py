@@ -1,4 +1,4 @@
-"""A model in memory with the items that it ranks: recommend, embed, save; without Ray or the training stack."""
+"""A model in memory with its items: recommend, embed, save; without Ray or the training stack."""
 
 from __future__ import annotations
 
@@ -96,7 +96,7 @@ class LoadedModel:
         )
 
     def embed_items(self, item_ids: Sequence[str] | None = None) -> NDArray[np.float32]:
-        """Return the embeddings (len(item_ids), d) of these items, by default of the whole catalogue in its order.
+        """Return the embeddings (len(item_ids), d) of these items; by default of the whole catalogue.
 
         Raises:
             UserError: an unknown item.

@@ -1,4 +1,4 @@
-"""The MLflow flavour of an adapted model: histories in, items and scores out, without the training stack.
+"""An adapted model in MLflow: histories in, items and scores out, without the training stack.
 
 Besides the weights and the card, a servable folder holds (and no pickle)
   MLmodel                names this module as the loader, the signature, and digests of the other files
@@ -65,7 +65,7 @@ def make_servable(folder: Path, domain: Domain | None) -> None:
 
 
 def write_servable(folder: Path, embeddings: Tensor, item_ids: Sequence[str], fingerprint: str | None) -> None:
-    """Add a catalogue to a model's folder, and the files that MLflow needs to load it; MLmodel is written last.
+    """Add a catalogue and the files of MLflow to a model's folder; MLmodel is written last.
 
     Args:
         embeddings: (N, d), as the model computes them.

@@ -45,7 +45,7 @@ PARTS, PART_BLOCKS = 64, 64  # parts that a small domain is cut into, and blocks
 
 @dataclass(frozen=True, repr=False)
 class ScoreReport(Report):
-    """The result of `score`. `rows` counts (user, item) pairs; `fresh_users` those that this run scored, in `seconds`."""
+    """The result of `score`: `rows` are (user, item) pairs, `fresh_users` were scored in `seconds`."""
 
     out: str
     users: int
@@ -159,7 +159,7 @@ def _digest(content: Any) -> str:
 
 
 def cut_into_parts(domain: Domain) -> list[UserPart]:
-    """Cut the users by complete blocks, into some 64 parts, those of a large domain into parts of 64 blocks."""
+    """Cut the users by blocks into some 64 parts, those of a large domain into parts of 64 blocks."""
     manifest, pending = domain.manifest, domain.pending
     blocks = max(1, min(PART_BLOCKS, manifest.blocks // PARTS))
     parts: list[UserPart] = []
@@ -200,7 +200,7 @@ def _write_summary(
 
 @contextlib.contextmanager
 def _score_here(found: FoundModel, task: ScoreTask, parts: Sequence[UserPart]) -> Iterator[Iterator[dict[str, Any]]]:
-    """Yield the notes of the parts, scored in this process; the catalogue is embedded when the block begins."""
+    """Yield the notes of the parts, scored in this process, after embedding the catalogue."""
     import pyarrow as pa
 
     domain, device = open_domain(task.domain), resolve_device(task.device)
@@ -238,7 +238,7 @@ class ScoreActor:
 def _score_on_ray(
     found: FoundModel, task: ScoreTask, parts: Sequence[UserPart], workers: int
 ) -> Iterator[Iterator[dict[str, Any]]]:
-    """Yield the notes as `_score_here`, from actors of the running Ray or of a local one for the time of the block."""
+    """Yield the notes as `_score_here`, from actors of the running Ray or of a temporary local one."""
     workers = min(workers, len(parts))
     with ray_data_session(workers, task.threads) as share:
         import ray

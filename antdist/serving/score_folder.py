@@ -1,4 +1,4 @@
-"""The folder that `antdist score` fills: every file appears complete, and the folder records its inputs.
+"""The folder that `antdist score` fills: files appear complete, and it records its inputs.
 
 _parts/inputs.json      written first: digests of everything that the files are computed from
 part-00000.parquet ...  the parts
@@ -25,7 +25,7 @@ SUMMARY, INPUTS = "_score.json", "_parts/inputs.json"
 
 
 class ScoreFolder:
-    """The output of `antdist score`: a local folder that all nodes of a cluster share, or a URI that fsspec knows.
+    """The output of `antdist score`: a folder that all nodes share, or a URI that fsspec knows.
 
     Raises (every method, too):
         UserError: fsspec knows no such storage, its package is missing, it does not answer, or refuses.
@@ -41,7 +41,7 @@ class ScoreFolder:
         return ScoreFolder, (self.place,)
 
     def claim(self, inputs: Mapping[str, str]) -> None:
-        """Reserve an empty folder for what is computed from `inputs`, or check that it was reserved for the same.
+        """Reserve an empty folder for these inputs, or check that it was reserved for the same.
 
         Raises:
             UserError: it holds something else; the message names the input that differs.
@@ -67,7 +67,7 @@ class ScoreFolder:
             )
 
     def read_finished(self) -> dict[int, dict[str, Any]]:
-        """Read the notes of complete parts, by number: of the recorded size, in a local folder also of its digest."""
+        """Read the notes of complete parts by number: size as recorded, in a local folder also digest."""
         names = [name for name in self._sizes("_parts") if name.partition(".")[0].isdigit()]
         with ThreadPoolExecutor(16) as pool:
             notes = [

@@ -1,4 +1,4 @@
-"""A worker of `antdist score`: embed the catalogue in ranges, then read, score and write parts of the users."""
+"""A worker of `antdist score`: embed the catalogue in ranges, then score parts of the users."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The top N items: for one history, for many, and exactly over a catalogue of any size, scored a piece at a time."""
+"""The top N items for one or many histories, exactly, over a catalogue scored a piece at a time."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def recommend_many(
     *,
     exclude_history: bool = True,
 ) -> list[list[tuple[int, float]]]:
-    """Return what `recommend` returns for each of many non-empty histories: `counts[i]` items for the i-th.
+    """Return what `recommend` returns for many non-empty histories: `counts[i]` items for the i-th.
 
     Raises:
         UserError: the model's vectors are NaN or Inf.
@@ -91,7 +91,7 @@ def encode_users(model: Recommender, item_embeddings: Tensor, histories: Sequenc
 def top_items(
     vectors: Tensor, catalogue: Iterable[Tensor], n: int, seen: tuple[IntArray, IntArray] | None = None
 ) -> tuple[IntArray, NDArray[np.float32]]:
-    """Return the n items of highest cosine to each user, best first; equal scores in the catalogue's order.
+    """Return the n items of highest cosine to each user, best first, ties in the catalogue's order.
 
     At most users x `PIECE` scores exist at a time.
 
@@ -133,7 +133,7 @@ def _split(catalogue: Iterable[Tensor], size: int) -> Iterable[Tensor]:
 
 
 def _top_columns(scores: Tensor, n: int) -> tuple[Tensor, Tensor]:
-    """Return the n highest of each row (U, C), highest first, and their columns; equal ones by increasing column.
+    """Return the n highest of each row (U, C), highest first, and their columns; ties by column.
 
     The n highest lie in the n groups of columns with the highest maxima (of equal groups the first): any other group is
     preceded by n groups that each hold a score at least as high. Only these are searched, and maxima are cheap.

@@ -78,7 +78,7 @@ class Outbox:
         return kept
 
     def next_batch(self) -> tuple[list[Record], int]:
-        """Return the next pending records that fit into one request, and the position of their end for `mark_sent`.
+        """Return the next records that fit into one request, and their end for `mark_sent`.
 
         Metrics, params and tags share a batch; every other record is a batch of its own. Empty once released.
         """

@@ -54,7 +54,7 @@ class Version:
 
 @dataclass(frozen=True, repr=False)
 class Overview(Report):
-    """Versions by name, the newest first, and the lineage of each by URI, from its own data to its first ancestor."""
+    """Versions by name, the newest first, and by URI the lineage of each back to its first ancestor."""
 
     table_key = "models"
 
@@ -171,7 +171,7 @@ def load_versions(uri: str) -> list[Version]:
 
 
 def trace_lineage(version: Version, known: Mapping[str, Version]) -> list[str]:
-    """List a version's data, its parent, the parent's data and so on: `food 3f2a1b9c`, `models:/pretrain/3`, ..."""
+    """List a version's data, parent, parent's data and so on: `food 3f2a1b9c`, `models:/pre/3`, ..."""
     steps, visited = [_describe_data(version)], {version.uri}
     while version.parent is not None:
         parent = known.get(version.parent)

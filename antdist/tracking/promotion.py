@@ -19,7 +19,7 @@ CHAMPION_TRANSFERS = (None, "ground truth", "positive")  # of a pre-training, of
 
 @dataclass(frozen=True, repr=False)
 class Promotion(Report):
-    """The result of a promotion. `before` and `after` are versions; `forced` is the reason that --force overruled."""
+    """The result of a promotion: version numbers, and in `forced` the reason that --force overruled."""
 
     name: str
     alias: str
@@ -39,9 +39,10 @@ class Promotion(Report):
 
 
 def promote(model: str, alias: str, uri: str, *, force: bool = False) -> Promotion:
-    """Move `alias` to `model` if its validation metric beats the holder's for the same task, or if nothing holds it.
+    """Move `alias` to `model` if its validation metric beats the holder's, or if nothing holds it.
 
-    `champion` also requires that the transfer is positive, or that there is none to judge.
+    Metrics compare for the same task only. `champion` also requires that the transfer is positive, or that there is none to
+    judge.
 
     Args:
         force: move it in any case, and record the reason against it as a tag of the version.

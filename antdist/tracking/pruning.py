@@ -95,7 +95,7 @@ def select_prunable(versions: Sequence[Version], keep: int, pattern: str = "*") 
 
 
 def _remove(uri: str, version: Version, others: Sequence[Version]) -> bool:
-    """Remove a version unless it has an alias by now; return whether it is gone. Files that `others` share stay."""
+    """Remove a version, but not files that `others` share. Returns False if it has an alias by now."""
     shared = {path for other in others if other.run_id == version.run_id for path in _artifact_paths(other)}
     with translate_errors(uri):
         client = connect(uri)

@@ -28,7 +28,7 @@ MLFLOW_NOTE = "registered_model_meta"
 
 @dataclass(frozen=True)
 class Lineage:
-    """Where a model comes from: its data (domain name to manifest fingerprint), its strategy and its parent."""
+    """The sources of a model: data (domain name to manifest fingerprint), strategy and parent."""
 
     fingerprints: Mapping[str, str]
     target: str | None = None  # the domain it was adapted to; None for pre-training
@@ -37,7 +37,7 @@ class Lineage:
 
     @property
     def task(self) -> str:
-        """Name the scope in which validation metrics compare: the same target data, or the same auxiliary data."""
+        """Name the scope in which validation metrics compare: the same target or auxiliary data."""
         if self.target is not None:
             return f"target:{self.fingerprints[self.target]}"
         return f"pretrain:{hashlib.sha256(' '.join(sorted(self.fingerprints.values())).encode()).hexdigest()}"
@@ -169,7 +169,7 @@ def check_model_name(name: str) -> None:
 
 
 def compare_with_holder(alias: str, holder: Any, candidate: Any) -> tuple[bool, str]:
-    """Decide whether an alias moves from `holder` (a model version or None) to `candidate`, and why, in words.
+    """Decide whether an alias moves from `holder` (a version or None) to `candidate`, and say why.
 
     It moves if nothing holds it, or if the candidate's validation metric beats the holder's for the same task.
     """
@@ -191,7 +191,7 @@ def compare_with_holder(alias: str, holder: Any, candidate: Any) -> tuple[bool, 
 
 
 def validation_metric(version: Any) -> float | None:
-    """Return the validation Recall@10 of a version; None without one, or if it is NaN, which nothing would ever beat."""
+    """Return the validation Recall@10 of a version; None without one, or if it is NaN or Inf."""
     metric = version.tags.get(VALIDATION)
     return None if metric is None or not math.isfinite(float(metric)) else float(metric)
 

@@ -1,4 +1,4 @@
-"""Resolve MODEL, a folder or a reference into the tracking store, to a local folder with the registered content."""
+"""Resolve MODEL, a folder or a reference, to a local folder with the registered content."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ DOWNLOAD_ATTEMPTS = 3  # few: the store answered a moment ago
 
 @dataclass(frozen=True)
 class ResolvedModel:
-    """A model in a local folder. `uri` is `models:/NAME/VERSION` if it is registered, else as the user named it."""
+    """A model in a local folder. `uri` is `models:/NAME/VERSION`, or as the user named it."""
 
     folder: Path
     uri: str
@@ -77,7 +77,7 @@ def resolve(model: str, uri: str, cache: Path | None = None) -> ResolvedModel:
 
 
 def resolve_training_state(model: str, uri: str, cache: Path | None = None) -> ResolvedModel:
-    """Resolve the training state of MODEL (of a folder: its subfolder `training_state`), checked like the model.
+    """Resolve the training state of MODEL (in a folder: `training_state`), checked like the model.
 
     Raises:
         UserError: as `resolve`, or a model without training state.

@@ -1,4 +1,4 @@
-"""One MLflow run for each job. MLflow is a ledger: training never waits for it, and each record arrives once.
+"""One MLflow run for each job: training never waits for it, and each record arrives once.
 
 `TrackedRun.log` appends to the outbox on disk and returns; a thread of its own delivers in order (`outbox.py` has the
 argument why nothing is lost or doubled).
@@ -176,7 +176,7 @@ def check_run_exists(uri: str, run_id: str) -> None:
 
 
 class TrackedRun:
-    """A run being written. One process writes a run at a time: rank 0, or the driver before and after the workers."""
+    """A run being written, by one process at a time: rank 0, or the driver before and after."""
 
     def __init__(self, uri: str, run_id: str, folder: Path, *, resumed: bool) -> None:
         self.uri, self.run_id, self._folder = uri, run_id, folder
@@ -234,7 +234,7 @@ class TrackedRun:
         self.outbox.append([{"kind": "artifacts", "folder": str(folder.resolve()), "path": path}])
 
     def flush(self) -> bool:
-        """Deliver now, in the caller's thread, which may wait for the server. Returns whether nothing is pending."""
+        """Deliver now, in the caller's thread, and return whether nothing is pending. May wait."""
         try:
             self._deliver()
         except Exception as error:  # the server, the network or a driver below MLflow may raise anything
@@ -306,7 +306,7 @@ class TrackedRun:
         self._caught_up = True
 
     def _send(self, batch: list[Record]) -> None:
-        """Send records; move those that the server refuses for good to `rejected`. Any other failure is raised."""
+        """Send records; move those that the server refuses to `rejected`. Other failures are raised."""
         try:
             self._send_once(batch)
         except Exception as error:

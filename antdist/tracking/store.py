@@ -1,4 +1,4 @@
-"""The tracking store: a server, or SQLite and plain files below the runs' folder. Its address, clients and errors."""
+"""The tracking store, a server or SQLite below the runs' folder: its address, client and errors."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def sqlite_file(uri: str) -> Path | None:
 
 
 def artifact_location(uri: str) -> str | None:
-    """Return the URI for a new experiment's artifacts: beside the SQLite file; None lets the server decide."""
+    """Return the URI of a new experiment's artifacts, beside the SQLite file; None: the server decides."""
     file = sqlite_file(uri)
     return None if file is None else (file.parent / ARTIFACTS).as_uri()
 
@@ -168,7 +168,7 @@ def _tls(uri: str) -> ssl.SSLContext | None:
 
 
 def ui_command(uri: str) -> str:
-    """Return the command that opens MLflow's UI on this store, to be copied; a UI server binds to loopback."""
+    """Return the command that opens MLflow's UI on this store; a UI server binds to loopback."""
     file = sqlite_file(uri)
     if file is None:
         return shlex.join([sys.executable, "-m", "webbrowser", redact(uri)])
@@ -179,7 +179,7 @@ def ui_command(uri: str) -> str:
 
 @functools.cache
 def connect(uri: str) -> MlflowClient:
-    """Return the process's client of the store and its registry. The first call takes seconds (import, tables)."""
+    """Return the process's client of the store and its registry. The first call takes seconds."""
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     # MLflow's own retries would repeat what the server may already have done, and create a version twice. What is worth
     # a retry waits in the outbox, or is retried by a caller that first checks what is done.
@@ -212,13 +212,13 @@ def _lock_sqlite(file: Path | None) -> Iterator[None]:
 
 
 def is_refusal(error: Exception) -> bool:
-    """Return whether MLflow itself refused for good. Gateways and restarting servers report a failed "API request"."""
+    """Return whether MLflow itself refused for good: a gateway reports a failed "API request"."""
     return getattr(error, "error_code", None) in REFUSALS and not str(error).startswith("API request")
 
 
 @contextlib.contextmanager
 def transfer_artifacts(uri: str) -> Iterator[None]:
-    """Allow requests to take as long as files do, and raise the artifact store's errors as StoreUnavailable.
+    """Allow long requests, and raise the errors of an artifact store as StoreUnavailable.
 
     Wrap whatever sends, fetches, lists or removes artifacts. Each package behind an artifact store raises errors of its
     own; MLflow's errors and Python's pass unchanged.
@@ -279,7 +279,7 @@ def patiently(work: Callable[[], T], uri: str, trials: int | None = None) -> T:
 
 @contextlib.contextmanager
 def translate_errors(uri: str) -> Iterator[None]:
-    """Raise MLflow's errors as UserError without credentials, and as StoreUnavailable if a retry may succeed.
+    """Raise MLflow's errors as UserError without credentials; StoreUnavailable if a retry may help.
 
     The chain is cut, because its messages may hold credentials.
     """

@@ -1,4 +1,4 @@
-"""What a run is described by in MLflow: clean keys, flat parameters, and tags for versions and the git commit."""
+"""The description of a run in MLflow: clean keys, flat parameters, tags of versions and commit."""
 
 from __future__ import annotations
 
@@ -19,7 +19,10 @@ MAX_KEY = 250  # characters that MLflow accepts
 
 
 def clean_key(name: str) -> str:
-    """Replace what MLflow refuses in a key ("@" by "_at_", all but letters, digits and "_-. :/" by "_") and cut it."""
+    """Replace what MLflow refuses in a key, and cut it.
+
+    "@" becomes "_at_"; all but letters, digits and "_-. :/" becomes "_".
+    """
     return re.sub(r"[^\w\-. :/]", "_", name.replace("@", "_at_"))[:MAX_KEY]
 
 

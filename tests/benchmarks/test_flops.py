@@ -1,4 +1,4 @@
-"""Useful operations counted by formula agree with what torch counts where nothing is computed twice or in vain."""
+"""Useful operations by formula agree with torch's counter where nothing is computed twice."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ MODEL = ModelConfig(dim=16, inner=8, experts=4, heads=2, layers=2, max_length=8,
 
 
 def test_useful_operations_match_the_flop_counter() -> None:
-    """Windows as long as a block of attention, so that torch's count has little padding; the rest to a few per cent."""
+    """Windows are as long as a block of attention, so torch's count has little padding."""
     world = SmallWorld(size=40)
     sequences = [[(7 * u + 3 * n) % 40 for n in range(9)] for u in range(30)]
     batch = make_batch([windows(sequences, "sequence", 8)], 0, "catalogue", 40)

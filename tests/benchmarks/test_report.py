@@ -1,4 +1,4 @@
-"""The frame of the benchmarks: ratios repeat by repeat, works taking turns, table and JSON."""
+"""The frame of the benchmarks: ratios repeat by repeat, alternating works, table and JSON."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from click.testing import CliRunner
 
 from benchmarks.__main__ import NAMES, main
 from benchmarks.machine import machine
-from benchmarks.report import Line, Report, number, ratio, show, taking_turns, to_json
+from benchmarks.report import Line, Report, alternate, format_number, format_report, ratio, to_json
 
 
 def test_a_ratio_compares_the_same_repeat() -> None:
@@ -25,7 +25,7 @@ def test_works_alternate_after_a_warm_up_round() -> None:
         order.append("b")
         return 42.0
 
-    found = taking_turns({"a": lambda: order.append("a"), "b": measured_itself}, repeats=2)
+    found = alternate({"a": lambda: order.append("a"), "b": measured_itself}, repeats=2)
     assert order == ["a", "b"] * 3
     assert found["b"] == [42.0, 42.0]
     assert len(found["a"]) == 2 and all(seconds >= 0 for seconds in found["a"])
@@ -34,7 +34,7 @@ def test_works_alternate_after_a_warm_up_round() -> None:
 def test_table_and_json_agree() -> None:
     report = Report("x", "one against two", [Line("rate", [3.0, 1000.0, 2.0], "1/s")], ["a note"])
     facts = machine(3)
-    text, document = show(report, facts), json.loads(json.dumps(to_json(report, facts)))
+    text, document = format_report(report, facts), json.loads(json.dumps(to_json(report, facts)))
     row = next(line for line in text.splitlines() if line.startswith("rate"))
     assert row.split() == ["rate", "3", "2", "1,000", "1/s"]
     assert "one against two" in text and "a note" in text and "threads: 3" in text
@@ -53,7 +53,7 @@ def test_commit_is_reported_with_and_without_changes(monkeypatch: pytest.MonkeyP
 
 
 def test_numbers_keep_three_digits() -> None:
-    assert [number(v) for v in (1234567.8, 12.345, 0.012345, 3.0)] == ["1,234,568", "12.3", "0.0123", "3"]
+    assert [format_number(v) for v in (1234567.8, 12.345, 0.012345, 3.0)] == ["1,234,568", "12.3", "0.0123", "3"]
 
 
 def test_without_a_name_all_benchmarks_are_listed() -> None:

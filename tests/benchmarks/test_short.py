@@ -1,4 +1,4 @@
-"""Each benchmark's short form runs and gives figures. What the figures are is nobody's business here."""
+"""Each benchmark's short form runs and gives figures; their values do not matter here."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def test_short_form_gives_figures(name: str) -> None:
     report = run(name, ONCE)
     assert report.name == name and report.work
     for line in report.lines:
-        assert len(line.values) == 1 or (line.values and name == "soak"), line.what  # the soak: one a fault
+        assert len(line.values) == 1 or (line.values and name == "soak"), line.what  # the soak has one value a fault
         assert all(math.isfinite(value) for value in line.values), line.what
         assert line.unit != "x" or line.median > 0, line.what
     assert any(line.unit == "x" for line in report.lines) or name in WITHOUT_RATIOS

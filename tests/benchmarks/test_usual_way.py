@@ -1,4 +1,4 @@
-"""What `benchmarks.throughput` compares is the same work: with equal weights, without noise, both sides have equal losses."""
+"""`benchmarks.throughput` compares equal work: with equal weights and no noise, equal losses."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from tests.reference.small_world import DIMS, SmallWorld, local_rows, make_batch
 MODEL = ModelConfig(dim=16, inner=16, experts=4, max_length=8)
 
 
-def same_weights(ours: Recommender, usual: Baseline) -> None:
-    """Copy. Shifts and biases of the experts, which the two place differently for prices, are left at zero."""
+def copy_weights(ours: Recommender, usual: Baseline) -> None:
+    """Copy the weights. Shifts and biases of experts, placed differently for prices, are zero."""
     with torch.no_grad():
         for modality, tower in usual.towers.items():
             experts = ours.tower.get_submodule(modality)
@@ -46,7 +46,7 @@ def test_baseline_loss_equals_ours() -> None:
     lengths = torch.tensor([len(items) for items, _, _ in prefixes])
     targets = torch.tensor([nexts[0] for _, _, nexts in prefixes])
     ours, usual = randomise(build_recommender(MODEL, DIMS, seed=0)).eval(), Baseline(world.values, 16, 4, 8).eval()
-    same_weights(ours, usual)
+    copy_weights(ours, usual)
     for candidates, alignment, loss_of in (
         ("in_batch", 1e-3, usual.pretraining_loss),
         ("catalogue", 0.0, usual.adaptation_loss),

@@ -1,4 +1,4 @@
-"""Programs that check what lies in cluster/: of this environment, else of the machine."""
+"""Linters for cluster/: from this environment, else from the machine."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ CLUSTER = PROJECT / "cluster"
 
 
 def lint(program: str, *arguments: str | Path) -> str:
-    """What the program finds fault with, "" where nothing. Skips the test, by name, where the program is not installed."""
+    """Return the program's complaints, or "". Skips the test if the program is not installed."""
     found = shutil.which(program, path=os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")]))
     if found is None:
         pytest.skip(f"{program} is not installed")

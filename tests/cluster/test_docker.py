@@ -25,7 +25,7 @@ def test_dockerfiles_pass_the_linter(file: Path) -> None:
     [
         (":3.11-slim-bookworm", ":latest", "DL3007"),
         ("USER 1000", "USER root", "DL3002"),
-        ("COPY configs configs", "COPY configs", "unexpected"),  # no place to copy to: does not parse
+        ("COPY configs configs", "COPY configs", "unexpected"),  # no destination: does not parse
         ("WORKDIR /opt/antdist", "RUN cd /opt/antdist", "DL3003"),
     ],
 )

@@ -1,4 +1,4 @@
-"""The manifests against KubeRay's own schemas (the CRDs, read as the API server reads them), and against antdist's configuration."""
+"""The manifests: valid by KubeRay's CRDs as the API server applies them, and consistent with configs/."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ Manifest = dict[str, Any]
 
 
 def strict(schema: Any) -> Any:
-    """A CRD's schema as JSON schema says it: fields that the API server would drop are refused, int-or-string is a union."""
+    """Convert a CRD's schema to JSON schema; fields that the API server would drop are refused."""
     if isinstance(schema, list):
         return [strict(entry) for entry in schema]
     if not isinstance(schema, dict):
@@ -58,11 +58,11 @@ def schemas() -> dict[str, Schema]:
 
 
 def manifest(name: str) -> Manifest:
-    # what an anchor shares becomes a copy each
+    # copies in place of what YAML anchors share
     return json.loads(json.dumps(yaml.safe_load((CLUSTER / "kuberay" / name).read_text())))
 
 
-def faults(schema: Schema, value: Any) -> list[str]:
+def find_errors(schema: Schema, value: Any) -> list[str]:
     return [f"{error.json_path}: {error.message[:200]}" for error in Draft202012Validator(schema).iter_errors(value)]
 
 
@@ -79,7 +79,7 @@ def job() -> Manifest:
 def test_manifests_are_valid_for_kuberay(schemas: dict[str, Schema], cluster: Manifest, job: Manifest) -> None:
     for found in (cluster, job):
         assert found["apiVersion"] == "ray.io/v1"
-        assert faults(schemas[found["kind"]], found) == []
+        assert find_errors(schemas[found["kind"]], found) == []
 
 
 def gpu_pod(spec: dict[str, Any]) -> dict[str, Any]:
@@ -93,8 +93,8 @@ BREAKS: dict[str, Callable[[dict[str, Any]], Any]] = {
     "a misspelt field of a container": lambda spec: gpu_pod(spec)["containers"][0].update(volumeMount=[]),
     "a number as text": lambda spec: spec["workerGroupSpecs"][0].update(minReplicas="4"),
     "an environment variable that is a number": lambda spec: gpu_pod(spec)["containers"][0]["env"].append({"name": "A", "value": 240}),
-    "a mode of authentication that there is not": lambda spec: spec["authOptions"].update(mode="password"),
-    "a quantity that is none": lambda spec: gpu_pod(spec)["containers"][0]["resources"]["limits"].update(memory="64 GB"),
+    "an unknown mode of authentication": lambda spec: spec["authOptions"].update(mode="password"),
+    "an invalid quantity": lambda spec: gpu_pod(spec)["containers"][0]["resources"]["limits"].update(memory="64 GB"),
     "a group without its template": lambda spec: spec["workerGroupSpecs"][0].pop("template"),
     "a secret without its key": lambda spec: gpu_pod(spec)["containers"][0]["env"][0]["valueFrom"]["secretKeyRef"].pop("key"),
 }  # fmt: skip
@@ -104,20 +104,20 @@ BREAKS: dict[str, Callable[[dict[str, Any]], Any]] = {
 def test_a_broken_manifest_is_refused(schemas: dict[str, Schema], cluster: Manifest, job: Manifest, name: str) -> None:
     broken = copy.deepcopy(cluster)
     BREAKS[name](broken["spec"])
-    assert len(faults(schemas["RayCluster"], broken)) == 1
+    assert len(find_errors(schemas["RayCluster"], broken)) == 1
     broken = copy.deepcopy(job)
     BREAKS[name](broken["spec"]["rayClusterSpec"])
-    assert len(faults(schemas["RayJob"], broken)) == 1
+    assert len(find_errors(schemas["RayJob"], broken)) == 1
 
 
 def test_volume_claim_is_valid_for_kubernetes(schemas: dict[str, Schema], cluster: Manifest) -> None:
-    """The schema of a claim stands in that of a pod, for ephemeral volumes."""
+    """The schema of a claim is part of that of a pod, for ephemeral volumes."""
     pod = schemas["RayCluster"]["properties"]["spec"]["properties"]["headGroupSpec"]["properties"]["template"]
     volume = pod["properties"]["spec"]["properties"]["volumes"]["items"]["properties"]
     schema = volume["ephemeral"]["properties"]["volumeClaimTemplate"]["properties"]["spec"]
     claim = manifest("storage.yaml")
-    assert faults(schema, claim["spec"]) == []
-    assert faults(schema, claim["spec"] | {"accessMode": "ReadWriteMany"})
+    assert find_errors(schema, claim["spec"]) == []
+    assert find_errors(schema, claim["spec"] | {"accessMode": "ReadWriteMany"})
     (used,) = {v["persistentVolumeClaim"]["claimName"] for p in pods(cluster["spec"]) for v in p["volumes"]}
     assert claim["metadata"]["name"] == used and claim["spec"]["accessModes"] == ["ReadWriteMany"]
 
@@ -133,9 +133,9 @@ def environment(pod: dict[str, Any]) -> dict[str, Any]:
 
 
 def test_rayjob_and_raycluster_have_the_same_cluster(cluster: Manifest, job: Manifest) -> None:
-    staying = dict(cluster["spec"])
-    staying.pop("gcsFaultToleranceOptions")
-    assert job["spec"]["rayClusterSpec"] == staying
+    expected = dict(cluster["spec"])
+    expected.pop("gcsFaultToleranceOptions")
+    assert job["spec"]["rayClusterSpec"] == expected
 
 
 def test_worker_groups_match_the_elastic_range(cluster: Manifest) -> None:
@@ -166,13 +166,13 @@ def test_ray_version_is_the_installed_one(cluster: Manifest) -> None:
 def test_an_evicted_pod_has_time_for_a_checkpoint(cluster: Manifest) -> None:
     for group in cluster["spec"]["workerGroupSpecs"]:
         pod = group["template"]["spec"]
-        told = environment(pod)
-        assert pod["terminationGracePeriodSeconds"] >= int(told["RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S"]) + 30
-        assert int(told["RAY_JOB_STOP_WAIT_TIME_S"]) >= 120
+        variables = environment(pod)
+        assert pod["terminationGracePeriodSeconds"] >= int(variables["RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S"]) + 30
+        assert int(variables["RAY_JOB_STOP_WAIT_TIME_S"]) >= 120
     import ray._private.ray_constants
     from ray.dashboard.modules.job.job_supervisor import JobSupervisor
 
-    # Ray's own words, lest they change
+    # Ray's own names, in case they change
     assert hasattr(ray._private.ray_constants, "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S")
     assert JobSupervisor.DEFAULT_RAY_JOB_STOP_WAIT_TIME_S < 120
 

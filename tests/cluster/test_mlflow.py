@@ -1,4 +1,4 @@
-"""The tracking server's compose file against the schema of the Compose specification; no password in what is committed."""
+"""The tracking server's compose file: valid by the Compose schema, no committed password."""
 
 from __future__ import annotations
 
@@ -45,13 +45,13 @@ def test_passwords_are_only_in_an_ignored_file() -> None:
         if re.search("PASS|KEY", key)
     }
     assert len(secrets) == 4 and all(re.fullmatch(r"\$\{\w+:[?-][^}]*\}", value) for value in secrets.values())
-    asked = set(re.findall(r"\$\{(\w+)", COMPOSE.read_text()))
+    variables = set(re.findall(r"\$\{(\w+)", COMPOSE.read_text()))
     example = dict(
         line.split("=", 1)
         for line in (COMPOSE.parent / "env.example").read_text().splitlines()
         if not line.startswith("#")
     )
-    assert asked == set(example)
+    assert variables == set(example)
     assert not any(value for key, value in example.items() if re.search("PASS|KEY", key))
     assert ".env" in (PROJECT / ".gitignore").read_text().splitlines()
 

@@ -15,8 +15,8 @@ from antdist.config.schema import PretrainConfig
 from tests.cluster.linters import CLUSTER, PROJECT
 
 
-def prepared(config: dict[str, Any]) -> dict[str, Any]:
-    """As `ray up` does before it asks the cloud. Raises what Ray raises."""
+def prepare(config: dict[str, Any]) -> dict[str, Any]:
+    """Complete and validate the file as `ray up` does before it calls the cloud. Raises what Ray raises."""
     from ray.autoscaler._private.util import prepare_config, validate_config
 
     whole = prepare_config(copy.deepcopy(config))
@@ -30,9 +30,9 @@ def config() -> dict[str, Any]:
 
 
 def test_config_is_valid_for_ray_up(config: dict[str, Any]) -> None:
-    whole = prepared(config)
+    whole = prepare(config)
     assert whole["available_node_types"]["head"]["max_workers"] == 0
-    # nothing of Ray's defaults, which install another Ray and open the dashboard to all addresses
+    # none of Ray's defaults, which install another Ray and open the dashboard to all addresses
     commands = [c for key, value in whole.items() if key.endswith("commands") for c in value]
     assert commands and not any("pip install -U" in c for c in commands)
     heads = [c for c in commands if "--head" in c]
@@ -44,9 +44,9 @@ BREAKS: dict[str, Callable[[dict[str, Any]], Any]] = {
     "a kind without resources": lambda c: c["available_node_types"]["gpu"].pop("resources"),
     "a number as text": lambda c: c["available_node_types"]["gpu"].update(min_workers="4"),
     "a misspelt key of a kind": lambda c: c["available_node_types"]["gpu"].update(minimum=4),
-    "a head that is no kind": lambda c: c.update(head_node_type="master"),
+    "an unknown head node type": lambda c: c.update(head_node_type="master"),
     "fewer nodes in all than the least of each": lambda c: c.update(max_workers=3),
-    "a command that is no text": lambda c: c["setup_commands"].append({"run": "make"}),
+    "a command that is not text": lambda c: c["setup_commands"].append({"run": "make"}),
 }
 
 
@@ -54,14 +54,14 @@ BREAKS: dict[str, Callable[[dict[str, Any]], Any]] = {
 def test_a_broken_file_is_refused(config: dict[str, Any], name: str) -> None:
     BREAKS[name](config)
     with pytest.raises((ValidationError, ValueError)):
-        prepared(config)
+        prepare(config)
 
 
 def test_node_types_match_the_elastic_range(config: dict[str, Any]) -> None:
-    asked = load_config(PretrainConfig, PROJECT / "configs" / "scale.yaml").ray
+    ray = load_config(PretrainConfig, PROJECT / "configs" / "scale.yaml").ray
     gpu = config["available_node_types"]["gpu"]
-    assert (gpu["min_workers"], gpu["max_workers"]) == (asked.fewest, asked.workers)
-    assert gpu["resources"] == {"CPU": asked.cpus_per_worker, "GPU": asked.gpus_per_worker}
+    assert (gpu["min_workers"], gpu["max_workers"]) == (ray.fewest, ray.workers)
+    assert gpu["resources"] == {"CPU": ray.cpus_per_worker, "GPU": ray.gpus_per_worker}
     assert config["max_workers"] == sum(kind.get("max_workers", 0) for kind in config["available_node_types"].values())
 
 

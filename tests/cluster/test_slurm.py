@@ -1,5 +1,4 @@
-"""The batch script: read by bash and shellcheck, and run with programs in Slurm's, Ray's and the job's place that write down
-how they were called."""
+"""The batch script: checked by shellcheck, and run with fake programs that record their calls."""
 
 from __future__ import annotations
 
@@ -21,7 +20,7 @@ from tests.cluster.linters import CLUSTER, PROJECT, lint
 SCRIPT = CLUSTER / "slurm" / "antdist.sbatch"
 JOB = "4242"
 
-# srun runs what it is given, here; a Ray lives until it is told to end
+# srun runs its command here; a Ray runs until it is signalled
 PROGRAMS = {
     "slurm/srun": """echo "srun $*" >>"$CALLS"; while [[ "$1" == --* ]]; do shift; done; exec "$@" """,
     "slurm/scontrol": """
@@ -32,20 +31,20 @@ PROGRAMS = {
         echo "ray $* $RAY_AUTH_MODE $(stat -c %a "$RAY_AUTH_TOKEN_PATH") $(cat "$RAY_AUTH_TOKEN_PATH")" >>"$CALLS"
         for _ in $(seq 600); do sleep 0.05; done""",
 }
-RAY_STANDS = """
+AWAIT_RAY = """
         steps=$((SLURM_JOB_NUM_NODES > 1 ? 2 : 1))
         until [[ "$(grep -c '^ray start' "$CALLS")" == "$steps" ]]; do sleep 0.02; done"""
-ENDS_BY_ITSELF = f"""{RAY_STANDS}
+ENDS_BY_ITSELF = f"""{AWAIT_RAY}
         echo "python $* $RAY_ADDRESS $RAY_AUTH_MODE" >>"$CALLS"; exit {{status}}"""
-ENDS_WHEN_ASKED = f"""{RAY_STANDS}
-        trap 'sleep 0.2; echo "python asked" >>"$CALLS"; exit {{status}}' TERM
+ENDS_WHEN_SIGNALLED = f"""{AWAIT_RAY}
+        trap 'sleep 0.2; echo "python signalled" >>"$CALLS"; exit {{status}}' TERM
         echo "python started" >>"$CALLS"
         for _ in $(seq 600); do sleep 0.05; done"""
 
 
 @dataclass(frozen=True)
 class Allocation:
-    """What Slurm gives the script: its environment, and a file of calls."""
+    """The environment that Slurm sets for the script, and a file of recorded calls."""
 
     folder: Path
     environment: dict[str, str]
@@ -114,11 +113,11 @@ def test_ray_starts_on_all_nodes_with_a_token(tmp_path: Path) -> None:
     assert "--nodes=1 --ntasks=1 " in head and "--nodes=2 --ntasks=2 " in workers
     assert "ray start --head --block" in head and "--dashboard-host=127.0.0.1" in head
     assert "--node-ip-address=10.0.0.1 --port=24242" in head and "--address=10.0.0.1:24242" in workers
-    raised = [call.split() for call in calls if call.startswith("ray start")]
-    assert len(raised) == 2
-    for *_, mode, access, token in raised:
+    started = [call.split() for call in calls if call.startswith("ray start")]
+    assert len(started) == 2
+    for *_, mode, access, token in started:
         assert (mode, access) == ("token", "600") and re.fullmatch("[0-9a-f]{64}", token)
-        assert not any(token in call for call in calls if call.startswith("srun")), "seen by `ps`"
+        assert not any(token in call for call in calls if call.startswith("srun")), "visible in `ps`"
     assert "python launch/pretrain.py --config configs/scale.yaml data.domains=[a, b] 10.0.0.1:24242 token" in calls
     assert calls.count("ray ended") == 2
     assert not (tmp_path / ".antdist" / JOB).exists()
@@ -138,19 +137,19 @@ def test_a_job_that_ends_by_itself_is_not_requeued(tmp_path: Path, status: int) 
 
 
 def test_a_signalled_job_saves_its_state_and_is_requeued(tmp_path: Path) -> None:
-    slurm = allocation(tmp_path, ENDS_WHEN_ASKED.format(status=Preempted.EXIT_CODE))
+    slurm = allocation(tmp_path, ENDS_WHEN_SIGNALLED.format(status=Preempted.EXIT_CODE))
     with slurm.start("launch/pretrain.py") as process:
         slurm.await_call("python started")
         process.send_signal(signal.SIGTERM)  # to the shell alone, as --signal=B: does
         process.communicate(timeout=30)
     assert process.returncode == Preempted.EXIT_CODE
-    # the state is saved while Ray stands, and it ends before Slurm takes the nodes
-    order = [call for call in slurm.calls if call in ("python asked", "ray ended") or call.startswith("scontrol")]
-    assert order == ["python asked", "ray ended", "ray ended", f"scontrol requeue {JOB}"]
+    # the state is saved while Ray runs, and Ray ends before Slurm takes the nodes
+    order = [call for call in slurm.calls if call in ("python signalled", "ray ended") or call.startswith("scontrol")]
+    assert order == ["python signalled", "ray ended", "ray ended", f"scontrol requeue {JOB}"]
 
 
 def test_a_job_that_fails_when_signalled_is_not_requeued(tmp_path: Path) -> None:
-    slurm = allocation(tmp_path, ENDS_WHEN_ASKED.format(status=1))
+    slurm = allocation(tmp_path, ENDS_WHEN_SIGNALLED.format(status=1))
     with slurm.start("launch/pretrain.py") as process:
         slurm.await_call("python started")
         process.send_signal(signal.SIGTERM)

@@ -31,7 +31,7 @@ from antdist.planning.costs import (
     zipf,
 )
 from antdist.planning.report import PAPER, generated, plan_run
-from benchmarks.processes import in_fresh_process
+from benchmarks.processes import run_in_fresh_process
 from tests.worlds import make_domains
 
 DIMS = {"text": 12, "image": 10, "price": 6}
@@ -206,7 +206,7 @@ def test_a_line_through_noise_is_never_negative() -> None:
 @pytest.fixture(scope="module")
 def calibration() -> Calibration:
     # a fresh process, as the command has: memory that other tests' training left would hide what a step takes
-    return in_fresh_process(calibrate, (32, 128), 300, ((64, 64, 64),), ModelConfig(dim=32, inner=32))
+    return run_in_fresh_process(calibrate, (32, 128), 300, ((64, 64, 64),), ModelConfig(dim=32, inner=32))
 
 
 def test_a_calibration_tells_its_own_steps_and_takes_the_place_of_assumptions(

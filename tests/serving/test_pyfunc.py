@@ -1,4 +1,4 @@
-"""A registered model loads through MLflow, without the training stack, and answers as `recommend` does."""
+"""A registered model loads through MLflow without the training stack, and equals `recommend`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`antdist score`: what `recommend` returns for each user, in complete files that are never mixed or written twice."""
+"""`antdist score`: what `recommend` returns for each user, in complete files, written once."""
 
 from __future__ import annotations
 
@@ -215,7 +215,7 @@ def test_zero_shot_items_and_new_users_are_scored(model: Path, tmp_path: Path) -
 
 
 def test_appended_domain_and_pending_users(tmp_path: Path) -> None:
-    """Users whom a later shard holds anew are scored once, with all that they did; those of one interaction, too."""
+    """Users whom a later shard supersedes are scored once, with full history; pending users, too."""
     source = tmp_path / "source"
     source.mkdir()
     interactions, items = source / "interactions.csv", source / "items.csv"
@@ -343,7 +343,7 @@ def test_domain_from_a_uri_scores_the_same(
 @pytest.mark.ray
 @pytest.mark.slow
 def test_output_to_s3_equals_output_to_a_folder(model: Path, domain: Domain, tmp_path: Path, s3: Bucket) -> None:
-    """What its client has listed once it does not list again by itself: what workers wrote since must be seen."""
+    """The S3 client caches its listings; files that workers wrote since must be found."""
     run(model, domain, tmp_path / "here")
     out = f"{s3.uri}/scores"
     assert run(model, domain, out, workers=2, threads=1).fresh_parts == 13

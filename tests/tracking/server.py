@@ -1,4 +1,4 @@
-"""A fake tracking server in the test's process: the part of MLflow's REST API that a run needs, failing on request."""
+"""A fake tracking server: the part of MLflow's REST API that a run needs, failing on request."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from urllib.parse import parse_qs, urlsplit
 
 @dataclass
 class FakeServer:
-    """A server that keeps what a real one does: a point of a metric is identified by key, step, value and time.
+    """A server that keeps what a real one does: a point is identified by key, step, value and time.
 
     `mode`: up; 500: refuses before it does anything; lost: does it and answers 500; slow: holds each answer until
     `released` is set.

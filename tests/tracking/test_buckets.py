@@ -1,4 +1,4 @@
-"""Artifacts in an S3 bucket that the client reaches directly: a second store, with failures of its own."""
+"""Artifacts in an S3 bucket that the client reaches directly: a second store, its own failures."""
 
 from __future__ import annotations
 

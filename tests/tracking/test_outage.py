@@ -1,4 +1,4 @@
-"""Tracking outages (no server, killed, slow, answering 500): training continues, each record arrives later, once."""
+"""Tracking outages (no server, killed, slow, 500): training continues, records arrive later, once."""
 
 from __future__ import annotations
 
@@ -228,7 +228,7 @@ def test_retry_ends_and_never_repeats_a_refused_request() -> None:
 
 
 class Store:
-    """A client that keeps what a server would, and fails on request: before, in the middle of or after a batch."""
+    """A client that keeps what a server would, and fails on request before, in or after a batch."""
 
     def __init__(self) -> None:
         self.points: dict[tuple[str, int, float, int], None] = {}
@@ -274,7 +274,7 @@ actions = st.one_of(
 def test_outbox_property_nothing_is_lost_or_doubled(
     story: list[tuple[str, Any]], tmp_path_factory: pytest.TempPathFactory
 ) -> None:
-    """Points of two metrics; a crash returns to a checkpoint some steps before and may leave an incomplete record."""
+    """Points of two metrics; a crash returns to a checkpoint and may leave an incomplete record."""
     folder, server = tmp_path_factory.mktemp("outbox"), Store()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(run_module, "DELIVERY_SECONDS", 3600.0)

@@ -21,7 +21,7 @@ def held(uri: str, name: str, alias: str) -> int | None:
 
 @pytest.fixture(scope="module")
 def name(uri: str, tmp_path_factory: pytest.TempPathFactory) -> str:
-    """Register `food`: validation 0.25 (champion), 0.125, 0.5 without transfer, none, and 0.75 on other data."""
+    """Register `food`: validation 0.25 (champion), 0.125, 0.5 without transfer, none, 0.75 elsewhere."""
     folder = tmp_path_factory.mktemp("models")
     make_version(uri, folder, "food", FOOD, validation=0.25)
     make_version(uri, folder, "food", FOOD, validation=0.125)

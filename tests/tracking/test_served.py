@@ -1,4 +1,4 @@
-"""MLflow as users run it: a server before PostgreSQL and a bucket, artifacts through the server or past it."""
+"""MLflow as users run it: a server on PostgreSQL and S3, artifacts through the server or direct."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ MEGABYTES = 320
 PROJECT = Path(__file__).resolve().parents[2]
 LINEAGE = Lineage({"books": "f" * 64})
 
-# the arguments: the server, the run's folder, what to upload, where to download to; says how its memory grew, in bytes
+# Arguments: server, run folder, what to upload, where to download to. Prints the growth of its memory in bytes.
 FREIGHT = r"""
 import json, re, sys
 from pathlib import Path
@@ -55,7 +55,7 @@ print(json.dumps([uploaded - before, peak() - before, str(found.folder), str(the
 
 
 def heavy(folder: Path, seed: int, megabytes: int = MEGABYTES) -> Path:
-    """A folder with a file of so many megabytes, which nothing makes smaller, as weights are; and a small one."""
+    """Write a folder with an incompressible file of this size, like weights, and a small file."""
     folder.mkdir(parents=True)
     random = np.random.default_rng(seed)
     with (folder / "model.safetensors").open("wb") as file:
@@ -69,8 +69,11 @@ def heavy(folder: Path, seed: int, megabytes: int = MEGABYTES) -> Path:
 def served(
     request: pytest.FixtureRequest, tmp_path: Path, database: Database, s3: Bucket, monkeypatch: pytest.MonkeyPatch
 ) -> Iterator[TrackingServer]:
-    """How files go: "links", straight to the bucket by links that the server signs, as MLflow has it where it can; "server",
-    all through it; "keys", the server has nothing to do with them. Only then a job needs the bucket's keys."""
+    """Start a server with one way of transferring files.
+
+    "links": directly to the bucket by links that the server signs, MLflow's default where possible; "server": all through
+    the server; "keys": past the server, the only way in which a job needs the bucket's keys.
+    """
     way = request.param
     monkeypatch.setattr(run_module, "MAX_RETRY_SECONDS", 2.0)
     monkeypatch.setattr(store, "WAITS", (1.0,) * 60)
@@ -106,7 +109,7 @@ def test_large_artifacts_transfer_in_little_memory(served: TrackingServer, tmp_p
 def test_server_killed_during_transfer_gets_everything_once(
     served: TrackingServer, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """What it had taken, it has again after its restart: PostgreSQL and the bucket keep it."""
+    """PostgreSQL and the bucket keep what the server had accepted before it was killed."""
     model, state = heavy(tmp_path / "model", 3), heavy(tmp_path / "state", 4, 16)
     steps = 4000
     run = start_run(served.uri, "served", "run", tmp_path / "run", config={"a": {"b": 1}})
@@ -120,15 +123,15 @@ def test_server_killed_during_transfer_gets_everything_once(
 
     sending = threading.Thread(target=send)
     sending.start()
-    while not store._files_moving:
+    while not store._transfers:
         time.sleep(0.05)
     time.sleep(0.5)
     served.kill()
     for step in range(1000, 3000):
         run.log({"loss": step / 3}, step)
     time.sleep(2)
-    assert run.outbox.stat().st_size > 0
-    assert "mlflow-artifacts/artifacts" in caplog.text and "trying again" in caplog.text, "no upload was cut off"
+    assert run.outbox.path.stat().st_size > 0
+    assert "mlflow-artifacts/artifacts" in caplog.text and "retrying in" in caplog.text, "no upload was cut off"
     served.start()
     for step in range(3000, steps):
         run.log({"loss": step / 3}, step)

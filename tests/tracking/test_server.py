@@ -1,4 +1,4 @@
-"""Against a real `mlflow server` on loopback: what a mock would not show."""
+"""Tracking against a real `mlflow server` on loopback."""
 
 from __future__ import annotations
 
