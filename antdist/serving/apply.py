@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +18,7 @@ from antdist.io.logs import get_logger
 from antdist.model.io import ModelCard, load_model
 from antdist.model.recommender import Recommender
 from antdist.report import Report
+from antdist.serving.ids import unknown_id
 from antdist.serving.top_n import recommend
 from antdist.tracking.overview import registry_uri
 from antdist.tracking.resolve import is_registered, resolve
@@ -29,7 +29,6 @@ if TYPE_CHECKING:
 logger = get_logger(__name__)
 
 PRINTED_HISTORY = 5
-MAX_COMPARED = 20_000  # ids compared with an unknown one: difflib takes about 10 microseconds for each
 
 
 @dataclass(frozen=True)
@@ -187,7 +186,7 @@ def load_history(domain: Domain, user_id: str) -> list[int]:
     """Load all interactions of a user, oldest first. Raises UserError for an unknown user."""
     ids = domain.user_ids()
     if user_id not in ids:
-        raise _unknown_id("user", user_id, ids, "--user", domain.name)
+        raise unknown_id(domain.name, "user", user_id, ids, "--user")
     return domain.histories(np.array([ids.index(user_id)])).items.tolist()
 
 
@@ -197,15 +196,8 @@ def parse_history(domain: Domain, item_ids: Sequence[str]) -> list[int]:
     index = {item_id: i for i, item_id in enumerate(ids)}
     for item_id in item_ids:
         if item_id not in index:
-            raise _unknown_id("item", item_id, ids, "--history", domain.name)
+            raise unknown_id(domain.name, "item", item_id, ids, "--history")
     return [index[item_id] for item_id in item_ids]
-
-
-def _unknown_id(kind: str, wanted: str, known: list[str], where: str, domain: str) -> UserError:
-    alike = [i for i in known if i[:1] == wanted[:1] and abs(len(i) - len(wanted)) <= 2]
-    near = difflib.get_close_matches(wanted, (alike or known)[:MAX_COMPARED])
-    remedy = f"did you mean {' or '.join(near)}?" if near else f"ids look like {', '.join(known[:3])}"
-    return UserError(f"{domain} has no {kind} {wanted!r}", where=where, remedy=remedy)
 
 
 def load_names(domain: Domain, indices: Sequence[int]) -> list[ItemName]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -13,6 +12,7 @@ import numpy as np
 
 from antdist.errors import UserError
 from antdist.report import Report
+from antdist.serving.ids import unknown_id
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -21,7 +21,6 @@ if TYPE_CHECKING:
     from antdist.model.io import ModelCard
     from antdist.model.recommender import Recommender
 
-COMPARED_IDS = 20_000  # ids that an unknown one is compared with: difflib takes about 10 microseconds each
 SHOWN_HISTORIES = 5
 
 
@@ -74,11 +73,11 @@ class LoadedModel:
     ) -> Recommendations:
         """Rank the catalogue for each history of item ids, oldest first.
 
-        Every item is ranked, items that no training saw too. A row has fewer than `n` items where the catalogue has no more.
+        Every item is ranked, including items that no training saw. A row has fewer than `n` items if the catalogue has no more.
 
         Args:
             n: items for each history, at least 1.
-            exclude_history: leave out what stands in the history.
+            exclude_history: exclude the items of the history.
 
         Raises:
             UserError: an unknown item, an empty history, an `n` below 1.
@@ -146,7 +145,7 @@ class LoadedModel:
         from antdist.model.io import load_model
         from antdist.serving.pyfunc import load_catalogue
 
-        item_ids, embeddings, fingerprint = load_catalogue(Path(folder))  # it checks all files
+        item_ids, embeddings, fingerprint = load_catalogue(Path(folder))  # checks all files
         return cls(*load_model(folder), str(folder), item_ids, embeddings, fingerprint)
 
     def __repr__(self) -> str:
@@ -162,9 +161,7 @@ class LoadedModel:
         found = self._positions.get(item_id)
         if found is not None:
             return found
-        near = difflib.get_close_matches(item_id, self.item_ids[:COMPARED_IDS])
-        remedy = f"did you mean {' or '.join(near)}?" if near else f"ids look like {', '.join(self.item_ids[:3])}"
-        raise UserError(f"the catalogue has no item {item_id!r}", where=self.uri, remedy=remedy)
+        raise unknown_id("the catalogue", "item", item_id, self.item_ids, self.uri)
 
     def _index_histories(self, histories: Sequence[Sequence[str]]) -> list[list[int]]:
         for row, history in enumerate(histories):
