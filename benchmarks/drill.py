@@ -238,9 +238,9 @@ def final_steps(run: DrillRun) -> dict[int, list[LedgerLine]]:
 
 def end_state(run: DrillRun) -> dict[str, bytes]:
     """Return the bytes of the newest checkpoint's files and of the best weights that it names."""
-    from antdist.training.checkpoints.local import PREFIX, best_weights, steps_in
+    from antdist.training.checkpoints.local import best_weights, checkpoint_name, steps_in
 
-    folder = run.checkpoints / f"{PREFIX}{steps_in(run.checkpoints)[-1]:08d}"
+    folder = run.checkpoints / checkpoint_name(steps_in(run.checkpoints)[-1])
     found = {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
     best = json.loads(found["progress.json"])["progress"]["best_epoch"]
     return found | {"best": best_weights(run.folder, best).read_bytes()}

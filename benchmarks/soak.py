@@ -24,7 +24,7 @@ import click
 
 from antdist.errors import UserError
 from antdist.faults import STALL_SECONDS, Fault, corrupt
-from antdist.training.checkpoints.local import PREFIX, load_latest, steps_in
+from antdist.training.checkpoints.local import checkpoint_name, load_latest, steps_in
 from benchmarks.drill import DrillRun, end_state, final_steps, finish, read_ledger, start
 from benchmarks.report import Line, Options, Report
 from benchmarks.worlds import Shape, write_world
@@ -72,7 +72,7 @@ def run_until_fault(kind: str, run: DrillRun, attempt: int, delay: float, chance
     finish(group)
     gone = time.time()
     if kind == "newest checkpoint damaged" and len(steps := steps_in(run.checkpoints)) > 1:
-        corrupt(run.checkpoints / f"{PREFIX}{steps[-1]:08d}" / chance.choice(FILES[:3]), chance.choice(DAMAGES))
+        corrupt(run.checkpoints / checkpoint_name(steps[-1]) / chance.choice(FILES[:3]), chance.choice(DAMAGES))
     return CausedFault(kind, attempt, at, gone)
 
 

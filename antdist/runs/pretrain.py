@@ -28,7 +28,7 @@ from antdist.serving.pyfunc import make_servable
 from antdist.tracking.registry import Lineage, register
 from antdist.tracking.run import resolve_run_id, start_run
 from antdist.tracking.store import redact
-from antdist.training.checkpoints.local import PREFIX, steps_in
+from antdist.training.checkpoints.local import checkpoint_name, steps_in
 
 logger = get_logger(__name__)
 
@@ -169,7 +169,7 @@ def collect_training_state(folder: RunFolder) -> Path:
     """Copy newest checkpoint, best weights and the model's card to a folder, to be registered with it."""
     state = RunFolder(folder.training_state)
     shutil.rmtree(state.path, ignore_errors=True)
-    newest = f"{PREFIX}{steps_in(folder.checkpoints)[-1]:08d}"
+    newest = checkpoint_name(steps_in(folder.checkpoints)[-1])
     shutil.copytree(folder.checkpoints / newest, state.checkpoints / newest)
     if folder.best.is_dir():
         shutil.copytree(folder.best, state.best)

@@ -17,8 +17,9 @@ from __future__ import annotations
 import contextlib
 import errno
 import json
+import re
 import shutil
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -37,6 +38,16 @@ logger = get_logger(__name__)
 FILES = ("weights.safetensors", "moments.safetensors", "progress.json")
 MARKER = "COMPLETE.json"
 PREFIX = "step-"
+
+
+def checkpoint_name(step: int) -> str:
+    """Return the name of the folder of a step's checkpoint."""
+    return f"{PREFIX}{step:08d}"
+
+
+def parse_steps(names: Iterable[str]) -> list[int]:
+    """Return the steps in the names of checkpoint folders, in increasing order; ignore other names."""
+    return sorted(int(name.removeprefix(PREFIX)) for name in names if re.fullmatch(rf"{PREFIX}\d+", name))
 
 
 @dataclass(frozen=True)
@@ -69,8 +80,8 @@ def save_checkpoint(
     """
     assert keep >= 2, "with a single checkpoint there is none while it is replaced"
     parent.mkdir(parents=True, exist_ok=True)
-    final, folder = parent / f"{PREFIX}{step:08d}", parent / f".writing-{PREFIX}{step:08d}"
-    for leftover in parent.glob(f".writing-{PREFIX}*"):  # of a process that was killed
+    final, folder = parent / checkpoint_name(step), parent / f".writing-{checkpoint_name(step)}"
+    for leftover in parent.glob(".writing-*"):  # of a process that was killed
         shutil.rmtree(leftover, ignore_errors=True)
     folder.mkdir()
     faults.inject("save", rank=0, step=step, file="weights.safetensors")
@@ -94,7 +105,7 @@ def save_checkpoint(
     faults.inject("save", rank=0, step=step, file="prune")
     steps = steps_in(parent)
     for old in set(steps[:-keep]) - permanent_steps(steps, keep_every) - {*in_use}:
-        shutil.rmtree(parent / f"{PREFIX}{old:08d}", ignore_errors=True)
+        shutil.rmtree(parent / checkpoint_name(old), ignore_errors=True)
     return final
 
 
@@ -120,15 +131,14 @@ def steps_in(parent: Path) -> list[int]:
     """List the steps of the checkpoints below `parent` that have a marker, oldest first."""
     if not parent.is_dir():
         return []
-    names = [path.parent.name for path in parent.glob(f"{PREFIX}*/{MARKER}")]
-    return sorted(int(name.removeprefix(PREFIX)) for name in names if name.removeprefix(PREFIX).isdigit())
+    return parse_steps(path.parent.name for path in parent.glob(f"{PREFIX}*/{MARKER}"))
 
 
 def read_documents(parent: Path) -> list[dict[str, Any]]:
     """Read the `progress.json` of each checkpoint below `parent`, oldest first, without damaged ones."""
     documents = []
     for step in steps_in(parent):
-        folder = parent / f"{PREFIX}{step:08d}"
+        folder = parent / checkpoint_name(step)
         with contextlib.suppress(OSError, ValueError, UserError):
             _check_file(folder / "progress.json", json.loads((folder / MARKER).read_text()).get("progress.json"))
             documents.append(json.loads((folder / "progress.json").read_text()))
@@ -163,16 +173,17 @@ def remove_newer(parent: Path, folder: Path) -> None:
     They are damaged, and the retention would count them among the newest in place of complete ones.
     """
     if folder.parent == parent:
+        (loaded,) = parse_steps([folder.name])
         for step in steps_in(parent):
-            if step > int(folder.name.removeprefix(PREFIX)):
-                shutil.rmtree(parent / f"{PREFIX}{step:08d}")
+            if step > loaded:
+                shutil.rmtree(parent / checkpoint_name(step))
 
 
 def newest_complete(parent: Path) -> int | None:
     """Return the step of the checkpoint that `load_latest` would load, None if there is none."""
     for step in reversed(steps_in(parent)):
         with contextlib.suppress(UserError):
-            check_checkpoint(parent / f"{PREFIX}{step:08d}")
+            check_checkpoint(parent / checkpoint_name(step))
             return step
     return None
 
@@ -185,7 +196,7 @@ def load_latest(parent: Path) -> Checkpoint | None:
     """
     steps = steps_in(parent)
     for step in reversed(steps):
-        folder = parent / f"{PREFIX}{step:08d}"
+        folder = parent / checkpoint_name(step)
         try:
             return load_checkpoint(folder)
         except UserError as damage:

@@ -31,11 +31,12 @@ from antdist.training.checkpoints import BEST, CHECKPOINTS
 from antdist.training.checkpoints.local import (
     FILES,
     MARKER,
-    PREFIX,
     best_weights,
     check_checkpoint,
+    checkpoint_name,
     describe,
     newest_complete,
+    parse_steps,
     permanent_steps,
 )
 
@@ -77,7 +78,7 @@ class Remote:
             Unreachable: try again.
             UserError: the local files are damaged.
         """
-        name = f"{PREFIX}{step:08d}"
+        name = checkpoint_name(step)
         local = folder / CHECKPOINTS / name
         check_checkpoint(local)
         marker = (local / MARKER).read_bytes()
@@ -102,7 +103,7 @@ class Remote:
         complete = [step for step in self.steps() if step <= newest]
         kept = {*complete[-keep:], *permanent_steps(complete, keep_every)}
         for name in self._list(CHECKPOINTS):
-            if name not in {f"{PREFIX}{step:08d}" for step in kept}:  # also what a killed upload left
+            if name not in {checkpoint_name(step) for step in kept}:  # also what a killed upload left
                 self._remove_checkpoint(name)
         needed = {self._best_name(step) for step in kept}
         for name in self._list(BEST):
@@ -114,7 +115,9 @@ class Remote:
         if step not in self._best_names:
             best = None
             with contextlib.suppress(ValueError):
-                best = json.loads(self.read(f"{CHECKPOINTS}/{PREFIX}{step:08d}/progress.json") or b"{}").get("best")
+                best = json.loads(self.read(f"{CHECKPOINTS}/{checkpoint_name(step)}/progress.json") or b"{}").get(
+                    "best"
+                )
             self._best_names[step] = best_weights(Path(), best["epoch"]).name if best else None
         return self._best_names[step]
 
@@ -148,7 +151,7 @@ class Remote:
                 logger.info(f"fetched the checkpoint of step {step} from {self.uri}")
                 break
             for step in damaged if here is not None else ():
-                self._remove_checkpoint(f"{PREFIX}{step:08d}")
+                self._remove_checkpoint(checkpoint_name(step))
         except Unreachable as error:
             if here is None:
                 raise UserError(
@@ -166,10 +169,10 @@ class Remote:
 
     def _fetch(self, folder: Path, step: int) -> None:
         """Fetch one checkpoint into `folder`, atomically. Raises UserError if it is damaged, naming the file."""
-        parent, name = folder / CHECKPOINTS, f"{PREFIX}{step:08d}"
+        parent, name = folder / CHECKPOINTS, checkpoint_name(step)
         there = f"{CHECKPOINTS}/{name}"
         parent.mkdir(parents=True, exist_ok=True)
-        for leftover in parent.glob(f".fetching-{PREFIX}*"):
+        for leftover in parent.glob(".fetching-*"):
             shutil.rmtree(leftover)
         partial = parent / f".fetching-{name}"
         partial.mkdir()
@@ -206,9 +209,8 @@ class Remote:
 
     def steps(self) -> list[int]:
         """List the steps of the checkpoints that have a marker, oldest first. Raises Unreachable."""
-        numbers = [name.removeprefix(PREFIX) for name in self._list(CHECKPOINTS) if name.startswith(PREFIX)]
-        steps = sorted(int(number) for number in numbers if number.isdigit())
-        return [step for step in steps if MARKER in self._list(f"{CHECKPOINTS}/{PREFIX}{step:08d}")]
+        steps = parse_steps(self._list(CHECKPOINTS))
+        return [step for step in steps if MARKER in self._list(f"{CHECKPOINTS}/{checkpoint_name(step)}")]
 
     def check(self) -> None:
         """Check that the storage can be written within a minute and outlives the process.
