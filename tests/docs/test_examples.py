@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -21,6 +22,23 @@ def test_shell_recipe_goes_from_exports_to_scores(tmp_path: Path) -> None:
         "scratch",
         "relearn",
     }
+
+
+@pytest.mark.ray
+def test_python_script_trains_and_recommends(tmp_path: Path) -> None:
+    printed = Shell(tmp_path).run(f"python {EXAMPLES / 'first_model.py'}")
+    assert "models:/shop-kitchen/1" in printed
+    assert "vectors of users (1, 64) and items (5, 64)" in printed
+    assert "refused: " in printed and "targett" in printed
+
+
+@pytest.mark.ray
+def test_notebook_runs(tmp_path: Path) -> None:
+    shell = Shell(tmp_path)  # it works beside the notebook, so on a copy
+    shutil.copy(EXAMPLES / "transfer.ipynb", tmp_path)
+    printed = shell.run("python -m pytest -c /dev/null --rootdir . -p no:cacheprovider --nbmake transfer.ipynb")
+    assert "1 passed" in printed
+    assert (tmp_path / "runs" / "relearn" / "kitchen").is_dir()
 
 
 def test_every_example_is_listed_and_run() -> None:
