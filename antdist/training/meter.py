@@ -31,12 +31,10 @@ class Window:
         """Return (n,) float64, the steps' weights in a mean: their predictions, 0 for skipped steps."""
         return _predictions(self.batches) * ~skipped
 
-    def mean_losses(self, skipped: Tensor) -> tuple[float, float, float]:
+    def mean_losses(self, skipped: Tensor, weights: Tensor) -> tuple[float, float, float]:
         """Average total, recommendation and alignment loss over the predictions of the steps kept."""
-        weights = self.weights(skipped)
-        total, recommendation, alignment = (
-            (self.losses[~skipped] * weights[~skipped, None]).sum(0) / weights.sum()
-        ).tolist()
+        sums = (self.losses[~skipped] * weights[~skipped, None]).sum(0)  # without the NaN of skipped steps
+        total, recommendation, alignment = (sums / weights.sum()).tolist()
         return total, recommendation, alignment
 
 

@@ -246,15 +246,17 @@ class Trainer:
         if skipped.any():
             point["train/skipped"] = float(skipped.sum())
             self.skips.record(progress, window, skipped)
-        if window.weights(skipped).any():
-            point |= self._loss_point(window, skipped)
+        weights = window.weights(skipped)
+        if weights.any():
+            point |= self._loss_point(window, skipped, weights)
         if self.world.leader:
             self.log_metrics(point, progress.step)
         self.meter.restart()
 
-    def _loss_point(self, window: Window, skipped: Tensor) -> Metrics:
-        progress, weights = self.progress, window.weights(skipped)
-        total, recommendation, alignment = window.mean_losses(skipped)
+    def _loss_point(self, window: Window, skipped: Tensor, weights: Tensor) -> Metrics:
+        """Add the window's losses to the epoch's mean; return the point of the loss curves, and report a spike."""
+        progress = self.progress
+        total, recommendation, alignment = window.mean_losses(skipped, weights)
         if not math.isfinite(total):
             raise Diverged(f"the loss is {total} at step {progress.step} (epoch {progress.epoch + 1})", self.name)
         progress.epoch_loss += total * float(weights.sum())
