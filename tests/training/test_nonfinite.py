@@ -99,9 +99,8 @@ def test_zero3_padding_is_ignored_in_the_nan_check() -> None:
 def _finite_with_nan_on_a_rank() -> list[bool]:
     world, config = current_world(), TrainingConfig(zero_stage=3)
     engine: Any = DeepSpeedEngine(small_model(), config, world)
-    bias: Any = dict(engine.model.named_parameters())[
-        "3.bias"
-    ]  # one element, so the partition of rank 1 is all padding
+    # one element, so the partition of rank 1 is all padding
+    bias: Any = dict(engine.model.named_parameters())["3.bias"]
     finite = []
     for rank in (1, 0):
         if world.rank == rank:
