@@ -1,10 +1,12 @@
-"""Mistakes that a user can mend, told in one line, no secret among it: where, what, and what to do; and the end that is none."""
+"""User-facing errors: where, what, remedy, without credentials. `Preempted` is an orderly stop, not a failure."""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
+from typing import Any
 
-# A password may hold "/" and "@", so everything up to the last "@" of the word goes; file:/// and sqlite:/// have none.
+# A password may contain "/" and "@", so everything up to the last "@" of the word is cut; file:/// and sqlite:/// have none.
 _USERINFO = re.compile(r"(://)(?!/)[^\s\"']*@")
 _SECRET = re.compile(
     r"([?&][\w.-]*(?:password|passwd|pwd|token|secret|key|sig|signature|credential)[\w.-]*=)[^&\s\"']*", re.I
@@ -12,17 +14,18 @@ _SECRET = re.compile(
 
 
 def redact(text: str) -> str:
-    """The text (a URI, or a message that holds some) without user names, passwords and tokens in its URIs."""
+    """Cut user names, passwords and tokens out of the URIs in a text."""
     return _SECRET.sub(r"\1***", _USERINFO.sub(r"\1***@", text))
 
 
 class UserError(Exception):
-    """A mistake in the user's input. The command line prints it without a traceback and exits with 2. Credentials in URIs
-    are cut out of all that it says.
+    """An error that the user can fix. The command line prints it without a traceback and exits with 2.
+
+    Credentials in URIs are redacted in all parts.
 
     Args:
         what: what is wrong, a sentence without its full stop.
-        where: the file (with line), configuration key or argument it is about: whatever `str` tells.
+        where: the file (with its line), configuration key or argument at fault; anything with a `str`.
         remedy: what to do about it, a sentence without its full stop.
     """
 
@@ -33,17 +36,24 @@ class UserError(Exception):
         advice = f". {self.remedy[0].upper()}{self.remedy[1:]}." if self.remedy else "."
         super().__init__(f"{place}{self.what}{advice}")
 
+    def to_dict(self) -> dict[str, str | None]:
+        """Return `what`, `where` and `remedy`, for JSON."""
+        return {"what": self.what, "where": self.where, "remedy": self.remedy}
+
+    @staticmethod
+    def from_dict(parts: Mapping[str, Any]) -> UserError:
+        """Rebuild an error from `to_dict`."""
+        return UserError(parts["what"], where=parts["where"], remedy=parts["remedy"])
+
     def __reduce__(self) -> tuple[object, ...]:
-        """Survive the trip back from a Ray worker."""
-        return (_rebuild, (self.what, self.where, self.remedy))
+        """Pickle for the way back from a Ray worker; a subclass arrives as a UserError."""
+        return (UserError.from_dict, (self.to_dict(),))
 
 
 class Preempted(Exception):
-    """The command was asked to stop, and did, with its state on disk: the same command goes on. The command line exits with
-    `EXIT_CODE`, by which a scheduler may tell it from a failure (EX_TEMPFAIL of sysexits.h)."""
+    """The command was asked to stop and did, with its state on disk; the same command continues.
+
+    The command line exits with `EXIT_CODE` (EX_TEMPFAIL of sysexits.h), by which a scheduler can tell it from a failure.
+    """
 
     EXIT_CODE = 75
-
-
-def _rebuild(what: str, where: str | None, remedy: str | None) -> UserError:
-    return UserError(what, where=where, remedy=remedy)

@@ -1,4 +1,4 @@
-"""How Ray Train's workers find each other on a network of several machines. Imports ray: it is imported lazily."""
+"""The process group of Ray Train's workers, on a network of several machines. It imports ray, so import it lazily."""
 
 from __future__ import annotations
 
@@ -13,19 +13,23 @@ import psutil  # type: ignore[import-untyped]
 import ray
 from ray.exceptions import RayActorError, RayTaskError
 from ray.train.torch import TorchConfig
-from ray.train.torch.config import _TorchBackend
-from ray.train.v2._internal.exceptions import WorkerGroupStartupFailedError
 
 from antdist import faults
+from antdist.distributed.ray_compat import shut_down_group, startup_error_class, torch_backend_class
 
 INTERFACE = "GLOO_SOCKET_IFNAME"
-APART = "the workers do not find each other"
+NOT_CONNECTED = "the workers cannot connect to each other"
+
+_TorchBackend: Any = torch_backend_class()
 
 
 @dataclass
 class GroupConfig(TorchConfig):
-    """A process group on the interfaces that Ray uses, tried `max_failures` times more where the workers do not find each
-    other; -1: for ever."""
+    """A process group on the interfaces that Ray uses.
+
+    Args:
+        max_failures: how often to start it again if the workers cannot connect to each other; -1: without limit.
+    """
 
     max_failures: int = 0
 
@@ -35,41 +39,46 @@ class GroupConfig(TorchConfig):
 
 
 class GroupBackend(_TorchBackend):
-    """Lives in Ray Train's controller, and starts the process group for each new set of workers."""
+    """Start the process group of each new set of workers, in Ray Train's controller."""
 
     def __init__(self) -> None:
         self.failed = 0
 
     def on_start(self, worker_group: Any, backend_config: GroupConfig) -> None:
-        """Ray Train ends a run whose process group does not start, though it may be a node that was lost meanwhile, and
-        where it tries again the first try's placement group keeps the resources. Both are mended here."""
+        """Start the process group, or raise an error after which Ray Train tries again.
+
+        Ray Train itself ends a run whose process group does not start, although a node may have been lost meanwhile; and
+        where it does try again, the placement group of the first attempt keeps the resources.
+        """
         try:
-            worker_group.execute(join)
+            worker_group.execute(prepare_to_join)
             super().on_start(worker_group, backend_config)
         except (RayActorError, RayTaskError) as error:
-            worker_group.get_worker_group_state().shutdown()
+            shut_down_group(worker_group)
             self.failed += 1
-            reason = f"{APART} ({str(error).strip().splitlines()[-1]})"
+            reason = f"{NOT_CONNECTED} ({str(error).strip().splitlines()[-1]})"
             if 0 <= backend_config.max_failures < self.failed:
                 raise RuntimeError(reason) from error
-            raise WorkerGroupStartupFailedError(reason) from error
+            raise startup_error_class()(reason) from error
         self.failed = 0
 
 
-def join() -> None:
-    """On a worker, before it meets the others."""
+def prepare_to_join() -> None:
+    """Choose the network interface, on a worker, before it connects to the others."""
     faults.inject("join", rank=ray.train.get_context().get_world_rank())
     address = ray.util.get_node_ip_address()
-    name = interface_of(address)
+    name = find_interface(address)
     if name is not None:
         os.environ.setdefault(INTERFACE, name)
     if ipaddress.ip_address(address).is_loopback:
-        _keep_store_at(address)
+        _bind_store_to(address)
 
 
-def _keep_store_at(address: str) -> None:
-    """The store over which a group's members meet listens at this address alone; torch has it listen at all, whatever it is
-    told, and asks nobody who he is."""
+def _bind_store_to(address: str) -> None:
+    """Make the store through which the ranks find each other listen on this address only.
+
+    torch makes it listen on all addresses, whatever address it is given, and it does not authenticate its clients.
+    """
     from torch.distributed import TCPStore
 
     def store(*, port: int, is_master: bool, **options: Any) -> TCPStore:
@@ -77,15 +86,15 @@ def _keep_store_at(address: str) -> None:
             options["master_listen_fd"] = socket.create_server((address, port)).detach()
         return TCPStore(port=port, is_master=is_master, **options)
 
-    # by its name, as torch.distributed, which has imported it, has a function called like this module
+    # through sys.modules, as the attribute torch.distributed.rendezvous is a function of the same name
     vars(sys.modules["torch.distributed.rendezvous"])["TCPStore"] = store
 
 
-def interface_of(address: str) -> str | None:
-    """The network interface that has this address; None if none has, as behind a translation of addresses.
+def find_interface(address: str) -> str | None:
+    """Return the network interface that has this address; None if none has, as behind network address translation.
 
-    By itself gloo takes the address that the machine's own name stands for, which is often one of loopback (127.0.1.1 in
-    Debian's /etc/hosts) that no other machine reaches. Ray has found an address that they do reach.
+    By default gloo uses the address to which the host name resolves, which is often on loopback (127.0.1.1 in Debian's
+    /etc/hosts) and unreachable from other machines. The address that Ray uses is reachable.
     """
     for name, addresses in psutil.net_if_addrs().items():
         if any(each.address.partition("%")[0] == address for each in addresses):

@@ -72,7 +72,7 @@ class EncodingWorker:
             records = self.encode(ShardTask(row["domain"], int(row["shard"]), requests))
             return {"records": json.dumps([record.to_json() for record in records]), "error": ""}
         except UserError as error:
-            return {"records": "[]", "error": json.dumps([error.what, error.where, error.remedy])}
+            return {"records": "[]", "error": json.dumps(error.to_dict())}
 
     def encode(self, task: ShardTask) -> list[PartRecord]:
         """Read the shard once, encode it for each request, and write the parts."""
@@ -149,6 +149,5 @@ def _encode_with_ray(
         )
         for row in encoded.iter_rows():
             if row["error"]:
-                what, where, remedy = json.loads(row["error"])
-                raise UserError(what, where=where, remedy=remedy)
+                raise UserError.from_dict(json.loads(row["error"]))
             yield [PartRecord.from_json(record) for record in json.loads(row["records"])]

@@ -15,7 +15,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from antdist.distributed.ray_session import knock, local_head
+from antdist.distributed.ray_compat import JOB_CLIENT_LOGGERS
+from antdist.distributed.ray_session import check_listening, local_head
 from antdist.errors import Preempted, UserError
 from antdist.io.logs import get_logger
 from antdist.jobs.submission import Submission, again, stage
@@ -28,7 +29,6 @@ logger = get_logger(__name__)
 STOP_SECONDS = 600
 POLL_SECONDS = 0.5
 SILENCE_SECONDS = 60.0  # of a log, until the head is asked how the job is
-CHATTER = ("ray.dashboard.modules.job.sdk", "ray.dashboard.modules.dashboard_sdk")
 STATES = {"PENDING": "waits", "RUNNING": "runs", "SUCCEEDED": "done", "STOPPED": "stopped", "FAILED": "failed"}
 COLUMNS = ("job", "state", "verb", "run", "step", "rate/s", "loss", "left", "MLflow")
 
@@ -61,10 +61,10 @@ class Cluster:
         with self._clear(), _over_ray_address(self.address):
             from ray.job_submission import JobSubmissionClient
 
-            knock(self.address)
+            check_listening(self.address)
             self._client = JobSubmissionClient(self.address)
-        for chatty in CHATTER:
-            logging.getLogger(chatty).setLevel(logging.WARNING)
+        for name in JOB_CLIENT_LOGGERS:
+            logging.getLogger(name).setLevel(logging.WARNING)
 
     def submit(self, submission: Submission) -> str:
         """Send code and configuration, and have the job started; its id."""

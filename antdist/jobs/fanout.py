@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeVar, get_args
 from antdist.config.load import load_config
 from antdist.config.schema import RelearnConfig, Strategy
 from antdist.data.entries import PLAIN_NAME
-from antdist.distributed.ray_session import inside_job, local_head, terminable
+from antdist.distributed.ray_session import is_inside_job, local_head, sigterm_as_interrupt
 from antdist.errors import UserError
 from antdist.io.logs import get_logger
 from antdist.jobs.client import POLL_SECONDS, Cluster, Ended, joining, run_of
@@ -263,7 +263,7 @@ def fanout(wanted: Wanted, address: str | None, *, code: str, parallel: int, dry
     """
     here = not (address or os.environ.get("RAY_ADDRESS"))
     wanted = check_wanted(wanted, here)
-    if here or (dry_run and inside_job()):
+    if here or (dry_run and is_inside_job()):
         found = survey(wanted.config, wanted.targets)
         if dry_run:
             return found
@@ -339,7 +339,7 @@ def run_jobs(
             waiting.appendleft(task(ended.target, None))  # before other targets' trials: what is done is shown
 
     total = found.left
-    with terminable(), _showing(total) as show:
+    with sigterm_as_interrupt(), _showing(total) as show:
         _drive(cluster, waiting, parallel, finished, show)
     done.left = sum(map(len, open_trials.values()))
     done.left += sum("chosen" not in done.verdicts.get(target, {}) for target in done.targets)

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from antdist.config.schema import RelearnConfig
-from antdist.distributed.ray_session import ray_session, run_workers, stoppable
+from antdist.distributed.ray_session import ray_session, run_workers, stop_file_on_sigterm
 from antdist.errors import Preempted, UserError
 from antdist.evaluation.significance import metric_of
 from antdist.io.logs import get_logger
@@ -190,7 +190,7 @@ def _run_workers(context: AdaptContext, control: RunFolder, folders: Sequence[Ru
         end_failed_runs(context.store, folders),
         ray_session(config.ray),
         follow(control),
-        stoppable(control.stop_file),
+        stop_file_on_sigterm(control.stop_file),
     ):
         run_workers(adapt_worker, settings, config.ray, name, config.training.hang)
     if (preemption := Preemption.read(control.preemption_file)) is not None:

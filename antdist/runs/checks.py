@@ -11,7 +11,7 @@ from pathlib import Path
 from antdist.config.schema import PretrainConfig, RelearnConfig
 from antdist.data.cache import CACHE_KEY, GB, open_cache
 from antdist.data.places import PARALLEL_FETCHES
-from antdist.distributed.ray_session import inside_job
+from antdist.distributed.ray_session import is_inside_job
 from antdist.errors import UserError, redact
 from antdist.features.table import FeatureTable, TablePart
 from antdist.io.storage import is_uri
@@ -122,14 +122,14 @@ def check_settings(config: PretrainConfig | RelearnConfig) -> None:
 
 def _check_common(config: PretrainConfig | RelearnConfig, report: CheckReport) -> str:
     """Check settings and stores; return the tracking store's URI. Raises UserError."""
-    if inside_job() and not Path(config.ray.storage).is_absolute():
+    if is_inside_job() and not Path(config.ray.storage).is_absolute():
         raise UserError(
             f"{config.ray.storage!r} would lie in the job's copy of the working folder, which Ray removes",
             where="ray.storage",
             remedy="give an absolute path, to a folder that all nodes share",
         )
     remote = config.ray.remote_storage
-    if remote and inside_job() and "://" not in remote and not Path(remote).is_absolute():
+    if remote and is_inside_job() and "://" not in remote and not Path(remote).is_absolute():
         raise UserError(
             f"{remote!r} would lie in the job's copy of the working folder, which Ray removes",
             where="ray.remote_storage",

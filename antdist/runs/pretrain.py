@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from antdist.config.schema import PretrainConfig, Resume
-from antdist.distributed.ray_session import ray_session, run_workers, stoppable
+from antdist.distributed.ray_session import ray_session, run_workers, stop_file_on_sigterm
 from antdist.errors import Preempted, UserError
 from antdist.io.logs import get_logger
 from antdist.model.io import CARD
@@ -128,7 +128,12 @@ def _train(context: PretrainContext, record: RunRecord) -> PretrainResult:
         parent=record.parent,
     )
     folder.result_file.unlink(missing_ok=True)
-    with end_failed_runs(context.store, [folder]), ray_session(config.ray), follow(folder), stoppable(folder.stop_file):
+    with (
+        end_failed_runs(context.store, [folder]),
+        ray_session(config.ray),
+        follow(folder),
+        stop_file_on_sigterm(folder.stop_file),
+    ):
         run_workers(pretrain_worker, settings, config.ray, config.name, config.training.hang)
     result = folder.read_result(PretrainResult)
     assert result is not None, f"workers exited without writing {folder.result_file}"

@@ -67,10 +67,10 @@ class ErrorRecord(Record):
 
     @classmethod
     def of(cls, error: UserError) -> Self:
-        return cls(what=error.what, where=error.where, remedy=error.remedy)
+        return cls.model_validate(error.to_dict())
 
     def to_error(self) -> UserError:
-        return UserError(self.what, where=self.where, remedy=self.remedy)
+        return UserError.from_dict(self.model_dump())
 
 
 class PretrainResult(Record):

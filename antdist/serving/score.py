@@ -228,10 +228,10 @@ class ScoreActor:
             note = self.scorer.score(UserPart(**json.loads(row["part"])))
             return {"note": json.dumps(note), "error": ""}
         except UserError as error:
-            return {"note": "", "error": json.dumps([error.what, error.where, error.remedy])}
+            return {"note": "", "error": json.dumps(error.to_dict())}
         except OSError as error:
-            fields = [f"cannot be written ({error.strerror or error})", self.scorer.task.out, None]
-            return {"note": "", "error": json.dumps(fields)}
+            unwritable = UserError(f"cannot be written ({error.strerror or error})", where=self.scorer.task.out)
+            return {"note": "", "error": json.dumps(unwritable.to_dict())}
 
 
 @contextlib.contextmanager
@@ -259,8 +259,7 @@ def _score_on_ray(
 
 def _unpack_note(row: dict[str, Any]) -> dict[str, Any]:
     if row["error"]:
-        what, where, remedy = json.loads(row["error"])
-        raise UserError(what, where=where, remedy=remedy)
+        raise UserError.from_dict(json.loads(row["error"]))
     note: dict[str, Any] = json.loads(row["note"])
     return note
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -13,15 +12,7 @@ from jsonschema import ValidationError
 from antdist.config.load import load_config
 from antdist.config.schema import PretrainConfig
 from tests.cluster.linters import CLUSTER, PROJECT
-
-
-def prepare(config: dict[str, Any]) -> dict[str, Any]:
-    """Complete and validate the file as `ray up` does before it calls the cloud. Raises what Ray raises."""
-    from ray.autoscaler._private.util import prepare_config, validate_config
-
-    whole = prepare_config(copy.deepcopy(config))
-    validate_config(whole)
-    return whole
+from tests.ray_internals import prepare_cluster_config
 
 
 @pytest.fixture
@@ -30,7 +21,7 @@ def config() -> dict[str, Any]:
 
 
 def test_config_is_valid_for_ray_up(config: dict[str, Any]) -> None:
-    whole = prepare(config)
+    whole = prepare_cluster_config(config)
     assert whole["available_node_types"]["head"]["max_workers"] == 0
     # none of Ray's defaults, which install another Ray and open the dashboard to all addresses
     commands = [c for key, value in whole.items() if key.endswith("commands") for c in value]
@@ -54,7 +45,7 @@ BREAKS: dict[str, Callable[[dict[str, Any]], Any]] = {
 def test_a_broken_file_is_refused(config: dict[str, Any], name: str) -> None:
     BREAKS[name](config)
     with pytest.raises((ValidationError, ValueError)):
-        prepare(config)
+        prepare_cluster_config(config)
 
 
 def test_node_types_match_the_elastic_range(config: dict[str, Any]) -> None:

@@ -23,6 +23,7 @@ from antdist.runs.pretrain import PretrainedModel, pretrain
 from tests.distributed import test_elastic as elastic
 from tests.distributed.test_elastic import assert_same_curve, assert_same_weights, restarts, stalls, until
 from tests.items import some_items
+from tests.ray_internals import list_actors
 from tests.worlds import make_domains
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
@@ -81,11 +82,9 @@ class Seen:
         self._thread.join()
 
     def _look(self) -> None:
-        import ray
-
         while not self._over.wait(0.3):
             with contextlib.suppress(Exception):  # no session begun, or just ended
-                for actor, facts in ray._private.state.actors().items():
+                for actor, facts in list_actors().items():
                     if facts["State"] == "ALIVE" and self.kind in facts["ActorClassName"]:
                         self.nodes.setdefault(actor, facts["Address"]["NodeID"])
 
@@ -113,7 +112,7 @@ def swap_at(stalled: Path, steps: list[int], cluster: Any) -> None:
         until((stalled / str(steps[1])).exists, 500)
     else:
         until(lambda: sum(node["Alive"] for node in ray.nodes()) == 2, 100)
-        time.sleep(session.LOOK_SECONDS + 2)  # so that it is told
+        time.sleep(session.CHECK_SECONDS + 2)  # so that it is told
     cluster.add_node(**NODE)
 
 
@@ -133,7 +132,7 @@ def test_each_worker_on_a_node_of_its_own_waits_for_a_new_node_where_one_is_lost
     assert len(set(list(seen.nodes.values())[-3:])) == 3 and seen.distinct == 4
     told = capsys.readouterr().err
     assert "the workers ask for a node each, 3 in all (2 there): waiting until nodes join the cluster" in told
-    assert "the nodes are there" in told
+    assert "the missing nodes have joined" in told
     assert_same_curve(done, straight)
     assert (done.folder / "model/weights.safetensors").read_bytes() == (
         straight.folder / "model/weights.safetensors"

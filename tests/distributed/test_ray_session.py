@@ -17,10 +17,12 @@ import psutil
 import pytest
 
 from antdist.config.schema import HangConfig, RayConfig
-from antdist.distributed.ray_session import node_is_going, ray_session, run_workers
+from antdist.distributed.ray_compat import preemption_context
+from antdist.distributed.ray_session import is_node_leaving, ray_session, run_workers
 from antdist.errors import UserError
 from antdist.io.files import read_json, write_json
 from tests.ranks import free_port
+from tests.ray_internals import count_reserved_nodes, reserve
 from tests.worlds import make_domains
 
 
@@ -87,12 +89,11 @@ def test_a_worker_knows_that_its_node_is_going(local_ray: None, tmp_path: Path) 
 
     def work(settings: dict[str, Any]) -> None:
         from ray.train import PreemptionInfo
-        from ray.train.v2._internal.execution.context import get_train_context
 
-        before = node_is_going()
-        get_train_context().preemption_context.preemption_info = PreemptionInfo(None, {"node": [0]})
-        Path(settings["told"]).write_text(f"{before} {node_is_going()}")
-        get_train_context().preemption_context.preemption_info = None
+        before = is_node_leaving()
+        preemption_context().preemption_info = PreemptionInfo(None, {"node": [0]})
+        Path(settings["told"]).write_text(f"{before} {is_node_leaving()}")
+        preemption_context().preemption_info = None
 
     settings = {"told": str(tmp_path / "told")}
     run_workers(work, settings, RayConfig(storage=str(tmp_path), max_failures=0), "going", HangConfig())
@@ -147,7 +148,9 @@ def test_workers_that_do_not_find_each_other_are_tried_again_as_often_as_they_ma
     monkeypatch.setenv("ANTDIST_FAULTS", json.dumps(faults))
     half = int(ray.cluster_resources()["CPU"]) // 2
     config = RayConfig(storage=str(tmp_path), workers=2, cpus_per_worker=half, max_failures=0)
-    message = r"ray.max_failures 0: the workers do not find each other \(.+\)\. See that all nodes reach each other"
+    message = (
+        r"ray.max_failures 0: the workers cannot connect to each other \(.+\)\. Check that all nodes reach each other"
+    )
     with pytest.raises(UserError, match=message):
         run_workers(work, {}, config, "apart", HangConfig())
     for once in ("raised", "killed"):
@@ -173,10 +176,10 @@ def test_workers_meet_on_the_interface_that_has_rays_address(local_ray: None, tm
 
 
 def test_the_interface_of_an_address() -> None:
-    from antdist.distributed.process_group import interface_of
+    from antdist.distributed.process_group import find_interface
 
-    assert interface_of("127.0.0.1") == interface_of("::1") == "lo"
-    assert interface_of("192.0.2.1") is None
+    assert find_interface("127.0.0.1") == find_interface("::1") == "lo"
+    assert find_interface("192.0.2.1") is None
 
 
 @pytest.mark.ray
@@ -190,27 +193,18 @@ def test_workers_on_nodes_of_their_own_do_not_fit_on_this_machine(local_ray: Non
 def test_what_a_killed_command_had_reserved_is_given_up(local_ray: None, tmp_path: Path) -> None:
     """Ray would keep it for minutes, and a range of workers wait for it. What is noted for the next start is what Ray knows."""
     import ray
-    from ray.data._internal.cluster_autoscaler.default_autoscaling_coordinator import (
-        ResourceRequestPriority,
-        get_or_create_autoscaling_coordinator,
-    )
 
     note, told = tmp_path / "ray" / "run.reservation.json", tmp_path / "told.json"
-
-    def nodes_reserved_for(requester: str) -> int:
-        coordinator: Any = get_or_create_autoscaling_coordinator()
-        return len(ray.get(coordinator.get_reserved_resources.remote(requester)))
 
     def work(settings: dict[str, Any]) -> None:
         noted = read_json(note)
         assert noted is not None
-        write_json(told, {"killed": nodes_reserved_for("train-killed"), "mine": nodes_reserved_for(noted["requester"])})
+        write_json(
+            told, {"killed": count_reserved_nodes("train-killed"), "mine": count_reserved_nodes(noted["requester"])}
+        )
 
-    killed: Any = get_or_create_autoscaling_coordinator()
-    everything = {"CPU": ray.cluster_resources()["CPU"]}
-    high = ResourceRequestPriority.HIGH
-    ray.get(killed.request_resources.remote("train-killed", [everything], expire_after_s=3600, priority=high))
-    assert nodes_reserved_for("train-killed") == 1
+    reserve("train-killed", {"CPU": ray.cluster_resources()["CPU"]})
+    assert count_reserved_nodes("train-killed") == 1
     note.parent.mkdir()
     write_json(note, {"requester": "train-killed"})
     run_workers(work, {}, RayConfig(storage=str(tmp_path)), "run", HangConfig())

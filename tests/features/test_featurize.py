@@ -16,7 +16,7 @@ import pytest
 from antdist.data.domain import Domain, open_domain
 from antdist.data.shards import ItemRecord
 from antdist.data.verify import verify_domain
-from antdist.distributed.local_ray import share_of_cores
+from antdist.distributed.local_ray import count_cores_per_worker
 from antdist.errors import UserError
 from antdist.features import featurize as featurize_module
 from antdist.features.catalogue import Catalogue
@@ -308,7 +308,7 @@ def test_a_reprepared_domain_is_encoded_anew(make_domain: Any, tiny_bert: Path, 
     ],
 )
 def test_no_worker_asks_for_more_cores_than_a_node_has(nodes: Any, workers: int, cores: int) -> None:
-    assert share_of_cores(nodes, workers) == cores
+    assert count_cores_per_worker(nodes, workers) == cores
 
 
 def test_prices_are_encoded_a_shard_at_a_time(make_domain: Any, monkeypatch: pytest.MonkeyPatch) -> None:

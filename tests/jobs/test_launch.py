@@ -18,6 +18,7 @@ from antdist.runs.checks import check_pretrain
 from antdist.tracking.resolve import resolve
 from antdist.tracking.store import tracking_uri
 from tests.heads import PROJECT, Head, ray_head
+from tests.ray_internals import create_package
 from tests.worlds import make_domains
 
 pytestmark = pytest.mark.ray
@@ -101,11 +102,8 @@ def test_a_job_keeps_nothing_in_its_copy_of_the_working_folder(monkeypatch: pyte
 def test_a_job_takes_the_code_along_and_little_else(tmp_path: Path) -> None:
     from zipfile import ZipFile
 
-    from ray._private.ray_constants import get_runtime_env_default_excludes
-    from ray._private.runtime_env.packaging import create_package
-
     package = tmp_path / "package.zip"
-    create_package(str(PROJECT), package, include_gitignore=True, excludes=get_runtime_env_default_excludes())
+    create_package(PROJECT, package)
     names = ZipFile(package).namelist()
     assert {"launch/pretrain.py", "configs/demo.yaml", "antdist/data/stream/stream.py"} <= set(names)
     assert not any(name.startswith((".git/", ".venv/", "data/", "tests/", "demo-out/", "runs/")) for name in names)

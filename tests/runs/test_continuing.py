@@ -85,7 +85,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     place = folder / "runs" / "parent"
     place.mkdir(parents=True)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("antdist.runs.workers.common.node_is_going", lambda: False)  # asks Ray, which does not run
+        patch.setattr("antdist.runs.workers.common.is_node_leaving", lambda: False)  # asks Ray, which does not run
         train(tree(folder, "parent"), place)
         collect_training_state(RunFolder(place))
         grow(folder)
@@ -191,7 +191,7 @@ def test_continue_refusals(world: Path, tmp_path: Path) -> None:
 
 def test_resume_uses_the_data_the_run_began_with(world: Path, tmp_path: Path, monkeypatch: Any) -> None:
     """Stopped in mid-epoch, then its data appended to: bit for bit equal to an undisturbed run."""
-    monkeypatch.setattr("antdist.runs.workers.common.node_is_going", lambda: False)
+    monkeypatch.setattr("antdist.runs.workers.common.is_node_leaving", lambda: False)
     for place in ("alone", "grown"):
         for name in ("a", "b"):
             prepare_domain(

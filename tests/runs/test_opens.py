@@ -39,7 +39,7 @@ def opened(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[str]]:
 
     for module in ("antdist.data.domain", "antdist.data.manifest"):
         monkeypatch.setattr(f"{module}.read_manifest", count)
-    monkeypatch.setattr("antdist.runs.workers.common.node_is_going", lambda: False)  # asks Ray, which is not here
+    monkeypatch.setattr("antdist.runs.workers.common.is_node_leaving", lambda: False)  # asks Ray, which is not here
     for driver in (adapt, pretrain):
         monkeypatch.setattr(driver, "run_workers", run_here)
         monkeypatch.setattr(driver, "ray_session", lambda _: contextlib.nullcontext())

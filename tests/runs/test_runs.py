@@ -388,7 +388,9 @@ def test_dead_worker_is_a_one_line_error(world: Path) -> None:
     config = pretrain_config(world, "dead", training={"epochs": 400}, workers=1)
     killer = threading.Thread(target=kill_leader_after, args=(world / "runs" / "dead", 1))
     killer.start()
-    with pytest.raises(UserError, match=r"a worker died: killed, .* The same command goes on from the last checkpoint"):
+    with pytest.raises(
+        UserError, match=r"a worker died: killed, .* The same command continues from the last checkpoint"
+    ):
         pretrain(config)
     killer.join()
     known = json.loads((world / "runs" / "dead" / "run.json").read_text())["run_id"]

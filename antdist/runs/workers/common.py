@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 from antdist.config.schema import PretrainConfig, RelearnConfig, TrainingConfig
-from antdist.distributed.ray_session import node_is_going
+from antdist.distributed.ray_session import is_node_leaving
 from antdist.distributed.world import World, agree, barrier
 from antdist.errors import Preempted, UserError
 from antdist.features.catalogue import Catalogue
@@ -100,7 +100,7 @@ def _make_poll(world: World, control: RunFolder) -> Callable[[], Signal | None]:
         nonlocal saved
         if world.leader and control.stop_file.exists():
             return "stop"
-        if saved or not node_is_going():
+        if saved or not is_node_leaving():
             return None
         saved = True
         return "save"

@@ -9,7 +9,7 @@ from pathlib import Path
 from antdist.config.schema import PretrainConfig
 from antdist.data.domain import Domain
 from antdist.data.stream.shard_batch import partition_rows
-from antdist.distributed.ray_session import enter_worker
+from antdist.distributed.ray_session import set_up_worker
 from antdist.distributed.world import World, current_world
 from antdist.errors import Preempted
 from antdist.evaluation.metrics import METRICS, summary
@@ -48,7 +48,7 @@ class PretrainSettings:
 
 def pretrain_worker(settings: PretrainSettings) -> None:
     """Run one Ray Train worker of a pre-training."""
-    enter_worker(settings.config.ray.cpus_per_worker)
+    set_up_worker(settings.config.ray.cpus_per_worker)
     world, folder = current_world(), run_folder(settings.config)
 
     def work(tracked: TrackedRun | None) -> PretrainResult:

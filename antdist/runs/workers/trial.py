@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from antdist.config.schema import RelearnConfig
-from antdist.distributed.ray_session import enter_worker
+from antdist.distributed.ray_session import set_up_worker
 from antdist.distributed.world import World, agree, current_world
 from antdist.errors import Preempted
 from antdist.evaluation.metrics import summary
@@ -47,7 +47,7 @@ class AdaptSettings:
 
 def adapt_worker(settings: AdaptSettings) -> None:
     """Run one Ray Train worker: all trials of the call that are not finished, one after the other."""
-    enter_worker(settings.config.ray.cpus_per_worker)
+    set_up_worker(settings.config.ray.cpus_per_worker)
     world = current_world()
     with lead_if_leader(world, settings.control):
         target: Target | None = None
