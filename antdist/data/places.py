@@ -14,7 +14,7 @@ from antdist.data.cache import Cache, open_cache
 from antdist.data.entries import File
 from antdist.data.shards import VERIFY_REMEDY
 from antdist.errors import UserError, redact
-from antdist.io.storage import asking, is_uri, open_storage, patiently
+from antdist.io.storage import asking, is_uri, open_storage, retry_unreachable
 
 CHUNK_BYTES = 4 << 20  # of one read from the storage
 PARALLEL_FETCHES = 8  # of a process
@@ -60,7 +60,7 @@ class RemotePath:
             with asking(str(self)):
                 return bytes(files.cat_file(path))
 
-        return patiently(read, cached.WAITS)
+        return retry_unreachable(read, cached.WAITS)
 
     def read_text(self, encoding: str) -> str:
         """Read a small text file, bypassing the cache. Raises FileNotFoundError, Unreachable."""
@@ -89,7 +89,7 @@ class RemotePath:
                 return list(files.ls(path, detail=True))
 
         try:
-            return patiently(ask, cached.WAITS)
+            return retry_unreachable(ask, cached.WAITS)
         except FileNotFoundError:
             return []
 

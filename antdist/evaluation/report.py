@@ -11,6 +11,7 @@ import numpy as np
 from antdist.evaluation.metrics import METRICS
 from antdist.evaluation.results import Run
 from antdist.evaluation.significance import Comparison, Verdict, metric_of
+from antdist.io.progress import align_columns
 
 SHORT = ("Recall@10", "NDCG@10")
 
@@ -71,9 +72,8 @@ def transfer_table(targets: Mapping[str, Sequence[Row]], champions: Mapping[str,
 
 def _aligned(cells: Sequence[Sequence[str]]) -> list[str]:
     """Align the columns of a table and underline its head."""
-    widths = [max(len(line[column]) for line in cells) for column in range(len(cells[0]))]
-    lines = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in cells]
-    return [lines[0], "  ".join("-" * width for width in widths), *lines[1:]]
+    rule = ["-" * max(map(len, column)) for column in zip(*cells, strict=True)]
+    return align_columns([cells[0], rule, *cells[1:]])
 
 
 def _unknown(row: Row) -> list[str]:

@@ -1,10 +1,10 @@
-"""Progress of anything long: a live bar on a terminal, a quiet line now and then elsewhere."""
+"""Progress bars and tables: bars on a terminal and a line now and then elsewhere; columns of plain text."""
 
 from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, TypeVar
 
 from antdist.io.logs import get_logger
@@ -15,14 +15,28 @@ T = TypeVar("T")
 QUIET_SECONDS = 15.0
 
 
+def align_columns(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Format rows of equal length as lines of columns, two spaces apart."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
+
+
+def make_bar(*columns: Any) -> Any:
+    """Make a rich `Progress` on standard error that disappears at its end; lines logged meanwhile appear above it."""
+    from rich.console import Console
+    from rich.progress import Progress
+
+    return Progress(*columns, console=Console(stderr=True), transient=True, redirect_stderr=True)
+
+
 def track(
     iterable: Iterable[T], description: str, total: int | None = None, size: Callable[[T], int] = lambda _: 1
 ) -> Iterator[T]:
-    """Iterate with a bar (terminal) or a line every 15 seconds (log): how much is done, rate, time left.
+    """Iterate, and show progress, rate and time left: by a bar on a terminal, else by a line every 15 seconds.
 
     Args:
-        total: of all sizes.
-        size: of an element.
+        total: the sum of all sizes.
+        size: the size of an element; 1 if not given.
     """
     if sys.stderr.isatty():
         yield from _bar(iterable, description, total, size)
@@ -31,8 +45,7 @@ def track(
 
 
 def _bar(iterable: Iterable[T], description: str, total: int | None, size: Callable[[T], int]) -> Iterator[T]:
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, TextColumn, TimeRemainingColumn
+    from rich.progress import BarColumn, MofNCompleteColumn, ProgressColumn, TextColumn, TimeRemainingColumn
     from rich.text import Text
 
     class Rate(ProgressColumn):
@@ -40,7 +53,7 @@ def _bar(iterable: Iterable[T], description: str, total: int | None, size: Calla
             return Text("" if task.speed is None else f"{task.speed:,.1f}/s")
 
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), Rate(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+    with make_bar(*columns) as progress:
         bar = progress.add_task(description, total=total)
         for element in iterable:
             progress.advance(bar, size(element))

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
 from antdist.errors import UserError
 from antdist.io.logs import get_logger
+from antdist.io.retry import retry
 
 logger = get_logger(__name__)
 
@@ -67,15 +67,13 @@ def asking(uri: str) -> Iterator[None]:
         raise Unreachable(uri, error) from error
 
 
-def patiently(ask: Callable[[], T], waits: Sequence[float]) -> T:
-    """Raises Unreachable if the storage stays away for as long as `waits`, the seconds between trials, are."""
-    for wait in waits:
-        try:
-            return ask()
-        except Unreachable as error:
-            logger.warning(f"{error} Trying again")
-            time.sleep(wait)
-    return ask()
+def retry_unreachable(work: Callable[[], T], waits: Sequence[float]) -> T:
+    """Call `work` again, after each of the `waits` (seconds), while the storage is unreachable. Raises Unreachable."""
+
+    def report(error: BaseException, _: float) -> None:
+        logger.warning(f"{error} Trying again")
+
+    return retry(work, waits, lambda error: isinstance(error, Unreachable), report)
 
 
 def first_line(error: BaseException) -> str:

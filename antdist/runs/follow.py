@@ -8,11 +8,10 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn
+from rich.progress import BarColumn, TextColumn
 
 from antdist.io.logs import get_logger, log_to_file
-from antdist.io.progress import QUIET_SECONDS
+from antdist.io.progress import QUIET_SECONDS, make_bar
 from antdist.runs.folder import RunFolder
 from antdist.runs.locks import lock_leader
 from antdist.training.status import Status
@@ -84,8 +83,7 @@ def _show_lines() -> Iterator[Callable[[Status], None]]:
 @contextlib.contextmanager
 def _show_bar() -> Iterator[Callable[[Status], None]]:
     columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[figures]}"))
-    # standard error is redirected while the bar is shown, so that lines logged meanwhile appear above it
-    with Progress(*columns, console=Console(stderr=True), transient=True, redirect_stderr=True) as progress:
+    with make_bar(*columns) as progress:
         task = progress.add_task("starting the workers", total=None, figures="")
 
         def show(status: Status) -> None:

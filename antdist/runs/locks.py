@@ -8,12 +8,11 @@ when a process dies.
 from __future__ import annotations
 
 import contextlib
-import fcntl
-import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from antdist.errors import UserError
+from antdist.io.locks import try_lock
 from antdist.io.logs import get_logger
 from antdist.runs.folder import RunFolder
 
@@ -85,20 +84,5 @@ def _lock_command(folder: RunFolder, what: str, shared: bool = False) -> Iterato
 
 
 def _lock(path: Path, stack: contextlib.ExitStack, seconds: float = 0.0, shared: bool = False) -> bool:
-    """Try to lock a file within so many seconds; `stack` closes it, which releases the lock.
-
-    By hand, as filelock has no shared lock on Unix, and fails on a file system without locks, where a run must still start.
-    """
-    file = stack.enter_context(path.open("a+"))  # NFS grants a shared lock only on a file that is open for reading
-    kind = fcntl.LOCK_SH if shared else fcntl.LOCK_EX
-    deadline = time.monotonic() + seconds
-    while True:
-        try:
-            fcntl.flock(file, kind | fcntl.LOCK_NB)
-            return True
-        except BlockingIOError:
-            if time.monotonic() >= deadline:
-                return False
-            time.sleep(0.2)
-        except OSError:  # a file system without locks
-            return True
+    """Try to lock a file within so many seconds; `stack` closes it, which releases the lock."""
+    return try_lock(stack.enter_context(path.open("a+")), seconds=seconds, shared=shared)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from antdist.config.schema import TrackingConfig
 from antdist.errors import UserError
+from antdist.io.progress import align_columns
 from antdist.report import Report
 from antdist.tracking.registry import validation_metric
 from antdist.tracking.store import check_reachable, connect, redact, sqlite_file, tracking_uri, translate_errors
@@ -65,9 +66,7 @@ class Overview(Report):
     def lines(self) -> list[str]:
         if not self.versions:
             return ["no models"]
-        rows = [COLUMNS, *self._rows()]
-        widths = [max(len(row[column]) for row in rows) for column in range(len(COLUMNS))]
-        return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+        return align_columns([COLUMNS, *self._rows()])
 
     def table(self) -> Table:
         """Return a table for a terminal, with aliases, verdict and lineage broken into lines."""

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import functools
 import logging
+import math
 import os
 import re
 import shlex
@@ -13,7 +13,6 @@ import sqlite3
 import ssl
 import sys
 import threading
-import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
@@ -22,7 +21,9 @@ from typing import TYPE_CHECKING, TypeVar
 
 from antdist.config.schema import TrackingConfig
 from antdist.errors import UserError, redact
+from antdist.io.locks import try_lock
 from antdist.io.logs import get_logger
+from antdist.io.retry import retry
 from antdist.io.storage import first_line
 
 if TYPE_CHECKING:
@@ -207,7 +208,7 @@ def _lock_sqlite(file: Path | None) -> Iterator[None]:
         return
     file.parent.mkdir(parents=True, exist_ok=True)
     with file.with_name(f"{file.name}.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+        try_lock(lock, seconds=math.inf)
         yield
 
 
@@ -265,16 +266,14 @@ def patiently(work: Callable[[], T], uri: str, trials: int | None = None) -> T:
     from mlflow.exceptions import MlflowException
     from requests import RequestException
 
+    def is_retryable(error: BaseException) -> bool:
+        return isinstance(error, MlflowException | RequestException | StoreUnavailable) and not is_refusal(error)
+
+    def report(error: BaseException, wait: float) -> None:
+        logger.warning("the tracking store failed, retrying in %g s: %s", wait, error)
+
     with translate_errors(uri):
-        for wait in WAITS[:trials]:
-            try:
-                return work()
-            except (MlflowException, RequestException, StoreUnavailable) as error:
-                if is_refusal(error):
-                    raise
-                logger.warning("the tracking store failed, retrying in %g s: %s", wait, error)
-                time.sleep(wait)
-        return work()
+        return retry(work, WAITS[:trials], is_retryable, report)
 
 
 @contextlib.contextmanager

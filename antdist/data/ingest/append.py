@@ -13,7 +13,6 @@ Memory: what is appended, and the histories of the users whom it touches; of the
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import os
 import shutil
 import time
@@ -60,6 +59,7 @@ from antdist.data.writing import (
 )
 from antdist.errors import UserError
 from antdist.io.files import flush_to_disk, write_folder_atomically
+from antdist.io.locks import try_lock
 from antdist.io.progress import track
 from antdist.report import Report
 
@@ -183,11 +183,8 @@ def _lock_domain(folder: Path) -> Iterator[None]:
     """Lock the domain against other appends, without waiting."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
-        with contextlib.suppress(OSError):  # the file system has no locks
-            try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise UserError("another append is running", where=folder, remedy="wait until it ends") from None
+        if not try_lock(descriptor):
+            raise UserError("another append is running", where=folder, remedy="wait until it ends")
         yield
     finally:
         os.close(descriptor)

@@ -26,7 +26,7 @@ from antdist import faults
 from antdist.errors import UserError
 from antdist.io.files import flush_to_disk, write_atomically
 from antdist.io.logs import get_logger
-from antdist.io.storage import Unreachable, asking, open_storage, patiently
+from antdist.io.storage import Unreachable, asking, open_storage, retry_unreachable
 from antdist.training.checkpoints import BEST, CHECKPOINTS
 from antdist.training.checkpoints.local import (
     FILES,
@@ -136,11 +136,11 @@ class Remote:
         """
         here, damaged = newest_complete(folder / CHECKPOINTS), dict[int, UserError]()
         try:
-            for step in reversed(_patiently(self.steps)):
+            for step in reversed(_retry(self.steps)):
                 if here is not None and step <= here:
                     break
                 try:
-                    _patiently(lambda step=step: self._fetch(folder, step))  # type: ignore[misc]
+                    _retry(lambda step=step: self._fetch(folder, step))  # type: ignore[misc]
                 except Unreachable:
                     raise
                 except UserError as damage:
@@ -299,8 +299,8 @@ def _damage(where: str, what: str) -> UserError:
     return UserError(what, where=where, remedy="use an older checkpoint")
 
 
-def _patiently(ask: Callable[[], T]) -> T:
-    return patiently(ask, WAITS)
+def _retry(ask: Callable[[], T]) -> T:
+    return retry_unreachable(ask, WAITS)
 
 
 def _within(seconds: float, work: Callable[[], None]) -> None:
