@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from antdist.data.synthetic.world import WorldReport
     from antdist.data.verify import VerifyReport
     from antdist.features.featurize import FeaturizeReport
-    from antdist.jobs.fanout import Fanned
+    from antdist.jobs.fanout import FanoutResult
     from antdist.jobs.survey import Survey
     from antdist.model.io import ModelCard
     from antdist.planning.calibration import Calibration
@@ -224,7 +224,7 @@ def fanout(
     parallel: int = 1,
     dry_run: bool = False,
     code: str | None = None,
-) -> Survey | Fanned:
+) -> Survey | FanoutResult:
     """Adapt to many targets: a Ray job a (target, strategy, seed), then one a target that judges and registers.
 
     Strategies, seeds and the parent are the configuration's. Called again, it does what is missing or failed.
@@ -236,12 +236,12 @@ def fanout(
         dry_run: only check and report what would run.
         code: folder whose package `antdist` the jobs run; by default the one that is imported here.
     """
-    from antdist.jobs.fanout import ALL, fanout, read_targets, wanted_of
-    from antdist.jobs.submission import own_code
+    from antdist.jobs.fanout import ALL, fanout, make_request, read_targets
+    from antdist.jobs.submission import package_root
 
     named = targets if isinstance(targets, str) else ",".join(targets)
-    wanted = wanted_of(adapt_config(config, overrides), None if named.strip() == ALL else read_targets(named))
-    return fanout(wanted, address, code=code or own_code(), parallel=parallel, dry_run=dry_run)
+    wanted = make_request(adapt_config(config, overrides), None if named.strip() == ALL else read_targets(named))
+    return fanout(wanted, address, code=code or package_root(), parallel=parallel, dry_run=dry_run)
 
 
 # -- models ----------------------------------------------------------------------------------------------------------

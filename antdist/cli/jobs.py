@@ -30,11 +30,11 @@ SUBMITTABLE = {
 
 
 def _code(working_dir: Path | None, installed: bool) -> str:
-    from antdist.jobs.submission import INSTALLED, own_code
+    from antdist.jobs.submission import INSTALLED, package_root
 
     if installed and working_dir is not None:
         raise click.UsageError("give either --working-dir or --installed")
-    return INSTALLED if installed else str((working_dir or Path(own_code())).resolve())
+    return INSTALLED if installed else str((working_dir or Path(package_root())).resolve())
 
 
 @click.command(context_settings={"ignore_unknown_options": True})
@@ -58,21 +58,21 @@ def submit(
       antdist submit featurize /shared/data/books /shared/data/music --text hashed --address http://head:8265
       antdist submit relearn --config configs/relearn.yaml target=food from=models:/pretrain@champion   (a local Ray)
     """
-    from antdist.jobs.client import Cluster, submit_here
+    from antdist.jobs.client import Cluster, submit_to_local_ray
     from antdist.jobs.submission import read_submission
 
     code = _code(working_dir, installed)
     here = not (address or os.environ.get("RAY_ADDRESS"))
     submission = read_submission(SUBMITTABLE[verb], arguments, here=here, code=code)
     if here:
-        sys.exit(submit_here(submission).code)
+        sys.exit(submit_to_local_ray(submission).code)
     cluster = Cluster(address)
     job = cluster.submit(submission)
     _print_job(cluster, job, wait)
 
 
 def _print_job(cluster: Cluster, job: str, wait: bool) -> None:
-    for line in cluster.told(job):
+    for line in cluster.describe(job):
         click.echo(line)
     if wait:
         sys.exit(cluster.follow(job).code)
@@ -116,10 +116,10 @@ def fanout(
       antdist fanout --config configs/relearn.yaml --targets food,arts --strategies scratch,finetune,relearn --seeds 0-4 \\
         --from models:/pretrain@champion --parallel 8 data.root=/shared/data ray.storage=/shared/runs --address http://head:8265
     """
-    from antdist.jobs.fanout import read_wanted
+    from antdist.jobs.fanout import read_request
 
     code = _code(working_dir, installed)
-    wanted = read_wanted(config_file, overrides, targets, **choice)
+    wanted = read_request(config_file, overrides, targets, **choice)
     report = api.fanout(
         wanted.config,
         targets="all" if wanted.targets is None else wanted.targets,

@@ -1,5 +1,7 @@
-"""Ray Jobs, through Ray's own client: submit, list, follow, stop, resume. Which token is sent is Ray's affair: RAY_AUTH_MODE,
-RAY_AUTH_TOKEN, RAY_AUTH_TOKEN_PATH."""
+"""Ray Jobs through Ray's own client: submit, list, follow, stop, resume.
+
+Ray chooses the token to send by RAY_AUTH_MODE, RAY_AUTH_TOKEN and RAY_AUTH_TOKEN_PATH.
+"""
 
 from __future__ import annotations
 
@@ -19,23 +21,24 @@ from antdist.distributed.ray_compat import JOB_CLIENT_LOGGERS
 from antdist.distributed.ray_session import check_listening, local_head
 from antdist.errors import Preempted, UserError
 from antdist.io.logs import get_logger
-from antdist.jobs.submission import Submission, again, stage
+from antdist.io.progress import align_columns
+from antdist.jobs.submission import Submission, restore_submission, stage_files
 from antdist.runs.folder import RunFolder
 from antdist.training.status import Status
 
 logger = get_logger(__name__)
 
-# Ray kills a job's entry point 3 s after it asked it to stop; a step and a checkpoint take longer
+# By default Ray kills a job's entry point 3 s after the request to stop; a step and a checkpoint take longer
 STOP_SECONDS = 600
 POLL_SECONDS = 0.5
-SILENCE_SECONDS = 60.0  # of a log, until the head is asked how the job is
+SILENCE_SECONDS = 60.0  # of a log, after which the job's status is polled
 STATES = {"PENDING": "waits", "RUNNING": "runs", "SUCCEEDED": "done", "STOPPED": "stopped", "FAILED": "failed"}
 COLUMNS = ("job", "state", "verb", "run", "step", "rate/s", "loss", "left", "MLflow")
 
 
 @dataclass(frozen=True)
-class Ended:
-    """How a job ended; `code` is the exit code for a command that waited for it."""
+class JobResult:
+    """The end of a job; `code` is the exit code for a command that waited for it."""
 
     job: str
     state: str
@@ -46,10 +49,10 @@ class Cluster:
     """The jobs of one Ray cluster.
 
     Args:
-        address: http(s)://HEAD:8265 or what else Ray takes; None: RAY_ADDRESS.
+        address: http(s)://HEAD:8265 or another form that Ray accepts; None: RAY_ADDRESS.
 
     Raises (every method, too):
-        UserError: nobody answers there, the token is refused, no such job.
+        UserError: the server does not answer, it refuses the token, or there is no such job.
     """
 
     def __init__(self, address: str | None) -> None:
@@ -58,7 +61,7 @@ class Cluster:
             raise UserError(
                 "no cluster is named", where="--address", remedy="give http://HEAD:8265, or set RAY_ADDRESS"
             )
-        with self._clear(), _over_ray_address(self.address):
+        with self._translate_errors(), _prefer_address(self.address):
             from ray.job_submission import JobSubmissionClient
 
             check_listening(self.address)
@@ -67,11 +70,11 @@ class Cluster:
             logging.getLogger(name).setLevel(logging.WARNING)
 
     def submit(self, submission: Submission) -> str:
-        """Send code and configuration, and have the job started; its id."""
-        self._refuse_twice(submission)
-        with tempfile.TemporaryDirectory() as folder, self._clear():
+        """Upload code and configuration, start the job, and return its id."""
+        self._refuse_second_job(submission)
+        with tempfile.TemporaryDirectory() as folder, self._translate_errors():
             environment: dict[str, Any] = {"env_vars": {"RAY_JOB_STOP_WAIT_TIME_S": str(STOP_SECONDS)}}
-            if stage(submission, Path(folder)):
+            if stage_files(submission, Path(folder)):
                 environment["working_dir"] = folder
             return str(
                 self._client.submit_job(
@@ -83,75 +86,74 @@ class Cluster:
             )
 
     def resume(self, job: str) -> str:
-        """Submit the same again: it goes on with the same run. Raises UserError while the job, or another of its run, runs."""
+        """Submit the same job again, which resumes its run. Raises UserError while it, or another job of its run, is active."""
         info = self._info(job)
         if not info.status.is_terminal():
             raise UserError(f"the job {STATES[info.status]}", where=job, remedy="stop it first: antdist stop JOB")
         try:
-            submission = again(info.entrypoint, info.metadata or {})
+            submission = restore_submission(info.entrypoint, info.metadata or {})
         except KeyError:
-            raise UserError(
-                "was not submitted by `antdist submit`", where=job, remedy="submit it as it was before"
-            ) from None
+            raise UserError("was not submitted by `antdist submit`", where=job, remedy="submit it as before") from None
         return self.submit(submission)
 
-    def stop(self, job: str) -> Ended:
-        """Ask the job to save its state and leave; return when it has."""
+    def stop(self, job: str) -> JobResult:
+        """Stop the job, which saves its state first, and wait for its end."""
         if not self.ask_to_stop(job):
-            raise UserError(f"the job is no longer at work: {STATES[self._info(job).status]}", where=job)
+            raise UserError(f"the job has ended: {STATES[self._info(job).status]}", where=job)
         while not self._info(job).status.is_terminal():
             time.sleep(POLL_SECONDS)
         return self._ended(job)
 
     def ask_to_stop(self, job: str) -> bool:
-        """Ask the job to save its state and leave; False if it has ended."""
-        with self._clear(job):
+        """Ask the job to save its state and exit; return False if it has ended."""
+        with self._translate_errors(job):
             return bool(self._client.stop_job(job))
 
-    def ended(self, job: str) -> Ended | None:
-        """How the job ended; None while it waits or runs."""
+    def ended(self, job: str) -> JobResult | None:
+        """Return how the job ended; None while it is pending or running."""
         return self._ended(job) if self._info(job).status.is_terminal() else None
 
-    def at_work(self) -> dict[tuple[str, ...], str]:
-        """The jobs that wait or run, by `run_of` their metadata."""
-        with self._clear():
+    def active_jobs(self) -> dict[tuple[str, ...], str]:
+        """Return the pending and running jobs by the `run_key` of their metadata."""
+        with self._translate_errors():
             infos = [info for info in self._client.list_jobs() if not info.status.is_terminal()]
-        return {run_of(info.metadata): info.submission_id for info in infos if info.metadata and info.submission_id}
+        return {run_key(info.metadata): info.submission_id for info in infos if info.metadata and info.submission_id}
 
     def why(self, job: str) -> str:
-        """What a job that failed, or was stopped, said of it."""
+        """Return the last error, or the last line, that a failed or stopped job printed."""
         lines, info = self.logs(job).strip().splitlines(), self._info(job)
-        mistakes = [line for line in lines if line.startswith("error: ")]
-        if mistakes:
-            return mistakes[-1]
+        errors = [line for line in lines if line.startswith("error: ")]
+        if errors:
+            return errors[-1]
         code = "" if info.driver_exit_code is None else f" with exit code {info.driver_exit_code}"
-        said = lines[-1] if lines else (info.message or "nothing").strip().partition("\n")[0]
-        return f"{STATES[info.status]}{code}; it said last: {said}"
+        last = lines[-1] if lines else (info.message or "nothing").strip().partition("\n")[0]
+        return f"{STATES[info.status]}{code}; the last line of its log: {last}"
 
     def logs(self, job: str) -> str:
-        with self._clear(job):
+        """Return the job's log so far."""
+        with self._translate_errors(job):
             return str(self._client.get_job_logs(job))
 
-    def follow(self, job: str) -> Ended:
+    def follow(self, job: str) -> JobResult:
         """Print the job's log as it grows, to its end."""
-        self._info(job)  # there is such a job
+        self._info(job)  # raises if there is no such job
         shown = 0
 
         async def show() -> None:
             nonlocal shown
-            told, chunks = 0, aiter(self._client.tail_job_logs(job))
+            received, chunks = 0, aiter(self._client.tail_job_logs(job))
             while True:
                 try:
                     text = await asyncio.wait_for(anext(chunks), SILENCE_SECONDS)
-                except (StopAsyncIteration, TimeoutError):  # the end; or a head that is cut off, of which nobody tells
+                except (StopAsyncIteration, TimeoutError):  # the end, or a lost connection, which Ray does not report
                     return
-                told += len(text)
-                if told > shown:  # a connection made anew begins with the first line
-                    print(text[-(told - shown) :], end="", flush=True)
-                    shown = told
+                received += len(text)
+                if received > shown:  # a new connection starts with the first line
+                    print(text[-(received - shown) :], end="", flush=True)
+                    shown = received
 
         while True:
-            with self._clear(job):
+            with self._translate_errors(job):
                 asyncio.run(show())
             info = self._info(job)
             if info.status.is_terminal():
@@ -161,60 +163,58 @@ class Cluster:
             time.sleep(POLL_SECONDS)
 
     def last_line(self, job: str) -> str:
-        """What the job said last."""
+        """Return the last line of the job's log."""
         return (self.logs(job).strip().splitlines() or [""])[-1]
 
     def table(self, everything: bool = False) -> list[str]:
-        """A line a job, oldest first: those that wait or run, or all that the cluster remembers. How a run goes is told where
-        its folder is visible from this machine."""
-        with self._clear():
+        """Format a line per job, oldest first: the active ones, or all that the cluster remembers.
+
+        A run's progress is shown where its folder is visible from this machine.
+        """
+        with self._translate_errors():
             infos = [info for info in self._client.list_jobs() if info.submission_id is not None]
         infos.sort(key=lambda info: info.start_time or 0)
         rows = [_row(info) for info in infos if everything or not info.status.is_terminal()]
         if not rows:
             return ["no job waits or runs" + ("" if everything else "; --all lists those that ended")]
-        widths = [max(len(row[column]) for row in [COLUMNS, *rows]) for column in range(len(COLUMNS))]
-        return [
-            "  ".join(f"{cell:{width}}" for cell, width in zip(row, widths, strict=True)).rstrip()
-            for row in [COLUMNS, *rows]
-        ]
+        return align_columns([COLUMNS, *rows])
 
-    def told(self, job: str) -> list[str]:
-        """What a user does next with a job."""
+    def describe(self, job: str) -> list[str]:
+        """Return a job's page, and the commands to follow, stop and resume it."""
         to = f" --address {self.address}"
         return [
             f"job {job}",
             f"dashboard: {self._client.get_address()}/#/jobs/{job}",
             f"follow it: antdist logs {job} -f{to}",
-            f"stop, go on: antdist stop {job}{to}; antdist resume {job}{to}",
+            f"stop, resume: antdist stop {job}{to}; antdist resume {job}{to}",
         ]
 
     def _info(self, job: str) -> Any:
-        with self._clear(job):
+        with self._translate_errors(job):
             return self._client.get_job_info(job)
 
-    def _ended(self, job: str) -> Ended:
+    def _ended(self, job: str) -> JobResult:
         info = self._info(job)
         code = {"SUCCEEDED": 0, "STOPPED": Preempted.EXIT_CODE}.get(info.status, info.driver_exit_code or 1)
-        return Ended(job, STATES[info.status], code)
+        return JobResult(job, STATES[info.status], code)
 
-    def _refuse_twice(self, submission: Submission) -> None:
-        """Two jobs of one run would wait for each other, the second holding what it was given."""
+    def _refuse_second_job(self, submission: Submission) -> None:
+        """Refuse a second job of a run: it would hold its resources while it waits for the first."""
         mine = submission.metadata
         if not mine["storage"]:
             return
-        with self._clear():
+        with self._translate_errors():
             for info in self._client.list_jobs():
-                if run_of(info.metadata or {}) == run_of(mine) and not info.status.is_terminal():
+                if run_key(info.metadata or {}) == run_key(mine) and not info.status.is_terminal():
                     raise UserError(
-                        f"the job {info.submission_id} is at work on this run",
+                        f"the job {info.submission_id} is working on this run",
                         where=f"{mine['storage']}/{mine['run']}",
                         remedy="wait for it or stop it, or choose another name=...",
                     )
 
     @contextlib.contextmanager
-    def _clear(self, job: str | None = None) -> Iterator[None]:
-        """Turn what Ray's client raises into a UserError."""
+    def _translate_errors(self, job: str | None = None) -> Iterator[None]:
+        """Raise the errors of Ray's client as UserError."""
         from aiohttp import ClientError
         from ray.exceptions import AuthenticationError
         from requests import RequestException
@@ -232,28 +232,27 @@ class Cluster:
             if "status code 404" in str(error) and job is not None:
                 raise UserError("no such job", where=job, remedy="`antdist jobs --all` lists them") from None
             raise UserError(
-                f"Ray's job server does not do it ({str(error).strip().partition(chr(10))[0]})",
+                f"Ray's job server failed ({str(error).strip().partition(chr(10))[0]})",
                 where=where,
-                remedy="check the address, and that the head is up with its dashboard (http://HEAD:8265)",
+                remedy="check the address, and that the head node runs with its dashboard (http://HEAD:8265)",
             ) from None
 
 
-def run_of(metadata: Mapping[str, str]) -> tuple[str, ...]:
-    """What two jobs that are at work must not share."""
+def run_key(metadata: Mapping[str, str]) -> tuple[str, ...]:
+    """Return the metadata that two active jobs must not share."""
     return tuple(metadata.get(key, "") for key in ("verb", "run", "storage"))
 
 
-def joining(submission: Submission, drivers: str) -> Submission:
-    """Whose driver joins the Ray at this address: where several Rays run on a machine, Ray may name any of them to the job."""
-    return replace(submission, entrypoint=f"RAY_ADDRESS={shlex.quote(drivers)} {submission.entrypoint}")
+def join_ray(submission: Submission, address: str) -> Submission:
+    """Make the job's driver connect to the Ray at this address; with several on a machine, Ray may give it another one."""
+    return replace(submission, entrypoint=f"RAY_ADDRESS={shlex.quote(address)} {submission.entrypoint}")
 
 
-def submit_here(submission: Submission) -> Ended:
-    """On a local Ray, started for it and stopped at its end; Ctrl-C or SIGTERM stop the job first, so that its state is
-    saved."""
-    with local_head(submission.ray) as (address, drivers):
+def submit_to_local_ray(submission: Submission) -> JobResult:
+    """Run a job on a local Ray that is started for it; Ctrl-C and SIGTERM stop the job first, so that it saves its state."""
+    with local_head(submission.ray) as (address, ray_address):
         cluster = Cluster(address)
-        job = cluster.submit(joining(submission, drivers))
+        job = cluster.submit(join_ray(submission, ray_address))
         logger.info(f"job {job} on a local Ray; dashboard {address}")
         try:
             return cluster.follow(job)
@@ -268,27 +267,27 @@ def _row(info: Any) -> tuple[str, ...]:
     metadata = info.metadata or {}
     run, storage = metadata.get("run", ""), metadata.get("storage", "")
     folder = Path(storage) / run if storage and run else None
-    live = _live(folder, info) if folder is not None and info.status == "RUNNING" else None
-    figures = ("", "", "", "") if live is None else (
-        f"{live.step}/{live.steps}", f"{live.rate:,.0f}", f"{live.loss:.4f}", f"{live.left / 60:.1f} min",
+    status = _read_status(folder, info) if folder is not None and info.status == "RUNNING" else None
+    figures = ("", "", "", "") if status is None else (
+        f"{status.step}/{status.steps}", f"{status.rate:,.0f}", f"{status.loss:.4f}", f"{status.left / 60:.1f} min",
     )  # fmt: skip
     return (
         info.submission_id, STATES[info.status], metadata.get("verb", ""), run, *figures,
-        _link(folder, metadata.get("mlflow", "")),
+        _mlflow_link(folder, metadata.get("mlflow", "")),
     )  # fmt: skip
 
 
-def _live(folder: Path, info: Any) -> Status | None:
-    """How the run goes, if this job has said so: its folder may hold what an earlier one said."""
+def _read_status(folder: Path, info: Any) -> Status | None:
+    """Read the run's status, unless it is older than this job, and so of an earlier one."""
     file = RunFolder(folder).status_file
-    with contextlib.suppress(OSError, UserError, TypeError):  # nothing, or nothing whole
+    with contextlib.suppress(OSError, UserError, TypeError):  # no status, or a damaged one
         if file.stat().st_mtime * 1000 >= (info.start_time or 0):
             return RunFolder(folder).read_status()
     return None
 
 
-def _link(folder: Path | None, uri: str) -> str:
-    """The run's page in MLflow; of a store without a server, the run's id."""
+def _mlflow_link(folder: Path | None, uri: str) -> str:
+    """Return the run's page in MLflow, or its id if the store has no server."""
     record = None
     with contextlib.suppress(OSError, UserError):
         record = RunFolder(folder).read_record() if folder else None
@@ -298,8 +297,8 @@ def _link(folder: Path | None, uri: str) -> str:
 
 
 @contextlib.contextmanager
-def _over_ray_address(address: str) -> Iterator[None]:
-    """Ray's client takes RAY_ADDRESS before the address that it is given; what the user typed counts more."""
+def _prefer_address(address: str) -> Iterator[None]:
+    """Within the block Ray's client uses this address; otherwise it prefers RAY_ADDRESS."""
     variable = "RAY_API_SERVER_ADDRESS"
     before = os.environ.get(variable)
     os.environ[variable] = address

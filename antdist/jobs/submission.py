@@ -1,5 +1,7 @@
-"""What `antdist submit` sends: an entry point, the configuration, the code. Checked as far as this machine can see; what it
-cannot (data, features, stores) the job itself checks before it asks for workers."""
+"""What `antdist submit` sends: an entry point, the configuration, the code.
+
+It is checked as far as this machine can see; the job itself checks the rest (data, features, stores) before it starts workers.
+"""
 
 from __future__ import annotations
 
@@ -32,44 +34,51 @@ Run = TypeVar("Run", PretrainConfig, RelearnConfig)
 
 @dataclass(frozen=True)
 class Submission:
-    """A job of one verb: `entrypoint` is a line for a shell, quoted; `metadata` is what the cluster lists of it, and all that
-    it takes to submit it again."""
+    """A job of one verb.
+
+    Args:
+        entrypoint: a command line, quoted for a shell.
+        metadata: what the cluster lists of the job, sufficient to submit it again.
+        ray: the settings of a local Ray.
+    """
 
     entrypoint: str
     metadata: dict[str, str]
     ray: RayConfig
 
     def new_id(self) -> str:
-        """Readable, and of letters that stand in a URL and a file's name."""
+        """Make a readable, unique id that is valid in a URL and a file name."""
         words = "-".join(filter(None, (self.metadata["verb"], self.metadata["run"])))
         return f"{re.sub(r'[^A-Za-z0-9._-]+', '-', words)[:60]}-{secrets.token_hex(3)}"
 
 
 def read_submission(command: click.Command, arguments: Sequence[str], *, here: bool, code: str) -> Submission:
-    """Read a verb's own arguments as the verb would.
+    """Parse a verb's arguments as the verb does.
 
     Args:
         here: for a Ray on this machine: relative paths are made absolute, elsewhere they are refused.
         code: the folder that holds the package to send, or `INSTALLED`.
 
     Raises:
-        UserError: whatever a configuration alone shows; a path that the cluster cannot know; credentials, which the cluster
-            would list; `--json`.
-        click.UsageError: arguments that the verb does not take.
+        UserError: the configuration is invalid; a path is unknown to the cluster; credentials, which the cluster would list;
+            `--json`.
+        click.UsageError: the verb does not accept the arguments.
     """
     assert command.name is not None
     if any(argument.partition("=")[0] == "--json" for argument in arguments):
         raise UserError(
-            "a job has no file of yours to write to", where="--json", remedy="read the figures with `antdist logs`"
+            "a job cannot write to a file of this machine",
+            where="--json",
+            remedy="read the figures with `antdist logs`",
         )
     context = command.make_context(command.name, list(arguments))
     if command.name in ("pretrain", "relearn"):
         kind: Any = PretrainConfig if command.name == "pretrain" else RelearnConfig
-        config = settled(load_config(kind, context.params["config_file"], context.params["overrides"]), here)
+        config = resolve_config(load_config(kind, context.params["config_file"], context.params["overrides"]), here)
         only = context.params.get("only")
-        return submission_of(command.name, config, [f"--only={only}"] if only else [], here=here, code=code)
+        return make_submission(command.name, config, [f"--only={only}"] if only else [], here=here, code=code)
     metadata = {"verb": command.name, "run": "", "storage": "", "mlflow": "", "config": "", "code": code}
-    argv = _argv(command, context, here)
+    argv = _rebuild_arguments(command, context, here)
     domains = context.params.get("domains") or [context.params["domain"]]
     metadata["run"] = ",".join(Path(domain).name for domain in domains)
     entrypoint = _entrypoint([command.name, *argv], here)
@@ -77,13 +86,13 @@ def read_submission(command: click.Command, arguments: Sequence[str], *, here: b
     return Submission(entrypoint, metadata, RayConfig())
 
 
-def submission_of(
+def make_submission(
     verb: str, config: PretrainConfig | RelearnConfig, arguments: Sequence[str], *, here: bool, code: str
 ) -> Submission:
-    """Of a verb with a settled configuration, which goes along as a file.
+    """Make the submission of a verb with a resolved configuration, which is sent as a file.
 
     Raises:
-        UserError: credentials, which the cluster would list.
+        UserError: it holds credentials, which the cluster would list.
     """
     run = config.name
     if isinstance(config, RelearnConfig):
@@ -104,32 +113,35 @@ def submission_of(
 
 
 def _entrypoint(words: Sequence[str], here: bool) -> str:
-    """For a shell, whose place it takes: the shell would die of a signal before its child, and where the container's first
-    process reaps no orphans, Ray would wait for that child until the last."""
+    """Make a command line that replaces its shell.
+
+    Otherwise a signal kills the shell before its child, and in a container whose first process does not reap orphans, Ray
+    waits for that child until its time is up.
+    """
     return f"exec {shlex.join([sys.executable if here else 'python', '-m', 'antdist', *words])}"
 
 
-def again(entrypoint: str, metadata: dict[str, str]) -> Submission:
-    """The submission that a job came from, by what the cluster tells of it."""
+def restore_submission(entrypoint: str, metadata: dict[str, str]) -> Submission:
+    """Rebuild a job's submission from what the cluster lists of it. Raises KeyError if antdist did not submit it."""
     return Submission(
         entrypoint, {key: metadata[key] for key in ("verb", "run", "storage", "mlflow", "config", "code")}, RayConfig()
     )
 
 
-def stage(submission: Submission, folder: Path) -> bool:
-    """Put what the job takes along into an empty folder; whether that is anything.
+def stage_files(submission: Submission, folder: Path) -> bool:
+    """Copy the code and configuration of a job into an empty folder; return whether there are any.
 
     Raises:
-        UserError: no package where the code is to come from.
+        UserError: the code's folder holds no package.
     """
     code, config = submission.metadata["code"], submission.metadata["config"]
     if code != INSTALLED:
         package = Path(code) / "antdist"
         if not (package / "__init__.py").is_file():
             raise UserError(
-                "no folder antdist with the package here",
+                "there is no folder antdist with the package",
                 where=code,
-                remedy="name the project's folder with --working-dir, or take the cluster's own installation: --installed",
+                remedy="name the project's folder with --working-dir, or use the cluster's own installation with --installed",
             )
         shutil.copytree(package, folder / "antdist", ignore=shutil.ignore_patterns("__pycache__"))
     if config:
@@ -137,50 +149,50 @@ def stage(submission: Submission, folder: Path) -> bool:
     return bool(config) or code != INSTALLED
 
 
-def own_code() -> str:
-    """The folder that holds the package that runs here."""
+def package_root() -> str:
+    """Return the folder that holds this package."""
     return str(Path(antdist.__file__).resolve().parents[1])
 
 
-def settled(config: Run, here: bool) -> Run:
-    """With absolute folders, and checked for all that the configuration alone tells. Raises UserError."""
+def resolve_config(config: Run, here: bool) -> Run:
+    """Check the configuration by itself, and make its folders absolute. Raises UserError."""
     from antdist.runs.checks import check_settings
     from antdist.runs.context import map_paths
 
     check_settings(config)
     if config.ray.address is not None:
         raise UserError(
-            "a job works on the cluster that it is submitted to",
+            "a job runs on the cluster that it is submitted to",
             where="ray.address",
             remedy="remove it, and give --address",
         )
-    return map_paths(config, functools.partial(_model, here=here))
+    return map_paths(config, functools.partial(_resolve_model, here=here))
 
 
-def _place(key: str, path: str, here: bool) -> str:
-    """An absolute path, or a URI. Raises UserError."""
+def _resolve_path(key: str, path: str, here: bool) -> str:
+    """Return an absolute path, or the URI. Raises UserError."""
     if is_uri(path) or Path(path).is_absolute():
         return path
     if here:
         return str(Path(path).resolve())
     raise UserError(
-        f"{path!r} would be looked for in the job's passing copy of the code",
+        f"{path!r} would be resolved in the job's temporary copy of the code",
         where=key,
         remedy="give an absolute path that the cluster's nodes know",
     )
 
 
-def _model(key: str, model: str, here: bool) -> str:
-    return model if model.startswith(REGISTRY) else _place(key, model, here)
+def _resolve_model(key: str, model: str, here: bool) -> str:
+    return model if model.startswith(REGISTRY) else _resolve_path(key, model, here)
 
 
 def _store(config: TrackingConfig, storage: str, here: bool) -> str:
-    """The tracking store as far as it is known: the cluster's environment may name one."""
+    """Return the tracking store if it is known; the cluster's environment may name another."""
     return tracking_uri(config, Path(storage)) if config.uri or here else ""
 
 
-def _argv(command: click.Command, context: click.Context, here: bool) -> list[str]:
-    """The arguments that were given, as a command line again, its paths absolute; here also those that are defaults."""
+def _rebuild_arguments(command: click.Command, context: click.Context, here: bool) -> list[str]:
+    """Rebuild the command line with absolute paths; for this machine also of defaults."""
     options: list[str] = []
     positional: list[str] = []
     for parameter in command.params:
@@ -192,9 +204,9 @@ def _argv(command: click.Command, context: click.Context, here: bool) -> list[st
         for each in value if isinstance(value, tuple) else (value,):
             text = str(each)
             if isinstance(parameter.type, click.Path):
-                text = _place(parameter.human_readable_name, text, here)
+                text = _resolve_path(parameter.human_readable_name, text, here)
             elif parameter.name == "model":
-                text = _model("MODEL", text, here)
+                text = _resolve_model("MODEL", text, here)
             if isinstance(parameter, click.Argument):
                 positional.append(text)
             elif isinstance(parameter, click.Option) and parameter.is_flag:
@@ -208,7 +220,7 @@ def _refuse_credentials(*texts: str) -> None:
     for text in texts:
         if redact(text) != text:
             raise UserError(
-                "a user name, password or token stands in a URI, and whoever may list the cluster's jobs would read it",
+                "a URI contains a user name, password or token, which everyone who can list the cluster's jobs could read",
                 where=next(line for line in text.splitlines() if redact(line) != line).strip(),
                 remedy="set it in the cluster's environment (MLFLOW_TRACKING_URI, MLFLOW_TRACKING_USERNAME, ...)",
             )

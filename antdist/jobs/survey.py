@@ -1,5 +1,7 @@
-"""What a fan-out finds where its data and runs lie: targets, parent, trials that are trained. All is checked that is cheap to
-check, before a job takes the cluster's time."""
+"""The survey before a fan-out, made where its data and runs are: targets, parent, trained trials.
+
+It makes every cheap check, before a job uses the cluster's time.
+"""
 
 from __future__ import annotations
 
@@ -22,8 +24,8 @@ from antdist.tracking.store import check_reachable, tracking_uri
 
 
 @dataclass(frozen=True)
-class Found:
-    """A target: the trials that are not trained yet, and what it ended with, if it did with these trials."""
+class TargetSurvey:
+    """A target: the trials that are not trained yet, and the verdict on these trials, if there is one."""
 
     todo: list[Trial]
     verdict: dict[str, Any] | None
@@ -31,24 +33,24 @@ class Found:
 
 @dataclass(frozen=True, repr=False)
 class Survey(Report):
-    """`parent`: as a version, since an alias may move while jobs wait."""
+    """All targets. `parent` is a version, since an alias may move while jobs are pending."""
 
     parent: str | None
-    targets: dict[str, Found]
+    targets: dict[str, TargetSurvey]
     notes: list[str] = field(default_factory=list)
 
     @property
     def left(self) -> int:
-        """Jobs that are to run: of trials, and one for the verdict of each target that has none."""
+        """Count the jobs to run: the trials, and the verdict of each target without one."""
         return sum(len(found.todo) + (found.verdict is None) for found in self.targets.values())
 
     def lines(self) -> list[str]:
-        told = [f"note: {note}" for note in self.notes]
+        lines = [f"note: {note}" for note in self.notes]
         for target, found in self.targets.items():
             todo = list(map(str, found.todo))
             todo += [] if found.verdict else ["verdict"]
-            told.append(f"{target}: " + (f"to do: {', '.join(todo)}" if todo else "done"))
-        return [*told, f"{self.left} jobs"]
+            lines.append(f"{target}: " + (f"to do: {', '.join(todo)}" if todo else "done"))
+        return [*lines, f"{self.left} job{'s' if self.left != 1 else ''}"]
 
     def to_json(self) -> dict[str, Any]:
         targets = {
@@ -64,21 +66,23 @@ class Survey(Report):
         ]
 
     @staticmethod
-    def from_json(told: dict[str, Any], config: RelearnConfig) -> Survey:
+    def from_json(document: dict[str, Any], config: RelearnConfig) -> Survey:
         """Read what `to_json` wrote, for a fan-out of `config`."""
 
-        def read(target: str, found: dict[str, Any]) -> Found:
+        def read(target: str, found: dict[str, Any]) -> TargetSurvey:
             folder = run_folder(config.model_copy(update={"target": target}))
             todo = [Trial(target, strategy, seed, folder.trial(strategy, seed)) for strategy, seed in found["todo"]]
-            return Found(todo, found["verdict"])
+            return TargetSurvey(todo, found["verdict"])
 
         return Survey(
-            told["parent"], {target: read(target, of) for target, of in told["targets"].items()}, told["notes"]
+            document["parent"],
+            {target: read(target, found) for target, found in document["targets"].items()},
+            document["notes"],
         )
 
 
 def survey(config: RelearnConfig, targets: list[str] | None) -> Survey:
-    """Look at these targets, or at all domains below `data.root` that the parent did not learn from.
+    """Survey these targets, or all domains below `data.root` that the parent did not learn from.
 
     Raises:
         UserError: no such domain, or one without the features that a strategy needs; no such parent; a run of this name with
@@ -92,9 +96,9 @@ def survey(config: RelearnConfig, targets: list[str] | None) -> Survey:
     parent = load_parent(start)
     if targets is None:
         known = parent.card.domains if parent else []
-        there = list_domains(config.data)
-        targets = [name for name in there if name not in known]
-        if left_out := [name for name in there if name in known]:
+        domains = list_domains(config.data)
+        targets = [name for name in domains if name not in known]
+        if left_out := [name for name in domains if name in known]:
             notes.append(f"left out, as {parent.uri if parent else ''} learned from them: {', '.join(left_out)}")
         if not targets:
             raise UserError("no domain that could be a target", where=f"data.root {config.data.root}")
@@ -110,12 +114,12 @@ def survey(config: RelearnConfig, targets: list[str] | None) -> Survey:
         for trial in trials:
             refuse_other_origin(trial, trial.folder.read_record(), lineage_of(trial, domain.fingerprint, uri))
         todo = [trial for trial in trials if not trial.is_trained]
-        found[name] = Found(todo, None if todo else _verdict(mine, folder))
+        found[name] = TargetSurvey(todo, None if todo else _verdict(mine, folder))
     return Survey(uri, found, notes)
 
 
 def _verdict(config: RelearnConfig, folder: RunFolder) -> dict[str, Any] | None:
-    """The run's judgement, if it is of just these trials."""
+    """Return the run's judgement if it is of exactly these trials and newer than their results."""
     file = folder.judgement_file
     judgement, wanted = read_judgement(file), (sorted(config.seeds), strategies_of(config))
     if judgement is None or (sorted(judgement.seeds), [row.strategy for row in judgement.rows]) != wanted:

@@ -105,7 +105,7 @@ def test_a_job_is_submitted_listed_stopped_with_its_last_step_saved_and_resumed_
     stopped = antdist(head, "stop", job)
     assert stopped.returncode == 0, stopped.stderr
     found = re.search(
-        rf"{job}: stopped\nit said last: shop: stopped after step (\d+); run the same command", stopped.stdout
+        rf"{job}: stopped\nthe last line of its log: shop: stopped after step (\d+); run the same command", stopped.stdout
     )
     assert found, stopped.stdout
     step = int(found[1])
@@ -220,7 +220,7 @@ def test_who_follows_a_job_does_not_wait_for_ever_for_a_head_that_is_cut_off(
 
     cluster = Cluster.__new__(Cluster)
     cluster.address, cluster._client = "http://head:8265", SimpleNamespace(tail_job_logs=tail, get_job_info=ask)
-    with pytest.raises(UserError, match=r"job server does not do it \(no route to host\)"):
+    with pytest.raises(UserError, match=r"job server failed \(no route to host\)"):
         cluster.follow("j")
     assert capsys.readouterr().out == "one\ntwo\n"
 

@@ -23,21 +23,21 @@ from antdist.evaluation.results import Run, RunKey, save_ranks
 from antdist.evaluation.significance import Comparison, Verdict
 from antdist.io.files import write_json
 from antdist.jobs import fanout
-from antdist.jobs.client import Ended, run_of
+from antdist.jobs.client import JobResult, run_key
 from antdist.jobs.fanout import (
-    Fanned,
-    Wanted,
-    check_wanted,
-    document,
+    FanoutRequest,
+    FanoutResult,
+    check_request,
+    read_document,
+    read_request,
     read_seeds,
     read_strategies,
     read_targets,
-    read_wanted,
     run_jobs,
-    survey_there,
+    survey_on_cluster,
 )
 from antdist.jobs.submission import INSTALLED, Submission
-from antdist.jobs.survey import Found, Survey, survey
+from antdist.jobs.survey import Survey, TargetSurvey, survey
 from antdist.model.io import ModelCard, save_model
 from antdist.model.recommender import build_recommender
 from antdist.runs import adapt as relearning
@@ -68,7 +68,7 @@ def test_seeds(text: str, seeds: list[int]) -> None:
 def test_targets_and_strategies() -> None:
     assert read_targets("food, arts") == ["food", "arts"]
     assert read_strategies("relearn,scratch") == ["scratch", "relearn"]  # in the order in which they win ties
-    wanted = read_wanted(None, ["strategy=auto", "seeds=[3]"], "all", parent="models:/p/1")
+    wanted = read_request(None, ["strategy=auto", "seeds=[3]"], "all", parent="models:/p/1")
     assert wanted.targets is None and wanted.config.strategy == ["scratch", "finetune", "relearn"]
     assert (wanted.config.seeds, wanted.config.parent) == ([3], "models:/p/1")
 
@@ -80,9 +80,9 @@ GOOD = ["--targets=food", "--strategies=scratch", "--seeds=0-1"]
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--seeds=4-0"], "--seeds: '4-0' is no seed and no range of seeds. Write for example 0-4 or 0,2,5."),
-        (["--seeds=one"], "--seeds: 'one' is no seed"),
-        (["--seeds=-1"], "--seeds: '-1' is no seed"),
+        (["--seeds=4-0"], "--seeds: '4-0' is neither a seed nor a range of seeds. Write for example 0-4 or 0,2,5."),
+        (["--seeds=one"], "--seeds: 'one' is neither a seed"),
+        (["--seeds=-1"], "--seeds: '-1' is neither a seed"),
         (["--seeds="], "--seeds: names nothing"),
         (["--seeds=0,,1"], "--seeds: a name is empty"),
         (["--seeds=0-2,1"], "--seeds: the seed 1 is named twice"),
@@ -97,8 +97,8 @@ GOOD = ["--targets=food", "--strategies=scratch", "--seeds=0-1"]
         *((["--targets", f"food,{evil}"], "--targets: ") for evil in EVIL),
         (["--parallel=0"], "Invalid value for '--parallel'"),
         (["training.epoch=3"], "unknown key training.epoch. Did you mean training.epochs."),
-        (["ray.storage=runs"], "ray.storage: 'runs' would be looked for in the job's passing copy"),
-        (["--from=runs/p/model"], "from: 'runs/p/model' would be looked for"),
+        (["ray.storage=runs"], "ray.storage: 'runs' would be resolved in the job's temporary copy"),
+        (["--from=runs/p/model"], "from: 'runs/p/model' would be resolved"),
         (
             ["--targets=food,arts", "tracking.registered_model=one"],
             "tracking.registered_model: several targets cannot share a name in the registry",
@@ -120,13 +120,13 @@ def test_targets_are_checked_here_where_their_data_are_seen(tmp_path: Path) -> N
         RelearnConfig,
         {"strategy": "scratch", "data": {"root": str(tmp_path / "data")}, "ray": {"storage": str(tmp_path / "runs")}},
     )
-    assert check_wanted(Wanted(config, ["good"]), here=False).targets == ["good"]
+    assert check_request(FanoutRequest(config, ["good"]), here=False).targets == ["good"]
     for target, message in [
         ("goof", r"--targets: no prepared domain 'goof' in .* \(there: bare, good\)"),
         ("bare", r"domain bare has no text features\. Run `antdist featurize"),
     ]:
         with pytest.raises(UserError, match=message):
-            check_wanted(Wanted(config, ["good", target]), here=False)
+            check_request(FanoutRequest(config, ["good", target]), here=False)
 
 
 # -- the jobs --------------------------------------------------------------------------------------------------------
@@ -139,7 +139,7 @@ class Feigned:
         self.failing: set[str] = set()
         self.jobs: list[tuple[str, Submission]] = []
         self.looks: dict[str, int] = {}
-        self.state: dict[str, Ended] = {}
+        self.state: dict[str, JobResult] = {}
         self.trained: set[str] = set()
         self.most = 0
         self.interrupt_at: int | None = None
@@ -147,27 +147,27 @@ class Feigned:
         self.stopping = False
         self.stopped: list[str] = []
 
-    def at_work(self) -> dict[tuple[str, ...], str]:
-        return {run_of(sent.metadata): job for job, sent in self.jobs if job not in self.state}
+    def active_jobs(self) -> dict[tuple[str, ...], str]:
+        return {run_key(sent.metadata): job for job, sent in self.jobs if job not in self.state}
 
     def submit(self, submission: Submission) -> str:
         if len(self.jobs) == self.interrupt_at:
-            self.stopping, self.deaf = True, set(self.at_work().values())
+            self.stopping, self.deaf = True, set(self.active_jobs().values())
             raise KeyboardInterrupt
         job = f"job-{len(self.jobs)}"
         self.jobs.append((job, submission))
         self.looks[job] = 0
-        self.most = max(self.most, len(self.at_work()))
+        self.most = max(self.most, len(self.active_jobs()))
         return job
 
-    def ended(self, job: str) -> Ended | None:
+    def ended(self, job: str) -> JobResult | None:
         self.looks[job] += 1
         if job not in self.state and (self.looks[job] < 2 or self.stopping):
             return None
         run = dict(self.jobs)[job].metadata["run"]
         if job not in self.state:
             code = 1 if run in self.failing else 0
-            self.state[job] = Ended(job, "failed" if code else "done", code)
+            self.state[job] = JobResult(job, "failed" if code else "done", code)
             if not code:
                 self.trained.add(run)
         return self.state[job]
@@ -189,7 +189,7 @@ class Feigned:
             self.deaf.remove(job)
             return False
         self.stopped.append(job)
-        self.state[job] = Ended(job, "stopped", Preempted.EXIT_CODE)
+        self.state[job] = JobResult(job, "stopped", Preempted.EXIT_CODE)
         return True
 
     def runs(self) -> list[str]:
@@ -226,11 +226,11 @@ def found(cluster: Feigned, targets: list[str]) -> Survey:
     told = {}
     for target in targets:
         todo = [trial for trial in trials_of(config(target=target)) if f"n/{target}/{trial}" not in cluster.trained]
-        told[target] = Found(todo, None)
+        told[target] = TargetSurvey(todo, None)
     return Survey("models:/p/3", told)
 
 
-def run(cluster: Feigned, targets: list[str], parallel: int = 2) -> Fanned:
+def run(cluster: Feigned, targets: list[str], parallel: int = 2) -> FanoutResult:
     return run_jobs(cluster, config(), found(cluster, targets), here=False, code=INSTALLED, parallel=parallel)
 
 
@@ -292,7 +292,7 @@ def test_a_verdict_that_fails_is_told_and_left(cluster: Feigned) -> None:
 def test_jobs_of_an_earlier_fanout_that_are_at_work_are_taken_up(cluster: Feigned) -> None:
     everything = found(cluster, ["a"])
     job = cluster.submit(
-        fanout.submission_of(
+        fanout.make_submission(
             "relearn",
             config(target="a", strategy="relearn", seeds=[2]),
             ["--only=trial"],
@@ -307,7 +307,9 @@ def test_jobs_of_an_earlier_fanout_that_are_at_work_are_taken_up(cluster: Feigne
 
 def test_nothing_left_is_nothing_run(cluster: Feigned) -> None:
     verdict = {"test": [told_row("scratch")], "chosen": "scratch", "model": "m", "holder": "m", "notes": []}
-    done = run_jobs(cluster, config(), Survey(None, {"a": Found([], verdict)}), here=False, code=INSTALLED, parallel=2)
+    done = run_jobs(
+        cluster, config(), Survey(None, {"a": TargetSurvey([], verdict)}), here=False, code=INSTALLED, parallel=2
+    )
     assert not cluster.jobs and done.left == 0 and done.verdicts == {"a": verdict}
 
 
@@ -318,7 +320,7 @@ def test_ctrl_c_stops_the_jobs_in_flight_and_says_how_to_go_on(
     with pytest.raises(KeyboardInterrupt):
         run(cluster, ["a"])
     assert cluster.stopped == ["job-4"] and len(cluster.jobs) == 5
-    assert "stopped: run the same command again to go on" in capsys.readouterr().err
+    assert "stopped: run the same command again to continue" in capsys.readouterr().err
     cluster.interrupt_at, cluster.stopping = None, False
     assert run(cluster, ["a"]).left == 0
     assert sorted(cluster.runs()[5:]) == ["n/a", "n/a/relearn-seed1", "n/a/relearn-seed2"]
@@ -329,40 +331,40 @@ def test_a_cluster_that_is_away_for_a_while_is_waited_for(
 ) -> None:
     look, looks = cluster.ended, 0
 
-    def away(job: str) -> Ended | None:
+    def away(job: str) -> JobResult | None:
         nonlocal looks
         looks += 1
         if looks < 4:
-            raise UserError("Ray's job server does not do it", where="http://head:8265")
+            raise UserError("Ray's job server failed", where="http://head:8265")
         return look(job)
 
     monkeypatch.setattr(cluster, "ended", away)
     assert run(cluster, ["a"]).left == 0
     assert capsys.readouterr().err.count("asking again for 10 minutes: http://head:8265") == 1
     looks = 0
-    monkeypatch.setattr(fanout, "PATIENCE", -1.0)
+    monkeypatch.setattr(fanout, "OUTAGE_SECONDS", -1.0)
     cluster.trained.clear()
-    with pytest.raises(UserError, match="does not do it"):
+    with pytest.raises(UserError, match="job server failed"):
         run(cluster, ["a"])
-    assert "2 jobs go on; run the same command again to take them up" in capsys.readouterr().err
+    assert "2 jobs continue; run the same command again to follow them" in capsys.readouterr().err
 
 
 def test_the_survey_of_a_cluster_is_a_job(cluster: Feigned, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    told = Survey("models:/p/3", {"a": Found([trial_of(config(), "a", "scratch", 1)], None)}, ["a note"])
+    told = Survey("models:/p/3", {"a": TargetSurvey([trial_of(config(), "a", "scratch", 1)], None)}, ["a note"])
     monkeypatch.setattr(cluster, "logs", lambda job: f"said\n{json.dumps(told.to_json())}\n")
-    wanted = Wanted(config(target="a"), ["a", "b"])
-    assert survey_there(cluster, wanted, INSTALLED) == told
+    wanted = FanoutRequest(config(target="a"), ["a", "b"])
+    assert survey_on_cluster(cluster, wanted, INSTALLED) == told
     assert received(cluster.jobs[0][1].entrypoint, tmp_path) == [
         "-m", "antdist", "fanout", "--config", "antdist-job.yaml", "--targets=a,b", "--dry-run", "--json=-",
     ]  # fmt: skip
     cluster.failing = {"n/a"}
     with pytest.raises(UserError, match=r"^as was feigned\. `antdist logs job-1`"):
-        survey_there(cluster, wanted, INSTALLED)
+        survey_on_cluster(cluster, wanted, INSTALLED)
 
 
 def test_the_last_document_of_a_log_is_read() -> None:
-    assert document('{"a": 1}\n{"b": 2}\n{torn\nerror') == {"b": 2}
-    assert document("nothing") is None
+    assert read_document('{"a": 1}\n{"b": 2}\n{torn\nerror') == {"b": 2}
+    assert read_document("nothing") is None
 
 
 def trial_of(config: RelearnConfig, target: str, strategy: Any, seed: int) -> Trial:
@@ -445,7 +447,7 @@ def test_a_survey_knows_what_is_done_and_the_verdict_is_the_paired_test_of_the_s
     config = on_disk(world, "done")
     for strategy, seed in [("scratch", 0), ("scratch", 1), ("relearn", 0)]:
         train(config, "food", strategy, seed)
-    assert survey(config, ["food"]).targets["food"] == Found([trial_of(config, "food", "relearn", 1)], None)
+    assert survey(config, ["food"]).targets["food"] == TargetSurvey([trial_of(config, "food", "relearn", 1)], None)
 
     part = verdict_of(config, "food")  # nothing is registered among some: it could not be undone
     assert not isinstance(part, AdaptedModel) and [row.strategy for row in part.rows] == ["scratch"]
@@ -470,16 +472,16 @@ def test_a_survey_knows_what_is_done_and_the_verdict_is_the_paired_test_of_the_s
 
     known = survey(config, ["food"])
     assert known.left == 0 and known.targets["food"].verdict == json.loads(json.dumps(whole.to_json()))
-    table = Fanned(["food"], {"food": json.loads(json.dumps(whole.to_json()))}).lines()
+    table = FanoutResult(["food"], {"food": json.loads(json.dumps(whole.to_json()))}).lines()
     mean, deviation = np.mean(reached), np.std(reached, ddof=1)
     row = next(line for line in table if "relearn  " in line)
     assert f"{mean:.4f} ± {deviation:.4f}" in row and f"{gains.mean():+.4f}" in row
     assert row.endswith("positive  models:/done-food/1") and "relearn: transfer positive on 1 of 1 targets" in table
     # of other seeds or strategies it says nothing, and of trials that were trained since neither
-    assert survey(on_disk(world, "done", seeds=[0]), ["food"]).targets["food"] == Found([], None)
-    assert survey(on_disk(world, "done", strategy="scratch"), ["food"]).targets["food"] == Found([], None)
+    assert survey(on_disk(world, "done", seeds=[0]), ["food"]).targets["food"] == TargetSurvey([], None)
+    assert survey(on_disk(world, "done", strategy="scratch"), ["food"]).targets["food"] == TargetSurvey([], None)
     trial_of(config, "food", "relearn", 1).folder.result_file.touch()
-    assert survey(config, ["food"]).targets["food"] == Found([], None)
+    assert survey(config, ["food"]).targets["food"] == TargetSurvey([], None)
 
 
 def test_without_scratch_the_transfer_is_unknown_and_nothing_is_promoted(world: Path) -> None:
@@ -488,7 +490,7 @@ def test_without_scratch_the_transfer_is_unknown_and_nothing_is_promoted(world: 
         train(config, "food", strategy, seed)
     part = verdict_of(config, "food")
     assert [(row.strategy, row.verdict.transfer) for row in part.rows] == [("relearn", "unknown")]
-    lines = Fanned(["food"], {"food": json.loads(json.dumps(part.to_json()))}, left=2).lines()
+    lines = FanoutResult(["food"], {"food": json.loads(json.dumps(part.to_json()))}, left=2).lines()
     assert "food: relearn: transfer unknown: no matching scratch" in lines
     assert "food: not registered, as these are not trained: scratch-seed1" in lines
     with pytest.raises(UserError, match="no registered model"):

@@ -214,7 +214,7 @@ def test_ctrl_c_stops_the_trials_with_their_state_saved(head: Head, world: Path)
         time.sleep(0.2)
     fan.send_signal(signal.SIGINT)
     _, said = fan.communicate(timeout=120)
-    assert fan.returncode == 130 and "stopped: run the same command again to go on" in said, said
+    assert fan.returncode == 130 and "stopped: run the same command again to continue" in said, said
     mine = [job for job in jobs(head) if job["metadata"]["run"].startswith("long/food/scratch")]
     assert [job["status"] for job in mine] == ["STOPPED", "STOPPED"]
     for trial in trials_at_work:

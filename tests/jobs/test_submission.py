@@ -17,7 +17,15 @@ from antdist.cli.main import cli
 from antdist.config.load import load_config
 from antdist.config.schema import PretrainConfig, RelearnConfig
 from antdist.errors import UserError
-from antdist.jobs.submission import CONFIG_FILE, INSTALLED, Submission, again, own_code, read_submission, stage
+from antdist.jobs.submission import (
+    CONFIG_FILE,
+    INSTALLED,
+    Submission,
+    package_root,
+    read_submission,
+    restore_submission,
+    stage_files,
+)
 
 PLACES = ["data.root=/shared/data", "ray.storage=/shared/runs"]
 
@@ -106,7 +114,7 @@ def test_overrides_never_stand_in_the_entry_point(evil: str, tmp_path: Path) -> 
         "relearn", f"target={json.dumps(evil)}", "strategy=scratch", f"tracking.experiment={json.dumps(evil)}", *PLACES
     )
     assert sent.entrypoint == f"exec python -m antdist relearn --config {CONFIG_FILE}"
-    assert stage(sent, tmp_path)
+    assert stage_files(sent, tmp_path)
     config = load_config(RelearnConfig, tmp_path / CONFIG_FILE)
     assert (config.target, config.tracking.experiment) == (evil, evil)
     assert set(sent.new_id()) <= set("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789._-")
@@ -125,20 +133,20 @@ def test_the_configuration_arrives_as_it_was_resolved_here(tmp_path: Path) -> No
     overrides = ["training.epochs=5", "data.domains=[aa, bbb]", "resume=models:/books/latest", *PLACES]
     sent = read("pretrain", "--config", str(tmp_path / "run.yaml"), *overrides)
     assert sent.metadata["run"] == "books" and sent.metadata["storage"] == "/shared/runs"
-    stage(sent, tmp_path)
+    stage_files(sent, tmp_path)
     assert load_config(PretrainConfig, tmp_path / CONFIG_FILE) == load_config(
         PretrainConfig, tmp_path / "run.yaml", overrides
     )
     # what the user left open, the cluster's version decides
     assert "keep_checkpoints" not in sent.metadata["config"]
-    assert again(sent.entrypoint, {**sent.metadata, "job_submission_id": "x"}).metadata == sent.metadata
+    assert restore_submission(sent.entrypoint, {**sent.metadata, "job_submission_id": "x"}).metadata == sent.metadata
 
 
 def test_here_relative_places_are_those_of_this_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     sent = read("relearn", "target=food", "from=runs/pretrain/model", here=True)
-    stage(sent, tmp_path)
+    stage_files(sent, tmp_path)
     config = load_config(RelearnConfig, tmp_path / CONFIG_FILE)
     assert (config.data.root, config.ray.storage) == (f"{tmp_path}/data", f"{tmp_path}/runs")
     assert config.parent == f"{tmp_path}/runs/pretrain/model"
@@ -153,24 +161,24 @@ def test_here_relative_places_are_those_of_this_folder(tmp_path: Path, monkeypat
     [
         ("pretrain", ["training.epoch=3", *PLACES], "unknown key training.epoch. Did you mean training.epochs."),
         ("pretrain", ["--config", "absent.yaml"], "absent.yaml: no such file"),
-        ("pretrain", ["ray.storage=/shared/runs"], r"data.root: 'data' would be looked for in the job's passing copy"),
-        ("pretrain", ["data.root=/shared/data"], r"ray.storage: 'runs' would be looked for"),
-        ("pretrain", [*PLACES, "ray.remote_storage=copies"], r"ray.remote_storage: 'copies' would be looked for"),
-        ("pretrain", [*PLACES, "data.cache=cache"], r"data.cache: 'cache' would be looked for"),
-        ("pretrain", ["data.root=s3://key:secret@b/data", "ray.storage=/s"], "a user name, password or token stands in a URI"),
-        ("pretrain", [*PLACES, "resume=runs/old/model"], r"resume: 'runs/old/model' would be looked for"),
-        ("pretrain", [*PLACES, "continue=runs/old"], r"continue: 'runs/old' would be looked for"),
+        ("pretrain", ["ray.storage=/shared/runs"], r"data.root: 'data' would be resolved in the job's temporary copy"),
+        ("pretrain", ["data.root=/shared/data"], r"ray.storage: 'runs' would be resolved"),
+        ("pretrain", [*PLACES, "ray.remote_storage=copies"], r"ray.remote_storage: 'copies' would be resolved"),
+        ("pretrain", [*PLACES, "data.cache=cache"], r"data.cache: 'cache' would be resolved"),
+        ("pretrain", ["data.root=s3://key:secret@b/data", "ray.storage=/s"], "a URI contains a user name, password or token"),
+        ("pretrain", [*PLACES, "resume=runs/old/model"], r"resume: 'runs/old/model' would be resolved"),
+        ("pretrain", [*PLACES, "continue=runs/old"], r"continue: 'runs/old' would be resolved"),
         ("pretrain", [*PLACES, "continue=models:/a/1", "resume=models:/a/1"], "give one of the two"),
-        ("pretrain", [*PLACES, "ray.address=head:6379"], r"ray.address: a job works on the cluster that it is submitted to"),
+        ("pretrain", [*PLACES, "ray.address=head:6379"], r"ray.address: a job runs on the cluster that it is submitted to"),
         ("pretrain", [*PLACES, "training.precision=fp16"], "training.precision: fp16 needs a GPU"),
-        ("pretrain", [*PLACES, "tracking.uri=http://me:secret@mlflow"], "a user name, password or token stands in a URI"),
-        ("pretrain", [*PLACES, "--json", "/shared/f.json"], "--json: a job has no file of yours"),
+        ("pretrain", [*PLACES, "tracking.uri=http://me:secret@mlflow"], "a URI contains a user name, password or token"),
+        ("pretrain", [*PLACES, "--json", "/shared/f.json"], "--json: a job cannot write to a file"),
         ("relearn", PLACES, "target: no target is named"),
-        ("evaluate", ["models:/m/1", "data/food"], r"DATA/NAME: 'data/food' would be looked for"),
-        ("evaluate", ["runs/m/model", "/data/food"], r"MODEL: 'runs/m/model' would be looked for"),
+        ("evaluate", ["models:/m/1", "data/food"], r"DATA/NAME: 'data/food' would be resolved"),
+        ("evaluate", ["runs/m/model", "/data/food"], r"MODEL: 'runs/m/model' would be resolved"),
         ("evaluate", ["models:/m/1", "/data/food", "--tracking-uri=http://me:secret@mlflow"], "a user name, password or token"),
-        ("score", ["models:/m/1", "/data/food", "--out", "scores"], r"out: 'scores' would be looked for"),
-        ("featurize", ["/data/a", "data/b"], r"'data/b' would be looked for"),
+        ("score", ["models:/m/1", "/data/food", "--out", "scores"], r"out: 'scores' would be resolved"),
+        ("featurize", ["/data/a", "data/b"], r"'data/b' would be resolved"),
     ],
 )  # fmt: skip
 def test_what_can_be_seen_here_is_refused_here(verb: str, arguments: list[str], message: str) -> None:
@@ -181,7 +189,7 @@ def test_what_can_be_seen_here_is_refused_here(verb: str, arguments: list[str], 
 
 def test_data_under_a_uri_go_as_they_were_typed(tmp_path: Path) -> None:
     sent = read("pretrain", "data.root=s3://bucket/data", "data.cache=/nvme/cache", "ray.storage=/shared/runs")
-    stage(sent, tmp_path)
+    stage_files(sent, tmp_path)
     assert load_config(PretrainConfig, tmp_path / CONFIG_FILE).data.root == "s3://bucket/data"
     sent = read("evaluate", "models:/m@champion", "s3://bucket/data/food")
     assert shlex.split(sent.entrypoint)[-2:] == ["models:/m@champion", "s3://bucket/data/food"]
@@ -206,11 +214,11 @@ def test_the_package_goes_along_unless_the_cluster_has_it(tmp_path: Path) -> Non
     sent, installed, neither = tmp_path / "sent", tmp_path / "installed", tmp_path / "neither"
     for folder in (sent, installed, neither):
         folder.mkdir()
-    assert stage(read("pretrain", *PLACES, code=own_code()), sent)
+    assert stage_files(read("pretrain", *PLACES, code=package_root()), sent)
     assert (sent / "antdist/cli/main.py").is_file() and (sent / CONFIG_FILE).is_file()
     assert not list(sent.rglob("__pycache__"))
-    assert stage(read("pretrain", *PLACES), installed)
+    assert stage_files(read("pretrain", *PLACES), installed)
     assert [path.name for path in installed.iterdir()] == [CONFIG_FILE]
-    assert not stage(read("featurize", "/data/a"), neither)
-    with pytest.raises(UserError, match="no folder antdist with the package here"):
-        stage(read("featurize", "/data/a", code=str(tmp_path)), neither)
+    assert not stage_files(read("featurize", "/data/a"), neither)
+    with pytest.raises(UserError, match="there is no folder antdist with the package"):
+        stage_files(read("featurize", "/data/a", code=str(tmp_path)), neither)
