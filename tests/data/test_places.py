@@ -193,7 +193,7 @@ def test_storage_that_is_away_for_a_while_is_waited_for(
     away.touch()
     with pytest.raises(UserError, match=r"d/manifest.json: does not answer, or refuses \(connection refused\)"):
         open_domain(f"noted://{local.folder}", cache)
-    monkeypatch.setattr("antdist.io.storage.time.sleep", lambda _: away.unlink())
+    monkeypatch.setattr("time.sleep", lambda _: away.unlink())
     assert open_domain(f"noted://{local.folder}", cache).fingerprint == local.fingerprint
     assert "connection refused) Trying again" in capsys.readouterr().err.replace(").", ")")
 

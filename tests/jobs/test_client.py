@@ -105,7 +105,8 @@ def test_a_job_is_submitted_listed_stopped_with_its_last_step_saved_and_resumed_
     stopped = antdist(head, "stop", job)
     assert stopped.returncode == 0, stopped.stderr
     found = re.search(
-        rf"{job}: stopped\nthe last line of its log: shop: stopped after step (\d+); run the same command", stopped.stdout
+        rf"{job}: stopped\nthe last line of its log: shop: stopped after step (\d+); run the same command",
+        stopped.stdout,
     )
     assert found, stopped.stdout
     step = int(found[1])
