@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from antdist.config.schema import RelearnConfig
+from antdist.data.domain import Sequences
 from antdist.distributed.ray_session import set_up_worker
 from antdist.distributed.world import World, agree, current_world
 from antdist.errors import Preempted
@@ -74,7 +75,7 @@ def run_trial(settings: AdaptSettings, target: Target, trial: Trial, world: Worl
     def work(tracked: TrackedRun | None) -> TrialResult | None:
         return train_trial(settings, target, trial, world, tracked)
 
-    locks_trial = world.leader and trial.folder != settings.control
+    locks_trial = world.leader and trial.folder.path != settings.control.path
     with lock_leader(trial.folder) if locks_trial else contextlib.nullcontext():
         track_result(trial.folder, settings.store, world, work, TrialResult, ends_run=True)
 
@@ -96,8 +97,8 @@ def train_trial(
         means=inputs.catalogue.means() if config.model.initial_shift == "mean" else None,
         seed=trial.seed,
     )
-    users = config.training.validation_users
-    queries = validation_queries(target.domain.sequences(), config.model.max_length, limit=users, seed=0)
+    sequences, limit = target.domain.sequences(), config.training.validation_users
+    queries = validation_queries(sequences, config.model.max_length, limit=limit, seed=0)
     mine = queries.shard(world.rank, world.size)
 
     def evaluate(candidate: Recommender) -> Metrics:
@@ -119,7 +120,7 @@ def train_trial(
     if progress.finished is None:
         return None
     best = best_model(model, trial.folder, progress, world)
-    metrics = _rank_all(best, inputs, target, trial, world)
+    metrics = _rank_all(best, inputs, sequences, target, trial, world)
     if tracked is not None:
         tracked.log({f"best/{s}/{name}": value for s in SPLITS for name, value in metrics[s].items()}, progress.step)
     result = TrialResult(epoch=progress.best_epoch, epochs=progress.epoch, finished=progress.finished, **metrics)
@@ -138,12 +139,13 @@ def train_trial(
     return result
 
 
-def _rank_all(model: Recommender, inputs: Inputs, target: Target, trial: Trial, world: World) -> dict[str, Any]:
+def _rank_all(
+    model: Recommender, inputs: Inputs, sequences: Sequences, target: Target, trial: Trial, world: World
+) -> dict[str, Any]:
     """Rank all users' validation and test targets; write the ranks, return both metrics. Collective."""
-    sequences, longest = target.domain.sequences(), target.config.model.max_length
     metrics: dict[str, Any] = {}
     for split, queries_of in zip(SPLITS, (validation_queries, test_queries), strict=True):
-        mine = queries_of(sequences, longest).shard(world.rank, world.size)
+        mine = queries_of(sequences, target.config.model.max_length).shard(world.rank, world.size)
         ranks = rank_together(model, inputs.catalogue, 0, mine, world)
         metrics[split] = summary(ranks)
         if world.leader:
