@@ -31,7 +31,7 @@ PROJECT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(autouse=True)
-def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+def short_waits(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "WAITS", (0.01, 0.01))
     monkeypatch.setattr(module, "FULL_SECONDS", 0.2)
 
@@ -63,7 +63,7 @@ class Source:
             return stream.read()
 
 
-def lying(folder: Path) -> dict[str, int]:
+def stored_sizes(folder: Path) -> dict[str, int]:
     return {path.name: path.stat().st_size for path in folder.iterdir() if path.name != "lock"}
 
 
@@ -73,7 +73,7 @@ def lying(folder: Path) -> dict[str, int]:
     spare=st.integers(0, 90),
     requests=st.lists(st.tuples(st.integers(0, 7), st.sampled_from(["read", "hold", "release", "damage", "lose"])), max_size=30),
 )  # fmt: skip
-def test_whatever_is_asked_for_comes_as_it_is_and_the_bound_holds(
+def test_random_requests_return_the_content_within_the_bound(
     contents: list[bytes], spare: int, requests: list[tuple[int, str]]
 ) -> None:
     """Random requests, some files kept open meanwhile, some damaged or lost on the disk."""
@@ -85,7 +85,7 @@ def test_whatever_is_asked_for_comes_as_it_is_and_the_bound_holds(
         def watched(file: File) -> Generator[bytes, None, None]:
             source.fetched.append(file.name)
             yield source.contents[file.sha256][:5]
-            assert sum(lying(cache.folder).values()) <= cache.bound  # on its way
+            assert sum(stored_sizes(cache.folder).values()) <= cache.bound  # on its way
             yield source.contents[file.sha256][5:]
 
         for number, kind in requests:
@@ -109,26 +109,28 @@ def test_whatever_is_asked_for_comes_as_it_is_and_the_bound_holds(
                 else:
                     stream.close()
             if cache.folder.is_dir():
-                assert sum(lying(cache.folder).values()) <= cache.bound
-                assert not [name for name in lying(cache.folder) if name.endswith(".partial")]
+                assert sum(stored_sizes(cache.folder).values()) <= cache.bound
+                assert not [name for name in stored_sizes(cache.folder) if name.endswith(".partial")]
             for digest, stream in held.items():
                 stream.seek(0)
                 assert stream.read() == source.contents[digest]
 
 
-def test_the_longest_unused_goes_first_and_what_is_in_use_stays(tmp_path: Path) -> None:
+def test_least_recently_used_files_are_evicted_first(tmp_path: Path) -> None:
     source, cache = Source(b"a" * 10, b"b" * 10, b"c" * 10, b"d" * 10), Cache(tmp_path, 30)
     for number in (0, 1, 2, 0):
         source.read(cache, source.files[number])
     assert source.fetched == ["f0", "f1", "f2"]
     with cache.open(source.files[1], lambda: pytest.fail("it is here"), "there"):
         source.read(cache, source.files[3])
-        assert {name for name in lying(tmp_path) if name != "lock"} == {source.files[n].sha256 for n in (0, 1, 3)}
+        assert {name for name in stored_sizes(tmp_path) if name != "lock"} == {
+            source.files[n].sha256 for n in (0, 1, 3)
+        }
         source.read(cache, source.files[2])
-    assert set(lying(tmp_path)) == {source.files[n].sha256 for n in (1, 2, 3)}
+    assert set(stored_sizes(tmp_path)) == {source.files[n].sha256 for n in (1, 2, 3)}
 
 
-def test_files_in_use_that_fill_it_are_told_and_one_that_never_fits(tmp_path: Path) -> None:
+def test_files_in_use_and_too_large_files_are_refused(tmp_path: Path) -> None:
     source, cache = Source(b"a" * 10, b"b" * 10, b"c" * 21), Cache(tmp_path, 19)
     with cache.open(source.files[0], lambda: (piece for piece in [b"a" * 10]), "there") as held:
         with pytest.raises(
@@ -138,11 +140,11 @@ def test_files_in_use_that_fill_it_are_told_and_one_that_never_fits(tmp_path: Pa
         assert held.read() == b"a" * 10
     with pytest.raises(UserError, match=r"a file of 2\.1e-08 GB is larger than the cache"):
         source.read(cache, source.files[2])
-    assert set(lying(tmp_path)) == {source.files[0].sha256}, "what is there went for what cannot be there"
+    assert set(stored_sizes(tmp_path)) == {source.files[0].sha256}, "what is there went for what cannot be there"
     assert source.read(cache, source.files[1]) == b"b" * 10
 
 
-def test_the_folder_is_looked_through_only_where_some_must_go(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_folder_is_scanned_only_for_evictions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source, cache, looks = Source(*(bytes([n]) * 10 for n in range(12))), Cache(tmp_path, 100), list[int]()
     real = Cache._files
     monkeypatch.setattr(Cache, "_files", lambda self: looks.append(1) or real(self))
@@ -151,15 +153,15 @@ def test_the_folder_is_looked_through_only_where_some_must_go(tmp_path: Path, mo
     assert len(looks) == 1, "a new folder"
     for file in source.files[10:]:
         source.read(cache, file)
-    assert len(looks) == 3 and sum(lying(tmp_path).values()) == 100
+    assert len(looks) == 3 and sum(stored_sizes(tmp_path).values()) == 100
     for file in source.files[2:8]:  # others remove some: the count says too much, and a look puts it right
         (tmp_path / file.sha256).unlink()
     for file in source.files[2:8]:
         source.read(cache, file)
-    assert len(looks) == 4 and sum(lying(tmp_path).values()) == 100 and len(source.fetched) == 18
+    assert len(looks) == 4 and sum(stored_sizes(tmp_path).values()) == 100 and len(source.fetched) == 18
 
 
-def test_what_waits_for_room_goes_on_when_there_is_some(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_fetch_continues_when_room_becomes_available(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "FULL_SECONDS", 60.0)
     source, cache = Source(b"a" * 10, b"b" * 10), Cache(tmp_path, 19)
     held = cache.open(source.files[0], lambda: (piece for piece in [b"a" * 10]), "there")
@@ -167,7 +169,7 @@ def test_what_waits_for_room_goes_on_when_there_is_some(tmp_path: Path, monkeypa
     assert source.read(cache, source.files[1]) == b"b" * 10
 
 
-def test_a_torn_a_wrong_and_a_longer_file_are_fetched_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_truncated_wrong_and_long_files_are_fetched_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     source, cache = Source(b"hello world"), Cache(tmp_path, 100)
     for fault, told in ((b"hello wor", "it ends after 9 of 11 bytes"), (b"hello wOrld", "its SHA-256 differs"),
                         (b"hello world!", "it has more than 11 bytes")):  # fmt: skip
@@ -179,10 +181,10 @@ def test_a_torn_a_wrong_and_a_longer_file_are_fetched_again(tmp_path: Path, caps
     source.faults, source.fetched = [b"hello wOrld"] * 3, []
     with pytest.raises(CorruptDownload, match=r"s3://bucket/f0: .* its SHA-256 differs\. Check the remote domain"):
         source.read(cache, source.files[0])
-    assert len(source.fetched) == 3 and lying(tmp_path) == {}
+    assert len(source.fetched) == 3 and stored_sizes(tmp_path) == {}
 
 
-def test_storage_that_fails_for_a_while_is_asked_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_storage_failures_are_retried(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     source, cache = Source(b"hello world"), Cache(tmp_path, 100)
     away = Unreachable("s3://key:secret@bucket/f0", "503 Slow Down")
     source.faults = [away, away]
@@ -193,10 +195,10 @@ def test_storage_that_fails_for_a_while_is_asked_again(tmp_path: Path, capsys: p
     source.faults = [away] * 3
     with pytest.raises(Unreachable, match="503 Slow Down"):
         source.read(cache, source.files[0])
-    assert lying(tmp_path) == {}
+    assert stored_sizes(tmp_path) == {}
 
 
-def test_a_bit_that_flips_on_the_disk_is_found_and_the_file_fetched_again(
+def test_flipped_bit_on_disk_makes_the_file_be_fetched_again(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     source, cache = Source(b"hello world"), Cache(tmp_path, 100)
@@ -208,7 +210,7 @@ def test_a_bit_that_flips_on_the_disk_is_found_and_the_file_fetched_again(
     assert len(source.fetched) == 4
 
 
-def test_a_disk_that_keeps_nothing_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_disk_that_loses_writes_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source, cache = Source(b"hello world"), Cache(tmp_path, 100)
 
     def broken(*_: Any) -> None:
@@ -224,7 +226,7 @@ def test_a_disk_that_keeps_nothing_is_told(tmp_path: Path, monkeypatch: pytest.M
     assert source.read(cache, source.files[0]) == b"hello world"
 
 
-def test_the_folder_may_go_at_any_time(tmp_path: Path) -> None:
+def test_cache_folder_may_be_removed_at_any_time(tmp_path: Path) -> None:
     folder = tmp_path / "cache"
     source, cache = Source(b"hello world", b"other"), Cache(folder, 100)
     source.read(cache, source.files[0])
@@ -259,7 +261,7 @@ Cache(Path(sys.argv[1]), 20).open(File(name="f0", bytes=11, sha256=sys.argv[2]),
 
 
 @pytest.mark.parametrize("next_one", ["the same", "another"])
-def test_what_a_killed_process_left_is_taken_up_or_removed(tmp_path: Path, next_one: str) -> None:
+def test_partial_file_of_a_killed_process_is_reused_or_removed(tmp_path: Path, next_one: str) -> None:
     source, cache = Source(b"hello world", b"another file"), Cache(tmp_path, 20)
     process = subprocess.Popen(
         [sys.executable, "-c", KILLED, str(tmp_path), source.files[0].sha256], cwd=PROJECT, stdout=subprocess.PIPE
@@ -271,9 +273,9 @@ def test_what_a_killed_process_left_is_taken_up_or_removed(tmp_path: Path, next_
             source.read(cache, file)
     process.send_signal(signal.SIGKILL)
     process.wait()
-    assert lying(tmp_path) == {f"{source.files[0].sha256}.partial": 11}
+    assert stored_sizes(tmp_path) == {f"{source.files[0].sha256}.partial": 11}
     assert source.read(cache, file) == source.contents[file.sha256]
-    assert set(lying(tmp_path)) == {file.sha256}
+    assert set(stored_sizes(tmp_path)) == {file.sha256}
 
 
 RACING = """
@@ -297,19 +299,17 @@ time.sleep(0.2)  # as a map of features does, it stays open
 """
 
 
-def test_processes_that_race_for_a_file_fetch_it_once(tmp_path: Path) -> None:
+def test_racing_processes_fetch_a_file_once(tmp_path: Path) -> None:
     digest = hashlib.sha256(b"0123456789" * 5).hexdigest()
     arguments = [str(tmp_path / "cache"), digest, str(tmp_path / "log"), str(tmp_path / "go")]
     racers = [subprocess.Popen([sys.executable, "-c", RACING, *arguments], cwd=PROJECT) for _ in range(4)]
     time.sleep(1.0)
     (tmp_path / "go").touch()
     assert [racer.wait(60) for racer in racers] == [0] * 4
-    assert (tmp_path / "log").read_text() == "fetched\n" and set(lying(tmp_path / "cache")) == {digest}
+    assert (tmp_path / "log").read_text() == "fetched\n" and set(stored_sizes(tmp_path / "cache")) == {digest}
 
 
-def test_a_file_gets_its_name_while_nobody_looks_through_the_folder(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_file_is_renamed_under_the_folder_lock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Reading a folder may miss a file that is renamed meanwhile, under both its names: the bound would not hold."""
     source, cache, renamed = Source(b"hello world"), Cache(tmp_path, 100), list[str]()
     rename = Path.rename
@@ -325,12 +325,12 @@ def test_a_file_gets_its_name_while_nobody_looks_through_the_folder(
     assert renamed == [".partial"]
 
 
-def test_a_full_disk_is_told_and_what_can_go_goes_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_full_disk_is_reported_after_evictions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source, cache = Source(b"a" * 10, b"b" * 10), Cache(tmp_path, 1000)
     source.read(cache, source.files[0])
     monkeypatch.setattr(module, "_free_bytes", lambda folder: 3)
     assert source.read(cache, source.files[1]) == b"b" * 10
-    assert set(lying(tmp_path)) == {source.files[1].sha256} and cache.usable_bytes() == 13
+    assert set(stored_sizes(tmp_path)) == {source.files[1].sha256} and cache.usable_bytes() == 13
 
     def full(*_: int) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -340,15 +340,15 @@ def test_a_full_disk_is_told_and_what_can_go_goes_first(tmp_path: Path, monkeypa
         UserError, match=rf"data\.cache {tmp_path}: the disk has no room for 1e-08 GB more\. Free space, or"
     ):
         source.read(cache, source.files[0])
-    assert not [name for name in lying(tmp_path) if name.endswith(".partial")]
+    assert not [name for name in stored_sizes(tmp_path) if name.endswith(".partial")]
 
 
-def test_files_that_are_not_ours_stay(tmp_path: Path) -> None:
+def test_files_with_other_names_are_kept(tmp_path: Path) -> None:
     (tmp_path / "thesis.txt").write_bytes(b"x" * 100)
     source, cache = Source(b"a" * 10, b"b" * 10), Cache(tmp_path, 15)
     for file in source.files:
         source.read(cache, file)
-    assert set(lying(tmp_path)) == {"thesis.txt", source.files[1].sha256}
+    assert set(stored_sizes(tmp_path)) == {"thesis.txt", source.files[1].sha256}
 
 
 def test_the_default_folder_is_the_users_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -100,7 +100,7 @@ def tiny(folder: Path, **options: object) -> Domain:
     return open_domain(folder)
 
 
-def test_existing_domain_is_replaced_only_when_told(tmp_path: Path) -> None:
+def test_existing_domain_is_replaced_only_with_overwrite(tmp_path: Path) -> None:
     tiny(tmp_path / "d")
     (tmp_path / "d" / "features").mkdir()
     with pytest.raises(UserError, match=r"exists already.*--overwrite"):
@@ -137,7 +137,7 @@ def test_name_that_is_a_path_is_refused(tmp_path: Path) -> None:
         )
 
 
-def test_shard_of_another_size_is_told_at_once(tmp_path: Path) -> None:
+def test_shard_of_another_size_is_refused_first(tmp_path: Path) -> None:
     domain = tiny(tmp_path / "d")
     shard = domain.manifest.sequence_shards[0]
     path = tmp_path / "d" / shard.name

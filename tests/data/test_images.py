@@ -21,13 +21,13 @@ def encoded(mode: str = "RGB", size: tuple[int, int] = (40, 30), kind: str = "JP
 
 
 @pytest.mark.parametrize(("mode", "kind"), [("RGB", "JPEG"), ("L", "JPEG"), ("CMYK", "JPEG"), ("RGBA", "PNG")])
-def test_modest_images_are_kept_to_the_byte(mode: str, kind: str) -> None:
+def test_small_images_are_kept_byte_for_byte(mode: str, kind: str) -> None:
     data = encoded(mode, kind=kind)
     assert normalize_image(data) == data
 
 
 @pytest.mark.parametrize(("mode", "kind"), [("RGB", "JPEG"), ("L", "JPEG"), ("CMYK", "JPEG"), ("RGBA", "PNG")])
-def test_large_images_become_jpegs_of_512_the_same_each_time(mode: str, kind: str) -> None:
+def test_large_images_become_jpegs_of_512_reproducibly(mode: str, kind: str) -> None:
     data = encoded(mode, (1200, 600), kind)
     small = normalize_image(data)
     image = Image.open(io.BytesIO(small))

@@ -62,7 +62,7 @@ def test_no_manifest_is_no_prepared_domain(tmp_path: Path) -> None:
     assert caught.value.where == str(tmp_path / "nowhere")
 
 
-def test_not_json_is_told(tmp_path: Path) -> None:
+def test_invalid_json_is_refused(tmp_path: Path) -> None:
     (tmp_path / "manifest.json").write_text('{"schema_version": 1,')
     with pytest.raises(UserError, match=r"manifest\.json: is not JSON.*Prepare the domain again"):
         read_manifest(tmp_path)

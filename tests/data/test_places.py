@@ -20,15 +20,15 @@ from antdist.data.stream.stream import Stream
 from antdist.data.verify import verify_domain
 from antdist.errors import UserError
 from antdist.faults import corrupt
-from tests.data.ingest.test_append import FIRST, ITEMS, LATER, base, grow, histories, waiting
+from tests.data.ingest.test_append import FIRST, ITEMS, LATER, append_rows, histories, pending_histories, prepare_rows
 from tests.domains import numbered_domain
-from tests.noted import AWAY, LOG, opened
+from tests.recorded import AWAY, LOG, count_opened
 from tests.stores import Bucket
 from tests.worlds import make_domain
 
 
 @pytest.fixture(autouse=True)
-def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+def short_waits(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cached, "WAITS", (0.01, 0.01))
 
 
@@ -44,8 +44,8 @@ def local(tmp_path: Path) -> Domain:
     return numbered_domain(tmp_path / "data" / "d", [3 + n % 17 for n in range(96)])
 
 
-def far(domain: Domain, tmp_path: Path, bound: int) -> Domain:
-    return open_domain(f"noted://{domain.folder}", Cache(tmp_path / "cache", bound))
+def open_remote(domain: Domain, tmp_path: Path, bound: int) -> Domain:
+    return open_domain(f"recorded://{domain.folder}", Cache(tmp_path / "cache", bound))
 
 
 def stream_of(domain: Domain, **config: Any) -> Stream:
@@ -59,31 +59,29 @@ def equal(left: Any, right: Any) -> bool:
 
 
 @pytest.mark.parametrize("mode", ["sequence", "prefix"])
-def test_batches_are_those_of_the_folder_though_the_cache_is_smaller_than_the_data(
+def test_remote_batches_equal_local_ones_with_a_small_cache(
     local: Domain, tmp_path: Path, log: Path, mode: str
 ) -> None:
     shards = [shard.bytes for shard in local.manifest.sequence_shards]
     near = stream_of(local, mode=mode)
-    remote = stream_of(far(local, tmp_path, bound=6 * max(shards)), mode=mode)
+    remote = stream_of(open_remote(local, tmp_path, bound=6 * max(shards)), mode=mode)
     assert near.working_set_bytes() == 0 and remote.working_set_bytes() == sum(sorted(shards)[-6:])
     assert sum(shards) > 1.9 * 6 * max(shards) and near.order == remote.order
     passes = 3
     for epoch in range(passes):
         for a, b in zip(near.batches(epoch), remote.batches(epoch), strict=True):
             assert equal(a, b)
-    fetched = opened(log)
+    fetched = count_opened(log)
     assert set(fetched) >= {shard.name for shard in local.manifest.sequence_shards}
     assert max(fetched[shard.name] for shard in local.manifest.sequence_shards) <= passes
 
 
 @pytest.mark.parametrize("lag", [0, 1, 2])
-def test_a_rank_that_lags_behind_another_by_up_to_a_window_makes_nothing_be_fetched_again(
-    local: Domain, tmp_path: Path, log: Path, lag: int
-) -> None:
+def test_lagging_rank_causes_no_second_fetch(local: Domain, tmp_path: Path, log: Path, lag: int) -> None:
     """The steps of a window are far more than ranks of a run may be apart; here they are three to six."""
     shards = [shard.bytes for shard in local.manifest.sequence_shards]
     bound = 6 * max(shards)
-    first, second = (stream_of(far(local, tmp_path, bound)) for _ in range(2))
+    first, second = (stream_of(open_remote(local, tmp_path, bound)) for _ in range(2))
     assert first.working_set_bytes() <= bound < sum(shards) and first.steps_per_epoch >= 12 / 2 * 3
     epochs = range(3)
     ahead = (batch for epoch in epochs for batch in first.batches(epoch))
@@ -92,13 +90,13 @@ def test_a_rank_that_lags_behind_another_by_up_to_a_window_makes_nothing_be_fetc
     for batch in (batch for epoch in epochs for batch in second.batches(epoch)):
         assert batch.predictions
         next(ahead, None)
-    fetched = opened(log)
+    fetched = count_opened(log)
     assert max(fetched[shard.name] for shard in local.manifest.sequence_shards) <= len(epochs)
 
 
-def test_what_fits_the_cache_is_fetched_once_for_all_who_open_it(local: Domain, tmp_path: Path, log: Path) -> None:
+def test_files_that_fit_the_cache_are_fetched_once(local: Domain, tmp_path: Path, log: Path) -> None:
     for _ in range(2):
-        domain = far(local, tmp_path, bound=10**8)
+        domain = open_remote(local, tmp_path, bound=10**8)
         stream = stream_of(domain)
         assert sum(batch.predictions for batch in stream.batches(0)) == stream.predictions_per_epoch
         here, there = local.sequences(), domain.sequences()
@@ -106,24 +104,24 @@ def test_what_fits_the_cache_is_fetched_once_for_all_who_open_it(local: Domain, 
         assert np.array_equal(domain.popularity(), local.popularity())
         assert domain.user_ids() == local.user_ids() and domain.item_ids() == local.item_ids()
         assert list(domain.items()) == list(local.items())
-    fetched = opened(log)
+    fetched = count_opened(log)
     assert fetched.pop("manifest.json") == 2
     assert fetched == {file.name: 1 for file in local.manifest.files}
 
 
-def test_shards_that_are_equal_are_fetched_once_for_all_domains(local: Domain, tmp_path: Path, log: Path) -> None:
+def test_equal_shards_are_fetched_once_for_all_domains(local: Domain, tmp_path: Path, log: Path) -> None:
     shutil.copytree(local.folder, tmp_path / "data" / "copy")
     for name in ("d", "copy"):
-        open_domain(f"noted://{tmp_path}/data/{name}", Cache(tmp_path / "cache", 10**8)).sequences()
-    assert max(opened(log)[shard.name] for shard in local.manifest.sequence_shards) == 1
+        open_domain(f"recorded://{tmp_path}/data/{name}", Cache(tmp_path / "cache", 10**8)).sequences()
+    assert max(count_opened(log)[shard.name] for shard in local.manifest.sequence_shards) == 1
 
 
-def test_shards_of_a_window_are_fetched_by_the_thread_that_reads_ahead(
+def test_read_ahead_thread_fetches_the_shards_of_a_window(
     local: Domain, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import threading
 
-    domain = far(local, tmp_path, bound=10**8)
+    domain = open_remote(local, tmp_path, bound=10**8)
     fetchers: list[str] = []
     real = Cache._fetch
 
@@ -137,11 +135,11 @@ def test_shards_of_a_window_are_fetched_by_the_thread_that_reads_ahead(
     assert max(int(name.partition("_")[2]) for name in fetchers) > 0  # several at once
 
 
-def test_a_damaged_shard_is_named_with_its_uri_and_a_missing_one(local: Domain, tmp_path: Path) -> None:
-    domain = far(local, tmp_path, bound=10**8)
+def test_damaged_and_missing_shards_are_named_with_their_uri(local: Domain, tmp_path: Path) -> None:
+    domain = open_remote(local, tmp_path, bound=10**8)
     corrupt(local.folder / "sequences-00003.tar", "flip")  # type: ignore[operator]
     with pytest.raises(
-        UserError, match=rf"^noted://{local.folder}/sequences-00003.tar: the fetched file does not match .*SHA-256"
+        UserError, match=rf"^recorded://{local.folder}/sequences-00003.tar: the fetched file does not match .*SHA-256"
     ):
         domain.sequences()
     domain.verify_sequences()  # sizes alone
@@ -150,13 +148,13 @@ def test_a_damaged_shard_is_named_with_its_uri_and_a_missing_one(local: Domain, 
         domain.verify_sequences()
     corrupt(local.folder / "sequences-00003.tar", "gone")  # type: ignore[operator]
     for read in (domain.sequences, domain.verify_sequences):
-        with pytest.raises(UserError, match=rf"noted://{local.folder}/sequences-00003.tar: the file is missing"):
+        with pytest.raises(UserError, match=rf"recorded://{local.folder}/sequences-00003.tar: the file is missing"):
             read()
 
 
-def test_verify_finds_in_a_remote_domain_what_it_finds_in_a_folder(tmp_path: Path) -> None:
+def test_verify_reports_equal_problems_for_remote_domains(tmp_path: Path) -> None:
     local = make_domain(tmp_path, "d", blocks_per_shard=1)
-    uri, cache = f"noted://{local.folder}", Cache(tmp_path / "cache", 10**8)
+    uri, cache = f"recorded://{local.folder}", Cache(tmp_path / "cache", 10**8)
     report = verify_domain(uri, cache)
     assert report.ok and report.folder == uri
     assert dataclasses.replace(report, folder="") == dataclasses.replace(verify_domain(local.folder), folder="")
@@ -169,49 +167,49 @@ def test_verify_finds_in_a_remote_domain_what_it_finds_in_a_folder(tmp_path: Pat
         assert name in problems
 
 
-def test_a_domain_that_grew_is_under_a_uri_what_it_is_in_its_folder(tmp_path: Path) -> None:
-    base(tmp_path, FIRST)
-    grow(tmp_path, LATER, [*ITEMS, "g"])
+def test_appended_domain_reads_equally_from_a_uri(tmp_path: Path) -> None:
+    prepare_rows(tmp_path, FIRST)
+    append_rows(tmp_path, LATER, [*ITEMS, "g"])
     local = open_domain(tmp_path / "d")
-    domain = far(local, tmp_path, bound=10**8)
+    domain = open_remote(local, tmp_path, bound=10**8)
     assert len(local.superseded) and local.manifest.earlier
-    assert histories(domain) == histories(local) and waiting(domain) == waiting(local)
+    assert histories(domain) == histories(local) and pending_histories(domain) == pending_histories(local)
     assert domain.verify_sequences() == local.verify_sequences()
-    assert verify_domain(f"noted://{tmp_path}/d", Cache(tmp_path / "cache", 10**8)).ok
+    assert verify_domain(f"recorded://{tmp_path}/d", Cache(tmp_path / "cache", 10**8)).ok
     for a, b in zip(stream_of(local).batches(0), stream_of(domain).batches(0), strict=True):
         assert equal(a, b)
     corrupt(next(tmp_path.glob("d/append-00001/sequences-*.tar")), "cut")
-    with pytest.raises(UserError, match=r"noted://.*/d/append-00001/sequences-00000\.tar: the file has"):
+    with pytest.raises(UserError, match=r"recorded://.*/d/append-00001/sequences-00000\.tar: the file has"):
         domain.verify_sequences()
 
 
-def test_storage_that_is_away_for_a_while_is_waited_for(
+def test_unreachable_storage_is_retried(
     local: Domain, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     away, cache = tmp_path / "away", Cache(tmp_path / "cache", 10**8)
     monkeypatch.setenv(AWAY, str(away))
     away.touch()
     with pytest.raises(UserError, match=r"d/manifest.json: does not answer, or refuses \(connection refused\)"):
-        open_domain(f"noted://{local.folder}", cache)
+        open_domain(f"recorded://{local.folder}", cache)
     monkeypatch.setattr("time.sleep", lambda _: away.unlink())
-    assert open_domain(f"noted://{local.folder}", cache).fingerprint == local.fingerprint
+    assert open_domain(f"recorded://{local.folder}", cache).fingerprint == local.fingerprint
     assert "connection refused) Trying again" in capsys.readouterr().err.replace(").", ")")
 
 
 @pytest.mark.parametrize(
     ("uri", "told"),
     [
-        ("noted:///nowhere/d", r"noted:///nowhere/d: not a prepared domain: manifest\.json is missing"),
+        ("recorded:///nowhere/d", r"recorded:///nowhere/d: not a prepared domain: manifest\.json is missing"),
         ("nosuch://key:secret@x/d", r"nosuch://\*\*\*@x/d/manifest.json: it cannot be used \(Protocol not known"),
         ("simplecache::file:///x", "it names several storages"),
     ],
 )
-def test_a_uri_with_no_domain_is_told(tmp_path: Path, uri: str, told: str) -> None:
+def test_uri_without_a_domain_is_refused(tmp_path: Path, uri: str, told: str) -> None:
     with pytest.raises(UserError, match=told):
         open_domain(uri, Cache(tmp_path, 1))
 
 
-def test_a_domain_in_memory_storage_and_one_in_s3(local: Domain, tmp_path: Path, s3: Bucket) -> None:
+def test_domains_in_memory_storage_and_in_s3(local: Domain, tmp_path: Path, s3: Bucket) -> None:
     """fsspec's own, and a server that speaks S3."""
     for uri in (f"memory://{uuid.uuid4().hex}", f"{s3.uri}/data"):
         files, root = fsspec.url_to_fs(uri)

@@ -26,7 +26,7 @@ from antdist.errors import UserError
         (10, 0.5, 5),
     ],
 )
-def test_a_share_of_the_records_or_five_where_that_is_little(records: int, max_bad: float, most: int) -> None:
+def test_cap_is_a_share_of_the_records_or_five(records: int, max_bad: float, most: int) -> None:
     assert max_bad_records(records, max_bad) == most
 
 
@@ -34,7 +34,7 @@ def fault(line: int) -> UserError:
     return UserError("is bad", where=f"f:{line}", remedy="fix it")
 
 
-def test_under_the_cap_all_are_kept_over_it_the_first_is_told() -> None:
+def test_above_the_cap_the_first_fault_is_raised() -> None:
     quarantine = Quarantine(0.001)
     file = quarantine.inspect(Path("f"))
     file.good = 499
@@ -49,14 +49,14 @@ def test_under_the_cap_all_are_kept_over_it_the_first_is_told() -> None:
     assert len(quarantine.records) == 1
 
 
-def test_nothing_but_bad_records_is_refused_whatever_the_cap() -> None:
+def test_file_of_bad_records_alone_is_refused() -> None:
     file = Quarantine(1.0).inspect(Path("f"))
     file.add(fault(1), 1)
     with pytest.raises(UserError, match="f:1: is bad"):
         file.close()
 
 
-def test_a_cap_of_nothing_and_a_hopeless_file_are_told_at_once() -> None:
+def test_cap_of_zero_and_many_bad_records_fail_early() -> None:
     with pytest.raises(UserError, match="f:3: is bad"):
         Quarantine(0.0).inspect(Path("f")).add(fault(3), 3)
     file = Quarantine(0.001).inspect(Path("f"))
@@ -66,12 +66,12 @@ def test_a_cap_of_nothing_and_a_hopeless_file_are_told_at_once() -> None:
         file.add(fault(EARLY_CHECK), EARLY_CHECK)
 
 
-def test_a_cap_that_is_no_share_is_refused() -> None:
+def test_cap_must_be_a_share() -> None:
     with pytest.raises(UserError, match="--max-bad: is 2"):
         Quarantine(2)
 
 
-def test_the_file_is_json_lines_whatever_the_reason_holds(tmp_path: Path) -> None:
+def test_quarantine_file_is_json_lines_for_any_reason(tmp_path: Path) -> None:
     record = BadRecord("f", None, "\udc80", "two\nlines")
     path = write_quarantine(tmp_path, [record, record])
     assert [json.loads(line) for line in path.read_text().splitlines()] == [vars(record)] * 2

@@ -47,7 +47,7 @@ def test_equal_content_gives_equal_bytes_and_the_stated_digest(tmp_path: Path) -
 
 
 @pytest.mark.parametrize("sizes", [[], [0, 1, 511, 512, 513], [8191] * 3, [1 << 20, 7]])
-def test_a_shard_is_what_tarfile_writes(tmp_path: Path, sizes: list[int]) -> None:
+def test_shard_equals_what_tarfile_writes(tmp_path: Path, sizes: list[int]) -> None:
     members = [
         (f"{'k' * min(100 - 5, 9 * n)}{n:04d}.", bytes(range(256)) * (size // 256) + b"x" * (size % 256))
         for n, size in enumerate(sizes)
@@ -99,7 +99,7 @@ def test_link_or_device_is_refused(tmp_path: Path, kind: bytes) -> None:
 
 
 @pytest.mark.parametrize("left", [0, 100, 512, 700, 1536, 2000])
-def test_tar_cut_short_is_told_before_the_first_sample(tmp_path: Path, left: int) -> None:
+def test_truncated_tar_is_refused_before_the_first_sample(tmp_path: Path, left: int) -> None:
     write_items(tmp_path / "a.tar")
     data = (tmp_path / "a.tar").read_bytes()
     (tmp_path / "a.tar").write_bytes(data[:left])
@@ -133,6 +133,6 @@ def test_column_is_read_without_a_copy() -> None:
         encode_npy(np.arange(5, dtype=np.int32))[:-1],
     ],
 )
-def test_column_of_another_form_is_refused(data: bytes) -> None:
+def test_column_of_another_type_is_refused(data: bytes) -> None:
     with pytest.raises(UserError, match="here: a column cannot be read"):
         decode_npy(data, "<i4", "here")

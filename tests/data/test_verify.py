@@ -69,7 +69,7 @@ def problems(domain: Domain) -> str:
     return "\n".join(report.problems)
 
 
-def test_what_was_written_is_well(domain: Domain) -> None:
+def test_written_domain_has_no_problems(domain: Domain) -> None:
     report = verify_domain(domain.folder)
     assert report.ok and (report.items, report.images, report.users, report.interactions) == (5, 5, 3, 12)
     assert report.files == 5 and report.lines()[-1].endswith("all is well")
@@ -117,7 +117,7 @@ def test_all_problems_are_listed(domain: Domain) -> None:
         ({"items": [0, 1, 2, 3]}, "column items has 4 entries, 7 by the manifest"),
     ],
 )
-def test_faulty_block_is_told_with_its_key(domain: Domain, columns: dict[str, Any], message: str) -> None:
+def test_faulty_block_is_named_with_its_key(domain: Domain, columns: dict[str, Any], message: str) -> None:
     rewrite_blocks(domain, **columns)
     found = problems(domain)
     assert f"{domain.folder / 'sequences-00000.tar'} (block-000000): {message}" in found
@@ -136,7 +136,7 @@ def test_popularity_is_counted_again(domain: Domain) -> None:
     assert "popularity.npy: the stated counts of 1 items differ from the training parts" in problems(domain)
 
 
-def test_faulty_items_are_told_with_their_key(domain: Domain) -> None:
+def test_faulty_items_are_named_with_their_key(domain: Domain) -> None:
     rewrite_items(domain, [ItemRecord(3, "i0", None, -1.0, []), ItemRecord(4, "i4", None, None, [b"\xff\xd8\xff no"])])
     found = problems(domain)
     place = domain.folder / "items-00001.tar"

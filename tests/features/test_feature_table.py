@@ -66,7 +66,7 @@ def edit_meta(domain: Domain, **changes: Any) -> None:
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
 
-def test_rows_are_the_stored_ones_in_any_order_and_across_parts(make_domain: Any) -> None:
+def test_rows_are_read_in_any_order_and_across_parts(make_domain: Any) -> None:
     domain = make_domain("books", items(11), items_per_shard=4)
     values = store(domain)
     found = open_table(domain, "text")
@@ -109,7 +109,7 @@ def test_catalogue_looks_up_by_global_id(make_domain: Any) -> None:
         assert features.present["text"].tolist() == [bool(n % 3 != 2) for n in local]
 
 
-def test_stored_type_does_not_make_another_encoder_and_float16_rounds(make_domain: Any) -> None:
+def test_stored_type_is_not_identity_and_float16_rounds(make_domain: Any) -> None:
     domains = [make_domain("books", items(4)), make_domain("movies", items(4))]
     values = store(domains[0], dtype="float32"), store(domains[1], dtype="float16")
     exact, rounded = Catalogue(domains, ["text"]), Catalogue(domains, ["text"], dtype="float16")
@@ -122,7 +122,7 @@ def test_stored_type_does_not_make_another_encoder_and_float16_rounds(make_domai
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
-def test_float16_is_widened_and_rounded_piece_by_piece(make_domain: Any, dtype: Any, monkeypatch: Any) -> None:
+def test_float16_is_widened_and_rounded_in_chunks(make_domain: Any, dtype: Any, monkeypatch: Any) -> None:
     domains = [make_domain("books", items(11), items_per_shard=4), make_domain("movies", items(9))]
     values = np.concatenate([store(domains[0], dtype="float16"), store(domains[1], dtype="float32")])
     if dtype == "float16":
@@ -142,7 +142,7 @@ def test_an_item_that_is_not_in_the_table_is_refused(make_domain: Any) -> None:
             open_table(domain, "text").rows(np.array([wanted]))
 
 
-def test_a_modality_that_the_source_lacks_is_zeros(make_domain: Any) -> None:
+def test_modality_missing_in_the_source_is_zeros(make_domain: Any) -> None:
     domains = [make_domain("books", items(4)), make_domain("retail", items(4, price=2.0))]
     for domain in domains:
         store(domain)
@@ -152,7 +152,7 @@ def test_a_modality_that_the_source_lacks_is_zeros(make_domain: Any) -> None:
     np.testing.assert_array_equal(features.values["price"][4:].numpy(), prices)
 
 
-def test_a_modality_that_no_domain_has_is_refused_unless_the_model_has_it(make_domain: Any) -> None:
+def test_modality_without_features_needs_a_model_that_has_it(make_domain: Any) -> None:
     domain = make_domain("books", items(4))
     store(domain)
     with pytest.raises(UserError, match=r"no item of books has image features.*[Ll]eave image out of model.modalities"):

@@ -48,7 +48,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return counted
 
 
-def test_tables_hold_what_the_encoders_say(make_domain: Any, tiny_bert: Path) -> None:
+def test_tables_hold_the_encoders_output(make_domain: Any, tiny_bert: Path) -> None:
     items = some_items(10)
     domain = make_domain("books", items)
     report = featurize_domains([domain], text=str(tiny_bert), image="histogram", price="log", pooling="mean", workers=0)
@@ -78,7 +78,7 @@ def test_tables_hold_what_the_encoders_say(make_domain: Any, tiny_bert: Path) ->
     assert json.loads(json.dumps(report.to_json()))["tables"][1]["present"] == int(image.present.sum())
 
 
-def test_a_finished_table_is_left_alone(make_domain: Any, tiny_bert: Path, calls: list[int]) -> None:
+def test_finished_table_is_not_encoded_again(make_domain: Any, tiny_bert: Path, calls: list[int]) -> None:
     domain = make_domain("books", some_items(10))
     featurize_domains([domain], text=str(tiny_bert), price="quantile", workers=0)
     assert calls == [4, 4, 2]
@@ -88,7 +88,7 @@ def test_a_finished_table_is_left_alone(make_domain: Any, tiny_bert: Path, calls
     assert report.tables[0].encoded_parts == 0 and "3 of 3 parts were finished before" in report.lines()[0]
 
 
-def test_a_stopped_run_goes_on_where_it_stopped(
+def test_stopped_run_continues_where_it_stopped(
     make_domain: Any, tiny_bert: Path, calls: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     domain = make_domain("books", some_items(10))
@@ -130,7 +130,7 @@ featurize_domains([open_domain(sys.argv[1])], text=sys.argv[2], workers=0)
 """
 
 
-def test_a_killed_run_goes_on_where_it_stopped(make_domain: Any, tiny_bert: Path, calls: list[int]) -> None:
+def test_killed_run_continues_where_it_stopped(make_domain: Any, tiny_bert: Path, calls: list[int]) -> None:
     domain = make_domain("books", some_items(10))
     child = subprocess.run(
         [sys.executable, "-c", KILLED, str(domain.folder), str(tiny_bert)],
@@ -145,7 +145,7 @@ def test_a_killed_run_goes_on_where_it_stopped(make_domain: Any, tiny_bert: Path
     assert not list((domain.folder / "features").glob(".*"))
 
 
-def test_a_damaged_part_alone_is_made_again(make_domain: Any, tiny_bert: Path, calls: list[int]) -> None:
+def test_only_a_damaged_part_is_encoded_again(make_domain: Any, tiny_bert: Path, calls: list[int]) -> None:
     domain = make_domain("books", some_items(10))
     featurize_domains([domain], text=str(tiny_bert), workers=0)
     before = files(domain)
@@ -194,7 +194,7 @@ def test_float16_rounds(make_domain: Any, tiny_bert: Path) -> None:
         (1e6, "float16", "the text features of item item5 are too large for float16.*--dtype float32"),
     ],
 )
-def test_features_that_are_not_finite_name_the_item(
+def test_nan_and_inf_features_name_the_item(
     make_domain: Any, tiny_bert: Path, monkeypatch: pytest.MonkeyPatch, value: float, dtype: Any, message: str
 ) -> None:
     domain = make_domain("books", some_items(10))
@@ -210,7 +210,7 @@ def test_features_that_are_not_finite_name_the_item(
         featurize_domains([domain], text=str(tiny_bert), workers=0, dtype=dtype)
 
 
-def test_a_domain_without_the_modality_gets_a_table_that_says_so(make_domain: Any) -> None:
+def test_domain_without_the_modality_gets_an_empty_table(make_domain: Any) -> None:
     bare = make_domain("bare", [ItemRecord(n, f"i{n}", "red lamp", None, []) for n in range(5)])
     full = make_domain("full", some_items(5))
     report = featurize_domains([bare, full], image="histogram", price="quantile", workers=0)
@@ -223,7 +223,7 @@ def test_a_domain_without_the_modality_gets_a_table_that_says_so(make_domain: An
     assert files(bare) == before
 
 
-def test_broken_pictures_are_counted(make_domain: Any) -> None:
+def test_broken_images_are_counted(make_domain: Any) -> None:
     broken = b"\xff\xd8 not really"
     items = [ItemRecord(n, f"i{n}", None, None, [broken] if n == 1 else some_items(1)[0].images) for n in range(3)]
     domain = make_domain("books", items)
@@ -260,7 +260,7 @@ def test_hashed_text_is_one_encoder_only_if_fitted_together(make_domain: Any, tm
     assert Catalogue([a, b, c], ["text"]).size == 90
 
 
-def test_the_fit_reads_a_spread_sample_of_many_items(make_domain: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_projection_is_fitted_on_a_spread_sample(make_domain: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     a, b = make_domain("a", some_items(30, 1)), make_domain("b", some_items(30, 2))
     given: list[list[str]] = []
     real = featurize_module.fit_projection
@@ -273,7 +273,7 @@ def test_the_fit_reads_a_spread_sample_of_many_items(make_domain: Any, monkeypat
     assert given == [[said for said in sampled if said is not None]]
 
 
-def test_nothing_asked_for_is_told(make_domain: Any) -> None:
+def test_no_requested_modality_is_refused(make_domain: Any) -> None:
     with pytest.raises(UserError, match=r"no features requested.*--text, --image or --price"):
         featurize_domains([make_domain("books", some_items(3))], workers=0)
 
@@ -307,7 +307,7 @@ def test_a_reprepared_domain_is_encoded_anew(make_domain: Any, tiny_bert: Path, 
         ([], 2, 1),
     ],
 )
-def test_no_worker_asks_for_more_cores_than_a_node_has(nodes: Any, workers: int, cores: int) -> None:
+def test_worker_requests_no_more_cores_than_a_node_has(nodes: Any, workers: int, cores: int) -> None:
     assert count_cores_per_worker(nodes, workers) == cores
 
 

@@ -14,7 +14,7 @@ from antdist.errors import UserError
 from antdist.faults import corrupt
 from antdist.features.catalogue import Catalogue
 from antdist.features.table import FeatureMeta, open_table, write_meta, write_part
-from tests.noted import LOG, opened
+from tests.recorded import LOG, count_opened
 from tests.worlds import make_domain
 
 DIM = 32
@@ -51,8 +51,8 @@ def local(tmp_path: Path) -> Domain:
     return domain
 
 
-def far(local: Domain, tmp_path: Path, bound: int) -> Domain:
-    return open_domain(f"noted://{local.folder}", Cache(tmp_path / "cache", bound))
+def open_remote(local: Domain, tmp_path: Path, bound: int) -> Domain:
+    return open_domain(f"recorded://{local.folder}", Cache(tmp_path / "cache", bound))
 
 
 @pytest.fixture
@@ -63,16 +63,16 @@ def log(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "log"
 
 
-def lying(folder: Path) -> int:
+def stored_sizes(folder: Path) -> int:
     return sum(path.stat().st_size for path in folder.iterdir() if path.name != "lock")
 
 
-def test_a_table_that_fits_is_fetched_once_and_stays_mapped(local: Domain, tmp_path: Path, log: Path) -> None:
+def test_table_that_fits_is_fetched_once_and_stays_mapped(local: Domain, tmp_path: Path, log: Path) -> None:
     near, ids = Catalogue([local], ["text"]), np.random.default_rng(0).permutation(60)
     for _ in range(2):
-        catalogue = Catalogue([far(local, tmp_path, 10**6)], ["text"])
+        catalogue = Catalogue([open_remote(local, tmp_path, 10**6)], ["text"])
         catalogue.verify_share(0, 2)
-        first = {name for name in opened(log) if name.startswith("text-")}
+        first = {name for name in count_opened(log) if name.startswith("text-")}
         for _ in range(2):
             a, b = near.features(ids), catalogue.features(ids)
             assert (a.values["text"] == b.values["text"]).all() and (a.present["text"] == b.present["text"]).all()
@@ -82,14 +82,14 @@ def test_a_table_that_fits_is_fetched_once_and_stays_mapped(local: Domain, tmp_p
     assert (
         8 <= len(first) < 23
     )  # every second part, and what tells which items are present, in files some of which are equal
-    fetched = {name: count for name, count in opened(log).items() if name.startswith("text-")}
+    fetched = {name: count for name, count in count_opened(log).items() if name.startswith("text-")}
     assert set(fetched.values()) == {1} and {f"text-{n:05d}.npy" for n in range(15)} <= set(fetched)
 
 
-def test_only_the_parts_that_are_asked_for_are_fetched(local: Domain, tmp_path: Path, log: Path) -> None:
-    catalogue = Catalogue([far(local, tmp_path, 10**6)], ["text"])
+def test_only_requested_parts_are_fetched(local: Domain, tmp_path: Path, log: Path) -> None:
+    catalogue = Catalogue([open_remote(local, tmp_path, 10**6)], ["text"])
     catalogue.features(np.array([9, 8, 41]))
-    assert {n for n in opened(log) if n.startswith("text-") and "present" not in n} == {
+    assert {n for n in count_opened(log) if n.startswith("text-") and "present" not in n} == {
         "text-00002.npy",
         "text-00010.npy",
     }
@@ -101,7 +101,7 @@ def test_a_table_larger_than_the_cache_is_fetched_as_needed(
 ) -> None:
     monkeypatch.setenv("LOCAL_WORLD_SIZE", str(ranks))
     near, bound = Catalogue([local], ["text"]), 14 * 640
-    processes = [Catalogue([far(local, tmp_path, bound)], ["text"]) for _ in range(ranks)]
+    processes = [Catalogue([open_remote(local, tmp_path, bound)], ["text"]) for _ in range(ranks)]
     table = processes[0].remote_tables()[0]
     assert table.bytes > bound
     random = np.random.default_rng(0)
@@ -110,28 +110,28 @@ def test_a_table_larger_than_the_cache_is_fetched_as_needed(
         for catalogue in processes:
             assert catalogue.features(ids).values["text"].equal(near.features(ids).values["text"])
             assert catalogue._mapped._bytes <= catalogue._mapped.limit <= bound // 2 // ranks
-            assert lying(tmp_path / "cache") <= bound
+            assert stored_sizes(tmp_path / "cache") <= bound
     catalogue.verify_share(0, 1)  # would but push out what is there
-    assert max(opened(log).values()) > 1
+    assert max(count_opened(log).values()) > 1
 
 
-def test_a_damaged_part_is_named(local: Domain, tmp_path: Path, log: Path) -> None:
+def test_damaged_part_is_named(local: Domain, tmp_path: Path, log: Path) -> None:
     part = local.folder / "features" / "text-00003.npy"
     corrupt(part, "flip")  # type: ignore[arg-type]
-    catalogue = Catalogue([far(local, tmp_path, 10**6)], ["text"])
+    catalogue = Catalogue([open_remote(local, tmp_path, 10**6)], ["text"])
     catalogue.verify()  # sizes alone
-    with pytest.raises(UserError, match=rf"noted://{part}: the fetched file does not match the manifest"):
+    with pytest.raises(UserError, match=rf"recorded://{part}: the fetched file does not match the manifest"):
         catalogue.features(np.arange(60))
     corrupt(part, "gone")  # type: ignore[arg-type]
-    with pytest.raises(UserError, match=rf"noted://{part}: the file is missing"):
+    with pytest.raises(UserError, match=rf"recorded://{part}: the file is missing"):
         catalogue.verify()
 
 
-def test_a_description_whose_digests_are_none_is_refused(local: Domain, tmp_path: Path, log: Path) -> None:
+def test_meta_file_with_invalid_digests_is_refused(local: Domain, tmp_path: Path, log: Path) -> None:
     """A file of the cache is named by its digest: nothing may lead out of it."""
     meta = local.folder / "features" / "text.json"
     text = meta.read_text(encoding="utf-8")
     digest = FeatureMeta.model_validate_json(text).parts[0].sha256
     meta.write_text(text.replace(digest, "../../../etc/passwd"))  # type: ignore[union-attr]
     with pytest.raises(UserError, match=r"text\.json: is not the meta file of a feature table"):
-        open_table(far(local, tmp_path, 10**6), "text")
+        open_table(open_remote(local, tmp_path, 10**6), "text")

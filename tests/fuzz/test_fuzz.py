@@ -12,7 +12,7 @@ from tests.fuzz import mutations
 from tests.fuzz.fuzz import fuzz, lines_there
 
 
-def test_readers_manifest_shards_features_and_configuration_give_clean_errors_alone() -> None:
+def test_parsers_raise_only_clean_errors() -> None:
     outcome = fuzz(360, seed=7)
     assert outcome.findings == []
     assert outcome.inputs == 360
@@ -22,7 +22,7 @@ def test_readers_manifest_shards_features_and_configuration_give_clean_errors_al
     assert sum(outcome.ended[name, "accepted"] for name in targets) > 50
 
 
-def test_what_is_no_clean_error_is_a_finding_that_can_be_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_other_errors_are_reproducible_findings(monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(*_: object, **__: object) -> None:
         raise KeyError("deep inside")
 
@@ -33,13 +33,13 @@ def test_what_is_no_clean_error_is_a_finding_that_can_be_tried_again(monkeypatch
     assert fuzz(1, seed=7, start=number).findings[0].split()[0] == f"7:{number}"
 
 
-def test_lines_that_can_run_are_those_within_functions() -> None:
+def test_executable_lines_are_those_within_functions() -> None:
     text = (Path(__file__).resolve().parents[2] / "antdist" / "data" / "quarantine.py").read_text().splitlines()
     there = lines_there("antdist/data/quarantine.py")
     assert all(text[line - 1].startswith((" ", ")")) for line in there) and 10 < len(there) < len(text) / 2
 
 
-def test_an_input_leaves_the_next_ones_as_they_are() -> None:
+def test_inputs_do_not_affect_later_inputs() -> None:
     """Values that are put into one document are not those of the table: changed there, they would come back changed."""
     before = repr(mutations.VALUES)
     for seed in range(40):

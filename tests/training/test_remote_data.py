@@ -24,8 +24,8 @@ from antdist.training.engines.plain import PlainEngine
 from antdist.training.feed import Feed, StepInput
 from antdist.training.trainer import Trainer
 from tests.features.test_parts import give_parts
-from tests.noted import LOG, SLOW, opened
 from tests.ranks import on_ranks
+from tests.recorded import LOG, SLOW, count_opened
 from tests.worlds import make_domain
 
 DIMS = {"text": 12, "price": 6}
@@ -126,9 +126,9 @@ def test_data_larger_than_the_cache_gives_equal_weights(data: Path, tmp_path: Pa
     )
     bound = 6 * max(sizes) + features
     assert sum(sizes) > 2 * bound > 0, "the data fit the cache"
-    far = on_ranks(2, learn, f"noted://{data}", tmp_path / "cache", bound, False, {LOG: str(tmp_path / "log")})
+    far = on_ranks(2, learn, f"recorded://{data}", tmp_path / "cache", bound, False, {LOG: str(tmp_path / "log")})
     same(near, far)
-    fetched = opened(tmp_path / "log")
+    fetched = count_opened(tmp_path / "log")
     counts = [fetched[shard.name] for shard in shards_of(data)]  # both domains have shards of these names
     assert sum(counts) / 2 <= EPOCHS * len(counts), "a shard was fetched twice in a pass"
     assert max(counts) <= 2 * EPOCHS
@@ -142,6 +142,6 @@ def test_cache_loss_and_damage_do_not_change_the_weights(
     """The cache is deleted and damaged, the storage slow; features do not fit the cache."""
     bound = 10 * max(shard.bytes for shard in shards_of(data))
     environment = {LOG: str(tmp_path / "log"), SLOW: "0.01"}
-    far = on_ranks(2, learn, f"noted://{data}", tmp_path / "cache", bound, True, environment)
+    far = on_ranks(2, learn, f"recorded://{data}", tmp_path / "cache", bound, True, environment)
     same(near, far)
-    assert max(opened(tmp_path / "log").values()) > EPOCHS
+    assert max(count_opened(tmp_path / "log").values()) > EPOCHS

@@ -84,7 +84,7 @@ def test_prepare_finds_the_two_files(source: Path) -> None:
     assert open_domain(source / "out" / "gifts").item_ids() == ["A1", "A2"]
 
 
-def test_line_without_an_item_is_told(source: Path) -> None:
+def test_line_without_asin_is_refused(source: Path) -> None:
     (source / "meta.json").write_text('{"asin": "A1"}\n{"title": "x"}\n')
     with pytest.raises(UserError, match=r"meta\.json:2: empty asin"):
         read_amazon(source / "Gifts_5.json.gz", source / "meta.json")

@@ -44,12 +44,12 @@ def source(folder: Path, rows: list[Row], items: list[str] | None = None, **fiel
     return folder
 
 
-def base(tmp_path: Path, rows: list[Row], items: list[str] = ITEMS, **options: Any) -> Domain:
+def prepare_rows(tmp_path: Path, rows: list[Row], items: list[str] = ITEMS, **options: Any) -> Domain:
     prepare_domain(source(tmp_path / "base", rows, items), domain="d", out=tmp_path, **{"block_users": 2, **options})
     return open_domain(tmp_path / "d")
 
 
-def grow(tmp_path: Path, rows: list[Row], items: list[str] | None = None, **options: Any) -> AppendReport:
+def append_rows(tmp_path: Path, rows: list[Row], items: list[str] | None = None, **options: Any) -> AppendReport:
     folder = source(tmp_path / "more", rows, items)
     return append_to_domain(folder, domain="d", out=tmp_path, **{"block_users": 2, **options})
 
@@ -67,7 +67,7 @@ def histories(domain: Domain) -> Histories:
     return {user: list(zip(named[a:b], sequences.times[a:b].tolist(), strict=True)) for user, a, b in bounds}
 
 
-def waiting(domain: Domain) -> Histories:
+def pending_histories(domain: Domain) -> Histories:
     items = domain.item_ids()
     return {
         user: [(items[i], t) for i, t in zip(block.items[a:b].tolist(), block.times[a:b].tolist(), strict=True)]
@@ -112,7 +112,7 @@ rows_of_a_world = st.lists(
     longest=st.none() | st.integers(3, 5),
     late_items=st.integers(0, 3),
 )
-def test_a_domain_that_grew_equals_one_prepared_at_once(
+def test_appended_domain_equals_one_prepared_at_once(
     rows: list[Row], cuts: list[int], longest: int | None, late_items: int, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     tmp_path = tmp_path_factory.mktemp("law")
@@ -127,21 +127,21 @@ def test_a_domain_that_grew_equals_one_prepared_at_once(
     early = sorted({item for _, item, _ in parts[0]} | set(ITEMS[late_items:]))
     prepare_domain(source(tmp_path / "all", at_once, ITEMS), domain="d", out=tmp_path / "once", max_sequence=longest)
     whole = open_domain(tmp_path / "once" / "d")
-    base(tmp_path, parts[0], early, max_sequence=longest)
+    prepare_rows(tmp_path, parts[0], early, max_sequence=longest)
     for part in parts[1:]:
         if part:
-            grow(tmp_path, part, ITEMS)
-    grown = open_domain(tmp_path / "d")
-    assert histories(grown) == histories(whole)
+            append_rows(tmp_path, part, ITEMS)
+    appended = open_domain(tmp_path / "d")
+    assert histories(appended) == histories(whole)
     if longest is None:
-        assert waiting(grown) == waiting(whole)
-    counted = dict(zip(grown.item_ids(), grown.popularity().tolist(), strict=True))
+        assert pending_histories(appended) == pending_histories(whole)
+    counted = dict(zip(appended.item_ids(), appended.popularity().tolist(), strict=True))
     once = dict(zip(whole.item_ids(), whole.popularity().tolist(), strict=True))
     assert {item: count for item, count in counted.items() if count} == {i: n for i, n in once.items() if n}
-    report = verify_domain(grown.folder)
+    report = verify_domain(appended.folder)
     assert report.ok, report.problems
-    if grown.manifest.interactions > 3 * grown.manifest.users:
-        assert ledger(grown) == expected_targets(grown)
+    if appended.manifest.interactions > 3 * appended.manifest.users:
+        assert ledger(appended) == expected_targets(appended)
 
 
 def ledger(domain: Domain) -> Counter[tuple[int, int]]:
@@ -160,7 +160,7 @@ def expected_targets(domain: Domain) -> Counter[tuple[int, int]]:
     return Counter((u, item) for u, (a, b) in enumerate(bounds) for item in sequences.items[a + 1 : b - 2].tolist())
 
 
-def test_without_an_append_manifests_and_orders_are_what_they_were_before_there_were_any(tmp_path: Path) -> None:
+def test_without_appends_fingerprint_and_order_are_pinned(tmp_path: Path) -> None:
     domain = numbered_domain(tmp_path / "d", [5, 4, 9, 3, 7, 8] * 5)
     assert domain.fingerprint == "52561a82a58f133239475c7f3a8dbdd094348a485cd34f8dc44b80d1fd79a9cb"
     digest = hashlib.sha256()
@@ -172,18 +172,18 @@ def test_without_an_append_manifests_and_orders_are_what_they_were_before_there_
 # -------------------------------------------------------------------------------------------------------- one append
 
 
-def test_users_items_and_days_are_added_and_old_files_stay(tmp_path: Path) -> None:
-    old = base(tmp_path, FIRST, items_per_shard=4)
+def test_append_adds_users_items_and_days_and_keeps_old_files(tmp_path: Path) -> None:
+    old = prepare_rows(tmp_path, FIRST, items_per_shard=4)
     before = content(old.folder)
-    report = grow(tmp_path, LATER, ["g"])
-    grown = open_domain(tmp_path / "d")
+    report = append_rows(tmp_path, LATER, ["g"])
+    appended = open_domain(tmp_path / "d")
     assert (report.new_users, report.updated_users, report.new_items, report.pending_users) == (2, 2, 1, 2)
-    assert grown.item_ids() == [*ITEMS, "g"]  # old indices stay
-    found = histories(grown)
+    assert appended.item_ids() == [*ITEMS, "g"]  # old indices stay
+    found = histories(appended)
     assert [item for item, _ in found["v"]] == list("abcde") and [item for item, _ in found["y"]] == list("abcdg")
     assert [item for item, _ in found["p"]] == list("abg")  # who waited since the preparation
     assert found["u"] == histories(old)["u"]
-    assert waiting(grown) == {"q": [("c", 7)], "r": [("a", 23)]}
+    assert pending_histories(appended) == {"q": [("c", 7)], "r": [("a", 23)]}
 
     after = content(old.folder)
     kept = f"append-00001/manifest-{old.fingerprint[:16]}.json"
@@ -191,32 +191,32 @@ def test_users_items_and_days_are_added_and_old_files_stay(tmp_path: Path) -> No
     assert all(after[name] == told for name, told in before.items())  # bytes and times of writing
     assert read_manifest(old.folder, kept) == old.manifest
     assert histories(Domain(old.folder, old.manifest)) == histories(old)  # whoever opened it before goes on
-    assert grown.manifest.ancestors == [old.fingerprint] == [report.previous_fingerprint]
-    assert report.fingerprint == grown.fingerprint
+    assert appended.manifest.ancestors == [old.fingerprint] == [report.previous_fingerprint]
+    assert report.fingerprint == appended.fingerprint
     assert any("do not compare" in line for line in report.lines())
-    assert verify_domain(grown.folder).ok
+    assert verify_domain(appended.folder).ok
 
 
 def test_appending_the_same_again_changes_nothing(tmp_path: Path) -> None:
-    base(tmp_path, FIRST)
-    grow(tmp_path, LATER, ["g"])
+    prepare_rows(tmp_path, FIRST)
+    append_rows(tmp_path, LATER, ["g"])
     before = content(tmp_path / "d")
-    report = grow(tmp_path, LATER, ["g"])
+    report = append_rows(tmp_path, LATER, ["g"])
     assert content(tmp_path / "d") == before
     assert report.notes["interactions dropped: in the domain already"] == len(LATER)
     assert report.lines()[-1].startswith("nothing new")
 
 
-def test_what_was_cut_off_does_not_come_back(tmp_path: Path) -> None:
-    base(tmp_path, FIRST, max_sequence=3)
+def test_truncated_interactions_do_not_return(tmp_path: Path) -> None:
+    prepare_rows(tmp_path, FIRST, max_sequence=3)
     before = content(tmp_path / "d")
-    grow(tmp_path, [row for row in FIRST if row[2] == 10])
+    append_rows(tmp_path, [row for row in FIRST if row[2] == 10])
     assert content(tmp_path / "d") == before
 
 
-def test_late_interactions_are_ordered_and_told(tmp_path: Path) -> None:
-    base(tmp_path, FIRST)
-    report = grow(tmp_path, [("u", "f", 11), ("u", "f", 99)])
+def test_late_interactions_are_sorted_and_counted(tmp_path: Path) -> None:
+    prepare_rows(tmp_path, FIRST)
+    report = append_rows(tmp_path, [("u", "f", 11), ("u", "f", 99)])
     assert histories(open_domain(tmp_path / "d"))["u"] == [
         ("a", 10),
         ("b", 11),
@@ -228,7 +228,7 @@ def test_late_interactions_are_ordered_and_told(tmp_path: Path) -> None:
     assert report.notes == {"interactions earlier than the domain's last": 1}
 
 
-def test_items_that_are_there_stay_as_they_are_and_are_told(tmp_path: Path) -> None:
+def test_existing_items_are_unchanged_and_counted(tmp_path: Path) -> None:
     prepare_domain(source(tmp_path / "base", FIRST, ITEMS, text="old", price=2.5), domain="d", out=tmp_path)
     append_to_domain(source(tmp_path / "more", LATER, ["g"], text="old"), domain="d", out=tmp_path)
     report = append_to_domain(source(tmp_path / "more", LATER[:1], ["a", "h"], text="new"), domain="d", out=tmp_path)
@@ -238,60 +238,62 @@ def test_items_that_are_there_stay_as_they_are_and_are_told(tmp_path: Path) -> N
     assert items == {**dict.fromkeys(ITEMS, "old"), "g": "old", "h": "new"}
 
 
-def test_after_a_k_core_only_items_that_are_touched_are_added(tmp_path: Path) -> None:
-    base(tmp_path, FIRST, k_core=4)
-    report = grow(tmp_path, LATER, [*ITEMS, "g"])
-    grown = open_domain(tmp_path / "d")
-    assert grown.item_ids() == ["a", "b", "c", "d", "e", "g"]
+def test_after_a_k_core_only_touched_items_are_added(tmp_path: Path) -> None:
+    prepare_rows(tmp_path, FIRST, k_core=4)
+    report = append_rows(tmp_path, LATER, [*ITEMS, "g"])
+    appended = open_domain(tmp_path / "d")
+    assert appended.item_ids() == ["a", "b", "c", "d", "e", "g"]
     assert any("4-core" in line for line in report.lines())
-    assert set(histories(grown)) == {"u", "v", "w", "x", "y", "z"}  # p was dropped, and begins anew
-    assert waiting(grown) == {"p": [("g", 22)], "r": [("a", 23)]}
+    assert set(histories(appended)) == {"u", "v", "w", "x", "y", "z"}  # p was dropped, and begins anew
+    assert pending_histories(appended) == {"p": [("g", 22)], "r": [("a", 23)]}
 
 
 def test_orders_of_two_epochs_see_each_user_once(tmp_path: Path) -> None:
     """By blocks, shards and streams as small as they get, after several appends that supersede whole blocks and shards."""
     rows = [(f"u{n}", ITEMS[(n + k) % 6], 10 * k) for n in range(12) for k in range(5)]
-    base(tmp_path, rows, blocks_per_shard=1)
+    prepare_rows(tmp_path, rows, blocks_per_shard=1)
     for step in range(3):
         late = [(f"u{n}", ITEMS[n % 6], 100 + step) for n in range(step, 12, 2)] + [(f"w{step}", i, 7) for i in "abcde"]
-        grow(tmp_path, late, blocks_per_shard=1)
-    grown = open_domain(tmp_path / "d")
-    assert any(shard.users == 0 for shard in grown.manifest.sequence_shards)
-    assert ledger(grown) == expected_targets(grown)
-    assert sum(ledger(grown).values()) == grown.manifest.interactions - 3 * grown.manifest.users
+        append_rows(tmp_path, late, blocks_per_shard=1)
+    appended = open_domain(tmp_path / "d")
+    assert any(shard.users == 0 for shard in appended.manifest.sequence_shards)
+    assert ledger(appended) == expected_targets(appended)
+    assert sum(ledger(appended).values()) == appended.manifest.interactions - 3 * appended.manifest.users
     stream = Stream(
-        [grown], StreamConfig(batch_size=7, streams=2, window_shards=1, window_blocks=2), max_length=4, seed=3
+        [appended], StreamConfig(batch_size=7, streams=2, window_shards=1, window_blocks=2), max_length=4, seed=3
     )
     for whole, tail in zip(list(stream.batches(1))[5:], stream.batches(1, 5), strict=True):  # begun within an epoch
         assert whole.index == tail.index and whole.items.tolist() == tail.items.tolist()
-    scored = [pair for shard in range(len(grown.manifest.sequence_shards)) for pair in users_to_score(grown, shard)]
-    assert [user for ids, _ in scored for user in ids] == grown.user_ids()
-    np.testing.assert_array_equal(np.concatenate([block.items for _, block in scored]), grown.sequences().items)
-    assert verify_domain(grown.folder).ok
+    scored = [
+        pair for shard in range(len(appended.manifest.sequence_shards)) for pair in users_to_score(appended, shard)
+    ]
+    assert [user for ids, _ in scored for user in ids] == appended.user_ids()
+    np.testing.assert_array_equal(np.concatenate([block.items for _, block in scored]), appended.sequences().items)
+    assert verify_domain(appended.folder).ok
 
 
 # ------------------------------------------------------------------------------------------------------------- faults
 
 
 @pytest.mark.parametrize("file", ["items", "sequences", "pending", "superseded", "rename", "manifest"])
-def test_an_append_that_dies_leaves_the_domain_as_it_was(tmp_path: Path, file: str, monkeypatch: Any) -> None:
-    old = base(tmp_path, FIRST)
+def test_failed_append_leaves_the_domain_unchanged(tmp_path: Path, file: str, monkeypatch: Any) -> None:
+    old = prepare_rows(tmp_path, FIRST)
     before = histories(old)
     monkeypatch.setenv(faults.VARIABLE, json.dumps([{"fault": "full", "at": "append", "file": file}]))
     with pytest.raises(OSError, match="No space"):
-        grow(tmp_path, LATER, ["g"])
+        append_rows(tmp_path, LATER, ["g"])
     monkeypatch.delenv(faults.VARIABLE)
     found = open_domain(tmp_path / "d")
     assert found.fingerprint == old.fingerprint and histories(found) == before
     assert verify_domain(found.folder).ok
-    grow(tmp_path, LATER, ["g"])
+    append_rows(tmp_path, LATER, ["g"])
     assert verify_domain(found.folder).ok
     assert histories(open_domain(tmp_path / "d"))["z"] == [("a", 24), ("b", 25), ("c", 26)]
 
 
-def test_killed_before_the_manifest_and_started_again(tmp_path: Path) -> None:
+def test_append_killed_before_the_manifest_can_be_repeated(tmp_path: Path) -> None:
     """Through the entry point that Ray jobs have."""
-    old = base(tmp_path, FIRST)
+    old = prepare_rows(tmp_path, FIRST)
     entry, folder = (
         Path(__file__).resolve().parents[3] / "launch" / "prepare.py",
         source(tmp_path / "more", LATER, ["g"]),
@@ -307,24 +309,24 @@ def test_killed_before_the_manifest_and_started_again(tmp_path: Path) -> None:
 
 
 def test_a_damaged_old_shard_is_refused(tmp_path: Path) -> None:
-    old = base(tmp_path, FIRST)
+    old = prepare_rows(tmp_path, FIRST)
     faults.corrupt(old.folder / "sequences-00000.tar", "flip")
     with pytest.raises(UserError, match=r"sequences-00000\.tar: the file is damaged"):
-        grow(tmp_path, LATER, ["g"])
+        append_rows(tmp_path, LATER, ["g"])
     assert open_domain(old.folder).fingerprint == old.fingerprint
 
 
 @pytest.mark.parametrize("name", ["superseded.npy", "popularity.npy", "pending.tar", "sequences-00000.tar"])
-def test_damage_to_what_was_appended_is_found(tmp_path: Path, name: str) -> None:
-    base(tmp_path, FIRST)
-    grow(tmp_path, LATER, ["g"])
+def test_verify_finds_damage_in_appended_files(tmp_path: Path, name: str) -> None:
+    prepare_rows(tmp_path, FIRST)
+    append_rows(tmp_path, LATER, ["g"])
     faults.corrupt(tmp_path / "d" / "append-00001" / name, "flip")
     assert any(name in problem for problem in verify_domain(tmp_path / "d").problems)
 
 
-def test_superseded_users_that_do_not_fit_the_manifest_are_refused(tmp_path: Path) -> None:
-    base(tmp_path, FIRST)
-    grow(tmp_path, LATER, ["g"])
+def test_superseded_users_must_match_the_manifest(tmp_path: Path) -> None:
+    prepare_rows(tmp_path, FIRST)
+    append_rows(tmp_path, LATER, ["g"])
     domain = open_domain(tmp_path / "d")
     file = domain.manifest.superseded
     assert file is not None and domain.superseded.tolist() == [1, 4]
@@ -340,27 +342,27 @@ def test_superseded_users_that_do_not_fit_the_manifest_are_refused(tmp_path: Pat
 # ------------------------------------------------------------------------------------------------------------ refusals
 
 
-def test_refusals(tmp_path: Path) -> None:
+def test_append_refuses_missing_domain_format_and_item(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"no prepared domain to append to.*Prepare it first, without --append"):
-        grow(tmp_path, LATER)
-    base(tmp_path, FIRST)
+        append_rows(tmp_path, LATER)
+    prepare_rows(tmp_path, FIRST)
     with pytest.raises(UserError, match=r"prepared from format tabular, not amazon.*--format tabular"):
-        grow(tmp_path, LATER, format="amazon")
+        append_rows(tmp_path, LATER, format="amazon")
     with pytest.raises(
         UserError, match=r"item 'g' is not in the domain or the items file .*1 interactions.*--drop-unknown"
     ):
-        grow(tmp_path, LATER[1:2])
-    assert grow(tmp_path, LATER, drop_unknown=True).notes["interactions dropped: item unknown"] == 2
+        append_rows(tmp_path, LATER[1:2])
+    assert append_rows(tmp_path, LATER, drop_unknown=True).notes["interactions dropped: item unknown"] == 2
 
 
-def test_no_two_at_once(tmp_path: Path) -> None:
+def test_concurrent_append_is_refused(tmp_path: Path) -> None:
     import fcntl
 
-    base(tmp_path, FIRST)
+    prepare_rows(tmp_path, FIRST)
     descriptor = os.open(tmp_path / "d", os.O_RDONLY)
     fcntl.flock(descriptor, fcntl.LOCK_EX)
     try:
         with pytest.raises(UserError, match="another append is running"):
-            grow(tmp_path, LATER, ["g"])
+            append_rows(tmp_path, LATER, ["g"])
     finally:
         os.close(descriptor)

@@ -43,7 +43,7 @@ def prepared(source: Path) -> tuple[dict[str, list[int]], list[str], list[str | 
     return users, [item.item_id for item in items], [item.text for item in items]
 
 
-def test_whole_sequences_are_put_together_again(source: Path) -> None:
+def test_complete_sequences_are_reconstructed(source: Path) -> None:
     users, item_ids, texts = prepared(source)
     assert users == USERS and list(users) == ["x", "y", "z"]
     assert item_ids == [f"asin{n}" for n in range(60)]
@@ -76,9 +76,7 @@ def test_without_an_index_rows_name_items_by_id(source: Path) -> None:
         ("Tiny.text", "asin3\tThree\n", "asin99\tThree\n", None, "item asin99 is not in Tiny.item2index"),
     ],
 )
-def test_fault_is_told_with_file_and_line(
-    source: Path, name: str, old: str, new: str, line: int | None, message: str
-) -> None:
+def test_fault_names_file_and_line(source: Path, name: str, old: str, new: str, line: int | None, message: str) -> None:
     text = (source / name).read_text()
     assert old in text
     (source / name).write_text(text.replace(old, new, 1))

@@ -52,11 +52,11 @@ def test_prices(value: object, price: float) -> None:
         ([5], "not a number"),
     ],
 )
-def test_what_is_no_price_is_missing_and_says_why(value: object, fault: str | None) -> None:
+def test_invalid_price_is_missing_with_a_reason(value: object, fault: str | None) -> None:
     assert parse_price(value) == (None, fault)
 
 
-def test_missing_prices_are_counted_by_kind_and_the_first_few_named() -> None:
+def test_missing_prices_are_counted_with_examples() -> None:
     tally = Tally()
     for n in range(9):
         assert read_price("$5 - $10", f"i{n}", tally) is None

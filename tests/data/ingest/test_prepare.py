@@ -40,7 +40,7 @@ def naive_k_core(rows: Pairs, k: int) -> list[int]:
 
 @settings(max_examples=150, deadline=None)
 @given(rows=pairs, k=st.integers(1, 6))
-def test_k_core_is_the_naive_iterative_one(rows: Pairs, k: int) -> None:
+def test_k_core_equals_the_naive_iteration(rows: Pairs, k: int) -> None:
     users, items = np.array(rows, np.int32).T
     tally = Tally()
     kept = select_interactions(users, items, k, tally)
@@ -52,7 +52,7 @@ def test_k_core_is_the_naive_iterative_one(rows: Pairs, k: int) -> None:
 
 @settings(max_examples=50, deadline=None)
 @given(rows=pairs)
-def test_without_k_core_only_short_users_go(rows: Pairs) -> None:
+def test_without_k_core_only_short_users_are_dropped(rows: Pairs) -> None:
     users, items = np.array(rows, np.int32).T
     counts = Counter(user for user, _ in rows)
     kept = select_interactions(users, items, None, Tally())
@@ -63,7 +63,7 @@ def test_without_k_core_only_short_users_go(rows: Pairs) -> None:
 @given(
     rows=st.lists(st.tuples(st.integers(0, 4), st.integers(0, 3)), min_size=1, max_size=40), kind=st.sampled_from("if")
 )
-def test_order_is_by_time_and_ties_keep_the_inputs(rows: Pairs, kind: str) -> None:
+def test_order_is_by_time_and_stable(rows: Pairs, kind: str) -> None:
     users = np.array([user for user, _ in rows], np.int32)
     times = np.array([time for _, time in rows], "int64" if kind == "i" else "float64")
     sequences, codes = order_interactions(
@@ -78,7 +78,7 @@ def test_order_is_by_time_and_ties_keep_the_inputs(rows: Pairs, kind: str) -> No
 
 @settings(max_examples=50, deadline=None)
 @given(lengths=st.lists(st.integers(3, 9), min_size=1, max_size=9), longest=st.integers(3, 9))
-def test_cut_keeps_the_most_recent(lengths: list[int], longest: int) -> None:
+def test_truncation_keeps_the_most_recent(lengths: list[int], longest: int) -> None:
     whole = [list(range(100 * user, 100 * user + length)) for user, length in enumerate(lengths)]
     flat = np.array([item for items in whole for item in items])
     tally = Tally()
@@ -106,7 +106,7 @@ def prepared(tmp_path: Path, *, rows: Any = ROWS, items: Any = None, **options: 
     return prepare_domain(source(tmp_path / "source", rows, items), domain="d", out=tmp_path / "out", **options)
 
 
-def test_short_users_go_and_untouched_items_stay(tmp_path: Path) -> None:
+def test_short_users_are_dropped_and_untouched_items_kept(tmp_path: Path) -> None:
     report = prepared(tmp_path)
     domain = open_domain(tmp_path / "out" / "d")
     assert domain.user_ids() == ["v", "u"]  # order of first appearance
@@ -132,7 +132,7 @@ def test_k_core_leaves_only_items_that_survive(tmp_path: Path) -> None:
     assert report.notes == {"interactions dropped: 3-core": 1, "items dropped: 3-core": 2}
 
 
-def test_cut_to_the_most_recent(tmp_path: Path) -> None:
+def test_max_sequence_keeps_the_most_recent(tmp_path: Path) -> None:
     rows = [("u", item) for item in "abcdabcd"]
     report = prepared(tmp_path, rows=rows, max_sequence=3)
     assert open_domain(tmp_path / "out" / "d").sequences().items.tolist() == [2, 1, 0]
@@ -150,7 +150,7 @@ def test_preparing_twice_gives_the_same_bytes(tmp_path: Path) -> None:
         assert (tmp_path / "one" / "d" / name).read_bytes() == (tmp_path / "two" / "d" / name).read_bytes()
 
 
-def test_images_that_cannot_be_used_are_counted_and_named(tmp_path: Path) -> None:
+def test_broken_images_are_counted_and_quarantined(tmp_path: Path) -> None:
     folder = tmp_path / "source"
     folder.mkdir()
     Image.new("RGB", (20, 10), "red").save(folder / "good.jpg")
@@ -206,7 +206,7 @@ def large(folder: Path, poison: list[bytes], places: list[int]) -> Path:
     return folder
 
 
-def test_poison_lines_are_set_aside_counted_and_named(tmp_path: Path) -> None:
+def test_bad_lines_are_quarantined_with_line_and_reason(tmp_path: Path) -> None:
     poison = [*(line.encode() for line in POISON[:4]), b"caf\xe9,a,3"]
     folder = large(tmp_path / "bad", poison, [0, 17, 400, 401, 1004])
     report = prepare_domain(folder, domain="d", out=tmp_path / "out")
@@ -228,7 +228,7 @@ def test_poison_lines_are_set_aside_counted_and_named(tmp_path: Path) -> None:
     assert verify_domain(tmp_path / "out" / "d").ok
 
 
-def test_more_poison_than_the_cap_stops_with_the_first_fault(tmp_path: Path) -> None:
+def test_more_bad_lines_than_the_cap_raise_the_first_fault(tmp_path: Path) -> None:
     folder = large(tmp_path / "bad", [line.encode() for line in [*POISON, "x"]], [0, 1, 2, 3, 4, 900])
     with pytest.raises(UserError) as caught:
         prepare_domain(folder, domain="d", out=tmp_path / "out")
@@ -242,13 +242,13 @@ def test_more_poison_than_the_cap_stops_with_the_first_fault(tmp_path: Path) -> 
         )
 
 
-def test_an_open_quote_that_swallows_lines_counts_all_of_them(tmp_path: Path) -> None:
+def test_open_quote_counts_every_line_it_spans(tmp_path: Path) -> None:
     folder = large(tmp_path / "bad", [b'"open,a,1'], [700])
     with pytest.raises(UserError, match="301 of 1,001 records are bad"):
         prepare_domain(folder, domain="d", out=tmp_path / "out")
 
 
-def test_a_file_of_garbage_fails_at_once(tmp_path: Path) -> None:
+def test_garbage_file_fails_early(tmp_path: Path) -> None:
     folder = source(tmp_path / "bad")
     (folder / "interactions.csv.gz").unlink()
     (folder / "interactions.csv").write_text("user_id,item_id,timestamp\n" + "u,a,never\n" * 50_000)
@@ -256,14 +256,14 @@ def test_a_file_of_garbage_fails_at_once(tmp_path: Path) -> None:
         prepare_domain(folder, domain="d", out=tmp_path / "out")
 
 
-def test_interactions_with_few_unknown_items_are_set_aside_by_item(tmp_path: Path) -> None:
+def test_few_unknown_items_are_quarantined(tmp_path: Path) -> None:
     folder = large(tmp_path / "bad", [b"user5,zebra,1", b"user6,zebra,1", b"user7,yak,1"], [5, 50, 500])
     report = prepare_domain(folder, domain="d", out=tmp_path / "out")
     assert [(r["key"], r["reason"].partition(" ")[0]) for r in quarantined(tmp_path)] == [("zebra", "2"), ("yak", "1")]
     assert report.notes["interactions dropped: item unknown"] == 3 and report.interactions == 1000
 
 
-def test_bad_items_are_set_aside(tmp_path: Path) -> None:
+def test_bad_items_are_quarantined(tmp_path: Path) -> None:
     rows = [(f"u{n % 5}", f"i{n % 300}") for n in range(1500)]
     items: list[dict[str, Any]] = [{"item_id": f"i{n}"} for n in range(300)]
     items[9:9] = [{"item_id": "i3"}, {"item_id": None}, {"item_id": "z", "image": "../secret"}]
@@ -290,7 +290,7 @@ def test_unknown_item_is_refused_with_its_line_or_dropped(tmp_path: Path) -> Non
     assert report.notes["interactions dropped: item unknown"] == 2 and report.interactions == 6
 
 
-def test_unknown_item_is_told_with_its_line_though_lines_before_it_were_set_aside(tmp_path: Path) -> None:
+def test_unknown_item_names_its_line_after_quarantined_lines(tmp_path: Path) -> None:
     folder = large(tmp_path / "bad", [b"user5,a", *(b"user5,zebra,1" for _ in range(7))], [5, *range(50, 57)])
     with pytest.raises(UserError) as caught:
         prepare_domain(folder, domain="d", out=tmp_path / "out")
@@ -324,7 +324,7 @@ def test_existing_domain_is_refused_before_anything_is_read(tmp_path: Path) -> N
         ({"columns": {"user_id": "x"}, "format": "amazon"}, "--column: works with --format tabular only"),
     ],
 )
-def test_options_that_cannot_be(tmp_path: Path, options: dict[str, Any], message: str) -> None:
+def test_invalid_options_are_refused(tmp_path: Path, options: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError) as caught:
         prepare_domain(source(tmp_path / "source"), **{"domain": "d", "out": tmp_path / "out", **options})
     assert message in str(caught.value)

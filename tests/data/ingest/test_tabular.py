@@ -47,7 +47,7 @@ def as_rows() -> list[dict[str, Any]]:
 
 
 @pytest.mark.parametrize("name", ["x.csv", "x.csv.gz", "x.tsv", "x.jsonl", "x.jsonl.gz", "x.parquet", "oddly_named"])
-def test_every_form_of_interactions_gives_the_same(tmp_path: Path, name: str) -> None:
+def test_interactions_are_equal_in_every_format(tmp_path: Path, name: str) -> None:
     path = tmp_path / name
     if "json" in name:
         write(path, as_json(as_rows()))
@@ -61,7 +61,7 @@ def test_every_form_of_interactions_gives_the_same(tmp_path: Path, name: str) ->
     assert source.interactions.item_ids.to_pylist() == ["b", "a", "c"]
 
 
-def test_codes_keep_the_order_of_first_appearance_across_parsed_blocks(tmp_path: Path) -> None:
+def test_codes_are_in_order_of_appearance_across_blocks(tmp_path: Path) -> None:
     import random
 
     names = [f"user-{n:06d}" for n in range(5000)]
@@ -75,7 +75,7 @@ def test_codes_keep_the_order_of_first_appearance_across_parsed_blocks(tmp_path:
 
 
 @pytest.mark.parametrize("name", ["items.csv", "items.jsonl.gz", "items.parquet"])
-def test_every_form_of_items_gives_the_same(tmp_path: Path, name: str) -> None:
+def test_items_are_equal_in_every_format(tmp_path: Path, name: str) -> None:
     rows = [
         {"item_id": "a", "text": "Apples, red", "price": "1.5"},
         {"item_id": "b", "text": None, "price": None},
@@ -93,7 +93,7 @@ def test_every_form_of_items_gives_the_same(tmp_path: Path, name: str) -> None:
     ]
 
 
-def test_whole_number_ids_and_fractional_times(tmp_path: Path) -> None:
+def test_integer_ids_and_fractional_times(tmp_path: Path) -> None:
     rows = [{"user_id": 7, "item_id": 1, "timestamp": 3}, {"user_id": 7, "item_id": 2, "timestamp": 3.5}]
     interactions = write(tmp_path / "interactions.jsonl", as_json(rows))
     source = read_tabular(interactions, write(tmp_path / "items.jsonl", as_json([{"item_id": 1}, {"item_id": 2}])))
@@ -115,7 +115,7 @@ def test_columns_can_be_named(tmp_path: Path) -> None:
     assert [item.text for item in source.items] == ["Apples", "Bread", None]
 
 
-def test_text_is_put_together_from_title_category_and_brand(tmp_path: Path) -> None:
+def test_text_is_composed_of_title_category_and_brand(tmp_path: Path) -> None:
     rows = [
         {"item_id": "a", "title": "Mug &amp; <b>lid</b>", "category": ["Home", "Kitchen", "Home"], "brand": " Acme\n"},
         {"item_id": "b", "title": "", "category": "Garden", "brand": None},
@@ -165,7 +165,7 @@ HEAD = "user_id,item_id,timestamp\n"
         (HEAD + '"u\nv",a,1\nu,a,x\n', 4, "timestamp 'x' is not a number"),
     ],
 )
-def test_faulty_interaction_is_told_with_its_line(tmp_path: Path, content: str, line: int, message: str) -> None:
+def test_faulty_interaction_names_its_line(tmp_path: Path, content: str, line: int, message: str) -> None:
     for name in ("interactions.csv", "interactions.csv.gz"):
         path = write(tmp_path / name, content)
         with pytest.raises(UserError) as caught:
@@ -192,16 +192,14 @@ def test_faulty_interaction_is_told_with_its_line(tmp_path: Path, content: str, 
         (['{"user_id": "u", "item_id": 1.5, "timestamp": 1}'], 1, "item_id is 1.5, expected text or an integer"),
     ],
 )
-def test_faulty_json_interaction_is_told_with_its_line(
-    tmp_path: Path, lines: list[str], line: int, message: str
-) -> None:
+def test_faulty_json_interaction_names_its_line(tmp_path: Path, lines: list[str], line: int, message: str) -> None:
     path = write(tmp_path / "interactions.jsonl", "\n".join(lines))
     with pytest.raises(UserError) as caught:
         read_tabular(path, write(tmp_path / "items.csv", ITEMS))
     assert caught.value.where == f"{path}:{line}" and message in str(caught.value)
 
 
-def test_faulty_parquet_row_is_told(tmp_path: Path) -> None:
+def test_faulty_parquet_row_is_named(tmp_path: Path) -> None:
     rows = [{"user_id": "u", "item_id": "a", "timestamp": 1}, {"user_id": "u", "item_id": None, "timestamp": 2}]
     pq.write_table(pa.Table.from_pylist(rows), tmp_path / "interactions.parquet")
     with pytest.raises(UserError, match=r"interactions\.parquet:2: empty item_id"):
@@ -219,13 +217,13 @@ def test_faulty_parquet_row_is_told(tmp_path: Path) -> None:
         ("item_id,image\na,/etc/passwd\n", 2, "image path '/etc/passwd' leaves the folder"),
     ],
 )
-def test_faulty_item_is_told_with_its_line(tmp_path: Path, content: str, line: int, message: str) -> None:
+def test_faulty_item_names_its_line(tmp_path: Path, content: str, line: int, message: str) -> None:
     with pytest.raises(UserError) as caught:
         read(tmp_path, items=content)
     assert caught.value.where == f"{tmp_path / 'items.csv'}:{line}" and message in str(caught.value)
 
 
-def test_image_behind_a_link_out_of_the_folder_is_refused(tmp_path: Path) -> None:
+def test_image_symlink_out_of_the_folder_is_refused(tmp_path: Path) -> None:
     folder = tmp_path / "source"
     folder.mkdir()
     write(tmp_path / "secret.jpg", b"x")
@@ -249,7 +247,7 @@ def test_named_gz_but_not_gzip(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("cut", ["interactions", "items"])
-def test_gzip_cut_short(tmp_path: Path, cut: str) -> None:
+def test_truncated_gzip_is_refused(tmp_path: Path, cut: str) -> None:
     paths = {
         "interactions": write(tmp_path / "interactions.csv.gz", HEAD + "".join(f"u{n},a,{n}\n" for n in range(9999))),
         "items": write(tmp_path / "items.csv.gz", "item_id\n" + "".join(f"i{n * n}\n" for n in range(9999))),
@@ -270,7 +268,7 @@ def test_gzip_cut_short(tmp_path: Path, cut: str) -> None:
         ("[{}]", "is a JSON array. Write JSON lines"),
     ],
 )
-def test_file_of_the_wrong_form(tmp_path: Path, content: str, message: str) -> None:
+def test_file_of_the_wrong_format(tmp_path: Path, content: str, message: str) -> None:
     with pytest.raises(UserError) as caught:
         read(tmp_path, content)
     assert message in str(caught.value) and "interactions.csv" in str(caught.value)

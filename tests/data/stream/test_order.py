@@ -15,7 +15,7 @@ sizes = st.lists(st.integers(0, 30), min_size=1, max_size=6).filter(sum)
 
 
 @given(sizes)
-def test_taken_is_the_merge_by_virtual_time(sizes):
+def test_merge_counts_equal_the_merge_by_virtual_time(sizes):
     units = sorted((Fraction(2 * j + 1, 2 * n), s) for s, n in enumerate(sizes) for j in range(n))
     counts = [0] * len(sizes)
     assert merge_counts(sizes, 0) == tuple(counts)
@@ -24,7 +24,7 @@ def test_taken_is_the_merge_by_virtual_time(sizes):
         assert merge_counts(sizes, first) == tuple(counts)
 
 
-def test_taken_is_exact_for_numbers_beyond_floating_point():
+def test_merge_counts_are_exact_beyond_floating_point():
     sizes = (10**18 + 1, 10**18 - 1, 3)
     for first in (10**17 + 7, sum(sizes) // 2, sum(sizes) - 1):
         counts = merge_counts(sizes, first)
@@ -34,7 +34,7 @@ def test_taken_is_exact_for_numbers_beyond_floating_point():
         assert last <= following
 
 
-def test_shuffled_is_a_permutation_fixed_by_its_key():
+def test_permutation_is_fixed_by_its_key():
     assert sorted(permutation(1000, "a", 1).tolist()) == list(range(1000))
     # Written down: another order in a later version would break the resume of runs that are under way.
     assert permutation(8, "domain", 7, 0).tolist() == [6, 3, 4, 0, 5, 7, 2, 1]
@@ -42,14 +42,14 @@ def test_shuffled_is_a_permutation_fixed_by_its_key():
     assert len(orders) == 5
 
 
-def test_shuffled_is_uniform():
+def test_permutation_is_uniform():
     places = np.array([np.argsort(permutation(4, seed)) for seed in range(4000)])
     for item in range(4):  # where each item lands: 1000 times in each place, standard deviation 27
         assert np.abs(np.bincount(places[:, item]) - 1000).max() < 130
 
 
 @given(st.lists(st.integers(1, 10**9), min_size=1, max_size=6), st.sampled_from([0.0, 0.3, 0.5, 1.0]))
-def test_quotas_fill_the_epoch_in_proportion_to_tempered_sizes(sizes, exponent):
+def test_quotas_are_proportional_to_tempered_sizes(sizes, exponent):
     counts = quotas(sizes, exponent)
     assert sum(counts) == sum(sizes) and min(counts) >= 1
     weights = np.array(sizes, float) ** exponent
@@ -63,9 +63,7 @@ blocks = st.lists(st.lists(st.integers(0, 5), min_size=1, max_size=4), min_size=
 
 
 @given(blocks, st.integers(1, 5), st.integers(1, 3), st.integers(1, 4))
-def test_canonical_streams_hold_each_block_once_and_read_shards_window_by_window(
-    units, streams, window_shards, window_blocks
-):
+def test_canonical_streams_read_each_block_once_by_window(units, streams, window_shards, window_blocks):
     plan = canonical_streams(
         units, streams=streams, window_shards=window_shards, window_blocks=window_blocks, key=("d", 0, 0)
     )
@@ -84,7 +82,7 @@ def test_canonical_streams_hold_each_block_once_and_read_shards_window_by_window
 
 
 @pytest.mark.parametrize("part", ["shards", "blocks"])
-def test_shards_and_blocks_change_places_from_pass_to_pass(part):
+def test_shards_and_blocks_are_permuted_in_each_pass(part):
     def read(number):
         (stream,) = canonical_streams(
             [[1] * 6] * (6 if part == "shards" else 1),

@@ -45,7 +45,7 @@ def windows_of(items, offsets, predict_at, targets):
 
 
 def as_ids(batch):
-    """The windows of a dealt batch in item ids."""
+    """The windows of a shard batch in item ids."""
     ids = batch.item_ids.numpy()
     return windows_of(
         ids[batch.tokens.numpy()],
@@ -55,7 +55,7 @@ def as_ids(batch):
     )
 
 
-def deals(batch, world_size, candidates="in_batch", **settings):
+def shard_all(batch, world_size, candidates="in_batch", **settings):
     return [
         shard_batch(batch, rank=r, world_size=world_size, candidates=candidates, catalogue_size=CATALOGUE, **settings)
         for r in range(world_size)
@@ -67,30 +67,30 @@ def deals(batch, world_size, candidates="in_batch", **settings):
 )
 def test_shares_add_up_to_the_batch(seed, windows, world_size, candidates):
     batch = random_batch(seed, windows)
-    shares = deals(batch, world_size, candidates, samples=7)
+    shares = shard_all(batch, world_size, candidates, samples=7)
     expected = windows_of(batch.items, batch.offsets, batch.predict_at, batch.targets)
-    assert sorted(map(repr, expected)) == sorted(repr(w) for dealt in shares for w in as_ids(dealt))
-    rows = [row for dealt in shares for row in range(*dealt.share)]
+    assert sorted(map(repr, expected)) == sorted(repr(w) for shard in shares for w in as_ids(shard))
+    rows = [row for shard in shares for row in range(*shard.share)]
     assert rows == list(range(len(shares[0].item_ids)))
-    for dealt in shares:
+    for shard in shares:
         for name in ("item_ids", "candidates", "counts", "bias"):
-            if getattr(dealt, name) is not None:
-                assert torch.equal(getattr(dealt, name), getattr(shares[0], name))
-        own = [row for row in dealt.candidates.tolist() if dealt.share[0] <= row < dealt.share[1]]
-        assert dealt.candidates[slice(*dealt.own)].tolist() == own
-        assert dealt.predictions == batch.predictions
-        assert dealt.longest == max((len(items) for items, _ in as_ids(dealt)), default=0)
+            if getattr(shard, name) is not None:
+                assert torch.equal(getattr(shard, name), getattr(shares[0], name))
+        own = [row for row in shard.candidates.tolist() if shard.share[0] <= row < shard.share[1]]
+        assert shard.candidates[slice(*shard.own)].tolist() == own
+        assert shard.predictions == batch.predictions
+        assert shard.longest == max((len(items) for items, _ in as_ids(shard)), default=0)
         if windows >= world_size:
-            assert len(dealt.targets) > 0
+            assert len(shard.targets) > 0
 
 
 def test_dtypes_and_empty_shares():
-    full, empty = sorted(deals(random_batch(0, 1), 2), key=lambda dealt: -len(dealt.tokens))
+    full, empty = sorted(shard_all(random_batch(0, 1), 2), key=lambda shard: -len(shard.tokens))
     assert len(full.tokens) > 0 == len(empty.tokens) == len(empty.targets) and empty.offsets.tolist() == [0]
-    for dealt in (full, empty):
+    for shard in (full, empty):
         for name in ("item_ids", "tokens", "offsets", "predict_at", "targets", "candidates"):
-            assert getattr(dealt, name).dtype == torch.int64
-        assert dealt.counts.dtype == dealt.bias.dtype == torch.float32
+            assert getattr(shard, name).dtype == torch.int64
+        assert shard.counts.dtype == shard.bias.dtype == torch.float32
 
 
 @given(st.integers(0, 1000), st.integers(1, 40), st.integers(1, 6))
@@ -100,7 +100,7 @@ def test_parts_differ_by_at_most_the_longest_window(seed, windows, parts):
     assert tokens.max() - tokens.min() <= lengths.max()
 
 
-def test_no_part_is_favoured():
+def test_assignment_favours_no_part():
     lengths = np.arange(1, 101)
     assert np.bincount(assign_windows(lengths, 2), weights=lengths).tolist() == [2525, 2525]
 
@@ -128,42 +128,42 @@ def test_split_keeps_windows_whole_and_in_order(seed, windows, parts):
     assert sorted(users) == list(range(windows))
 
 
-def test_share_is_even_and_the_first_ranks_get_the_rest():
+def test_rows_are_partitioned_evenly():
     assert [partition_rows(11, rank, 4) for rank in range(4)] == [(0, 3), (3, 6), (6, 9), (9, 11)]
     assert [partition_rows(2, rank, 3) for rank in range(3)] == [(0, 1), (1, 2), (2, 2)]
 
 
-def test_in_batch_candidates_are_the_distinct_next_items_with_their_multiplicity():
+def test_in_batch_candidates_are_distinct_targets_with_counts():
     batch = random_batch(3, 30)
-    dealt = deals(batch, 2)[1]
+    shard = shard_all(batch, 2)[1]
     expected = Counter(batch.targets.tolist())
-    candidates = dealt.item_ids[dealt.candidates].tolist()
+    candidates = shard.item_ids[shard.candidates].tolist()
     assert candidates == sorted(expected)
-    assert dealt.counts.tolist() == [expected[c] for c in candidates]
-    assert dealt.item_ids.tolist() == sorted(set(batch.items.tolist()) | set(expected))
-    assert dealt.target_bias is None
-    assert dealt.bias.tolist() == pytest.approx([math.log(expected[c]) for c in candidates], abs=1e-6)
+    assert shard.counts.tolist() == [expected[c] for c in candidates]
+    assert shard.item_ids.tolist() == sorted(set(batch.items.tolist()) | set(expected))
+    assert shard.target_bias is None
+    assert shard.bias.tolist() == pytest.approx([math.log(expected[c]) for c in candidates], abs=1e-6)
 
 
-def test_in_batch_loss_is_that_over_all_other_next_items():
+def test_in_batch_loss_equals_that_over_all_other_targets():
     """The softmax over distinct candidates equals the plain one over the other predictions' next items (spec, section 5)."""
     batch = random_batch(4, 20)
-    (dealt,) = deals(batch, 1)
+    (shard,) = shard_all(batch, 1)
     logits = np.random.default_rng(1).normal(size=(batch.predictions, CATALOGUE))
     for p, target in enumerate(batch.targets.tolist()):
         others = [logits[p, t] for t in batch.targets.tolist() if t != target]  # repeats of the target masked out
         plain = logits[p, target] - np.logaddexp.reduce([logits[p, target], *others])
-        ids = dealt.item_ids[dealt.candidates].numpy()
-        mine = logits[p, ids] + dealt.bias.numpy()
-        mine[dealt.targets[p]] = logits[p, target]
+        ids = shard.item_ids[shard.candidates].numpy()
+        mine = logits[p, ids] + shard.bias.numpy()
+        mine[shard.targets[p]] = logits[p, target]
         assert logits[p, target] - np.logaddexp.reduce(mine) == pytest.approx(plain, abs=1e-5)
 
 
 def test_in_batch_with_log_q():
     batch, popularity = random_batch(5, 25), np.arange(CATALOGUE) ** 2
-    (dealt,) = deals(batch, 1, log_q=True, cumulative_counts=ragged.offsets(popularity + 1))
+    (shard,) = shard_all(batch, 1, log_q=True, cumulative_counts=ragged.offsets(popularity + 1))
     for c, bias, target_bias in zip(
-        dealt.item_ids[dealt.candidates].tolist(), dealt.bias, dealt.target_bias, strict=True
+        shard.item_ids[shard.candidates].tolist(), shard.bias, shard.target_bias, strict=True
     ):
         q = (popularity[c] + 1) / (popularity + 1).sum()
         assert float(bias) == pytest.approx(math.log(batch.targets.tolist().count(c)) - math.log(q), abs=1e-4)
@@ -173,14 +173,14 @@ def test_in_batch_with_log_q():
 @pytest.mark.parametrize(
     ("candidates", "log_q"), [("in_batch", False), ("in_batch", True), ("sampled", False), ("sampled", True)]
 )
-def test_marks_and_sorted_ids_deal_the_same(monkeypatch, candidates, log_q):
+def test_marking_and_sorting_ids_give_equal_batches(monkeypatch, candidates, log_q):
     settings = {"samples": 30, "log_q": log_q, "cumulative_counts": ragged.offsets(np.arange(CATALOGUE) + 1), "seed": 3}
     for windows in (2, 25):
-        dealt = []
+        shard = []
         for sparse in (0, math.inf):
             monkeypatch.setattr("antdist.data.stream.shard_batch.SPARSE", sparse)
-            dealt.append(deals(random_batch(8, windows), 3, candidates, **settings))
-        for one, other in zip(*dealt, strict=True):
+            shard.append(shard_all(random_batch(8, windows), 3, candidates, **settings))
+        for one, other in zip(*shard, strict=True):
             for name, value in vars(one).items():
                 same = vars(other)[name]
                 assert (
@@ -188,45 +188,45 @@ def test_marks_and_sorted_ids_deal_the_same(monkeypatch, candidates, log_q):
                 )
 
 
-def test_a_micro_batch_costs_what_it_holds_not_what_the_catalogue_does():
+def test_cost_of_a_batch_is_independent_of_the_catalogue():
     """No array of a million million items can be made."""
     far = random_batch(9, 20, catalogue=10**12)
-    dealt = [shard_batch(far, rank=r, world_size=2, candidates="in_batch", catalogue_size=10**12) for r in range(2)]
+    shard = [shard_batch(far, rank=r, world_size=2, candidates="in_batch", catalogue_size=10**12) for r in range(2)]
     expected = windows_of(far.items, far.offsets, far.predict_at, far.targets)
-    assert sorted(map(repr, expected)) == sorted(repr(w) for d in dealt for w in as_ids(d))
+    assert sorted(map(repr, expected)) == sorted(repr(w) for d in shard for w in as_ids(d))
 
 
 def test_catalogue_candidates_are_all_items():
     batch = random_batch(6, 10)
-    (dealt,) = deals(batch, 1, "catalogue", log_q=True)
-    assert dealt.item_ids.tolist() == dealt.candidates.tolist() == list(range(CATALOGUE))
-    assert dealt.targets.tolist() == batch.targets.tolist() and dealt.tokens.tolist() == batch.items.tolist()
-    assert dealt.counts.tolist() == np.bincount(batch.targets, minlength=CATALOGUE).tolist()
-    assert dealt.bias is None and dealt.target_bias is None
+    (shard,) = shard_all(batch, 1, "catalogue", log_q=True)
+    assert shard.item_ids.tolist() == shard.candidates.tolist() == list(range(CATALOGUE))
+    assert shard.targets.tolist() == batch.targets.tolist() and shard.tokens.tolist() == batch.items.tolist()
+    assert shard.counts.tolist() == np.bincount(batch.targets, minlength=CATALOGUE).tolist()
+    assert shard.bias is None and shard.target_bias is None
 
 
 @pytest.mark.parametrize("log_q", [False, True])
 def test_sampled_candidates(log_q):
     batch, popularity = random_batch(7, 3), np.arange(CATALOGUE) * 10
     settings = {"samples": 50, "log_q": log_q, "cumulative_counts": ragged.offsets(popularity + 1), "seed": 3}
-    (dealt,) = deals(batch, 1, "sampled", step=1, **settings)
-    candidates = dealt.item_ids[dealt.candidates].tolist()
+    (shard,) = shard_all(batch, 1, "sampled", step=1, **settings)
+    candidates = shard.item_ids[shard.candidates].tolist()
     targets = Counter(batch.targets.tolist())
     assert set(targets) < set(candidates) and candidates == sorted(set(candidates))
-    assert dealt.counts.tolist() == [targets[c] for c in candidates]
+    assert shard.counts.tolist() == [targets[c] for c in candidates]
     q = (popularity + 1) / (popularity + 1).sum()
     correction = np.log(50 * q[candidates]) if log_q else np.zeros(len(candidates))
-    drawn = np.exp(dealt.bias.double().numpy() + correction)
+    drawn = np.exp(shard.bias.double().numpy() + correction)
     assert drawn == pytest.approx(np.round(drawn), abs=1e-3) and round(drawn.sum()) == 50
     assert all(n > 0 or c in targets for c, n in zip(candidates, np.round(drawn), strict=True))
     if log_q:
-        assert dealt.target_bias.numpy() == pytest.approx(-correction, abs=1e-4)
+        assert shard.target_bias.numpy() == pytest.approx(-correction, abs=1e-4)
     else:
-        assert dealt.target_bias is None
-    (again,) = deals(batch, 1, "sampled", step=1, **settings)
-    (other,) = deals(batch, 1, "sampled", step=2, **settings)
-    assert torch.equal(dealt.bias, again.bias) and torch.equal(dealt.candidates, again.candidates)
-    assert dealt.item_ids.tolist() != other.item_ids.tolist()
+        assert shard.target_bias is None
+    (again,) = shard_all(batch, 1, "sampled", step=1, **settings)
+    (other,) = shard_all(batch, 1, "sampled", step=2, **settings)
+    assert torch.equal(shard.bias, again.bias) and torch.equal(shard.candidates, again.candidates)
+    assert shard.item_ids.tolist() != other.item_ids.tolist()
 
 
 @pytest.mark.parametrize("log_q", [False, True])
@@ -235,7 +235,7 @@ def test_draws_follow_their_distribution(log_q):
     q = (popularity + 1) / 103 if log_q else np.full(4, 0.25)
     drawn = np.zeros(4)
     for step in range(50):
-        dealt = shard_batch(
+        shard = shard_batch(
             random_batch(0, 1, catalogue=4),
             rank=0,
             world_size=1,
@@ -246,7 +246,7 @@ def test_draws_follow_their_distribution(log_q):
             cumulative_counts=ragged.offsets(popularity + 1),
             step=step,
         )
-        ids = dealt.item_ids[dealt.candidates].numpy()
+        ids = shard.item_ids[shard.candidates].numpy()
         correction = np.log(1000 * q[ids]) if log_q else 0
-        drawn[ids] += np.exp(dealt.bias.double().numpy() + correction)
+        drawn[ids] += np.exp(shard.bias.double().numpy() + correction)
     assert drawn / 50_000 == pytest.approx(q, abs=0.01)

@@ -112,7 +112,7 @@ def test_starting_at_a_batch_gives_the_tail(world, mode, batches, mixing):
             assert all(same(*pair) for pair in zip(whole[start:], tail, strict=True))
 
 
-def test_starting_late_reads_only_the_shards_that_it_needs(world, monkeypatch):
+def test_starting_late_reads_only_needed_shards(world, monkeypatch):
     stream, read = make(world[0][:1], window_shards=1, window_blocks=1), []
     shards = len(world[0][0].manifest.sequence_shards)
     monkeypatch.setattr(
@@ -150,7 +150,7 @@ def one_by_one(domain, **config):
     return stream, [names[i] for i in order_module.permutation(len(names), *key, "shards")]
 
 
-def test_one_window_is_read_ahead_by_a_thread(world, read, monkeypatch):
+def test_a_thread_reads_one_window_ahead(world, read, monkeypatch):
     stream, order = one_by_one(world[0][0], batch_size=1)
     ahead = threading.Event()
     monkeypatch.setattr(
@@ -189,7 +189,7 @@ def test_reading_ahead_changes_no_batch(world, mixing, monkeypatch):
         assert all(same(*pair) for pair in zip(alone, ahead[epoch], strict=True))
 
 
-def test_a_domain_that_is_open_whole_is_read_once(world, read):
+def test_small_domain_is_read_once(world, read):
     domain = world[0][0]
     shards = len(domain.manifest.sequence_shards)
     for window_shards, times in ((-(-shards // 2), 1), (-(-shards // 2) - 1, 3)):
@@ -201,7 +201,7 @@ def test_a_domain_that_is_open_whole_is_read_once(world, read):
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_how_many_units_are_made_at_once_does_not_matter(world, mode, monkeypatch):
+def test_chunk_size_changes_no_batch(world, mode, monkeypatch):
     expected = list(make(world[0], mode=mode).batches(0))
     monkeypatch.setattr(stream_module, "CHUNK", 3)
     for start in (0, 4):
@@ -244,7 +244,7 @@ def test_prefix_batches_are_exact_where_the_size_divides(tmp_path):
 
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("mixing", [0.0, 0.5])
-def test_tempered_mixing_goes_round_each_domain_without_gaps(world, mode, mixing):
+def test_tempered_mixing_covers_each_domain_without_gaps(world, mode, mixing):
     domains, lengths = world
     stream = make(domains, mode=mode, mixing=mixing)
     sizes = [len(training_targets(of)) if mode == "prefix" else len(of) for of in lengths]
@@ -293,7 +293,7 @@ def test_users_are_well_shuffled(tmp_path):
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 5])
-def test_ranks_share_out_the_batch(world, world_size):
+def test_ranks_partition_the_batch(world, world_size):
     for batch in make(world[0]).batches(0):
         part = assign_windows(np.diff(batch.offsets), world_size)
         shares = [select_windows(batch, np.flatnonzero(part == rank)) for rank in range(world_size)]
@@ -302,7 +302,7 @@ def test_ranks_share_out_the_batch(world, world_size):
         assert sorted(np.concatenate([s.users for s in shares])) == sorted(batch.users)
 
 
-def test_batches_without_predictions_are_left_out(tmp_path):
+def test_batches_without_predictions_are_skipped(tmp_path):
     lengths = [3] * 30 + [5]
     domain = numbered_domain(tmp_path / "d", lengths)
     stream = make([domain], batch_size=1)
@@ -322,7 +322,7 @@ def test_state_survives_json_and_is_accepted(world):
     make(world[0]).check_state(state)
 
 
-def test_state_of_another_order_is_refused_saying_what_differs(world, tmp_path):
+def test_state_of_another_order_lists_the_differences(world, tmp_path):
     domains, lengths = world
     state = make(domains).state(0, 0)
 
@@ -376,7 +376,7 @@ def test_batches_too_small_for_the_ranks(world):
             make(world[0], batch_size=64).check_ranks(ranks, accumulation)
 
 
-def test_a_torn_shard_is_named(tmp_path):
+def test_truncated_shard_is_named(tmp_path):
     domain = numbered_domain(tmp_path / "d", [9] * 20)
     shard = tmp_path / "d" / domain.manifest.sequence_shards[1].name
     shard.write_bytes(shard.read_bytes()[:1000])
@@ -384,7 +384,7 @@ def test_a_torn_shard_is_named(tmp_path):
         list(make([domain]).batches(0))
 
 
-def test_a_flipped_bit_in_a_shard_is_found_and_the_shard_named(tmp_path):
+def test_flipped_bit_names_the_shard(tmp_path):
     """Wherever it falls: in an item's index that stays valid, in a header, in the padding."""
     domain = numbered_domain(tmp_path / "d", [9] * 8, blocks_per_shard=9)
     shard = tmp_path / "d" / domain.manifest.sequence_shards[0].name
@@ -413,7 +413,7 @@ def test_a_flipped_bit_in_a_shard_is_found_and_the_shard_named(tmp_path):
         ({"offsets": [0, 6, 8]}, "1 users have fewer than 3 interactions"),
     ],
 )
-def test_a_block_that_no_domain_could_hold_is_named_with_its_shard(tmp_path, columns, told):
+def test_invalid_block_is_named_with_its_shard(tmp_path, columns, told):
     """A shard that its manifest vouches for, as another program may have written it."""
     domain = numbered_domain(tmp_path / "d", [4, 4])
     path = tmp_path / "d" / domain.manifest.sequence_shards[0].name
@@ -430,7 +430,7 @@ def test_a_block_that_no_domain_could_hold_is_named_with_its_shard(tmp_path, col
         list(make([open_domain(domain.folder)], batch_size=2).batches(0))
 
 
-def test_a_torn_shard_that_was_read_ahead_is_told_when_its_turn_comes(tmp_path):
+def test_error_of_reading_ahead_is_raised_when_needed(tmp_path):
     domain = numbered_domain(tmp_path / "d", [9] * 40)
     stream, order = one_by_one(domain, batch_size=6)
     torn = tmp_path / "d" / order[2]

@@ -49,7 +49,7 @@ def test_user_windows_equal_a_loop(lengths, max_length):
 
 
 @given(lengths, st.integers(1, 12))
-def test_every_prediction_is_made_once_with_half_a_window_of_context(lengths, max_length):
+def test_predictions_occur_once_with_half_a_window_of_context(lengths, max_length):
     lengths = np.array(lengths)
     begin, items = ragged.offsets(lengths)[:-1], np.arange(lengths.sum())
     windows = user_windows(items, begin, lengths, np.arange(len(lengths)), max_length)

@@ -48,7 +48,7 @@ def items(folder: Path) -> list[dict[str, Any]]:
 # ------------------------------------------------------------------------------------------------------- files
 
 
-def test_the_same_seed_gives_the_same_bytes_and_another_seed_other_ones(tmp_path: Path) -> None:
+def test_bytes_depend_on_the_seed_alone(tmp_path: Path) -> None:
     for name in ("a", "b"):
         generate_world(tmp_path / name, **SMALL, seed=7)
     generate_world(tmp_path / "c", **SMALL, seed=8)
@@ -65,7 +65,7 @@ def test_a_domain_does_not_depend_on_what_else_is_generated(tmp_path: Path) -> N
     assert files(tmp_path / "two" / "toys") == files(tmp_path / "all" / "toys")
 
 
-def test_sizes_names_and_missing_modalities_are_as_asked(tmp_path: Path) -> None:
+def test_sizes_names_and_missing_modalities_are_as_requested(tmp_path: Path) -> None:
     sizes: dict[str, Any] = SMALL | {"items": 400}
     report = generate_world(tmp_path, **sizes, domains=["lamps", "toys", "shoes"], missing=0.1, mean_length=9.0)
     assert [d.name for d in report.domains] == ["lamps", "toys", "shoes"]
@@ -87,7 +87,7 @@ def test_sizes_names_and_missing_modalities_are_as_asked(tmp_path: Path) -> None
     assert (picture.size, picture.format, picture.mode) == ((32, 32), "JPEG", "RGB")
 
 
-def test_without_images_no_item_has_one_and_all_else_stays(tmp_path: Path) -> None:
+def test_without_images_everything_else_is_unchanged(tmp_path: Path) -> None:
     generate_world(tmp_path / "with", **SMALL, missing=0.0)
     report = generate_world(tmp_path / "without", **SMALL, missing=0.0, with_images=False)
     assert [d.pictures for d in report.domains] == [0] * 4
@@ -103,7 +103,7 @@ def test_ten_domains_have_names_and_the_target_is_the_last(tmp_path: Path) -> No
     assert report.domains[-1].name == report.target == "workshop"
 
 
-def test_what_is_written_is_what_prepare_reads(tmp_path: Path) -> None:
+def test_prepare_reads_what_was_generated(tmp_path: Path) -> None:
     told = generate_world(tmp_path / "source", **SMALL).domains[-1]
     made = make_domain("workshop", users=40, items=30, mean_length=14, seed=0)
     report = prepare_domain(
@@ -134,7 +134,7 @@ def test_what_is_written_is_what_prepare_reads(tmp_path: Path) -> None:
         ({"seed": -1}, r"seed: -1 is out of range"),
     ],
 )
-def test_wrong_arguments_are_told(tmp_path: Path, wrong: dict[str, Any], message: str) -> None:
+def test_invalid_arguments_are_refused(tmp_path: Path, wrong: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
         generate_world(tmp_path, **(SMALL | wrong))
     assert not list(tmp_path.iterdir())
@@ -151,7 +151,7 @@ def test_a_domain_that_exists_is_not_overwritten(tmp_path: Path) -> None:
 # -------------------------------------------------------------------------------------------------- modalities
 
 
-def test_words_tell_the_stage_always_and_the_category_mostly(domain: SyntheticDomain) -> None:
+def test_texts_name_the_stage_always_and_the_category_mostly(domain: SyntheticDomain) -> None:
     texts = write_texts(domain, seed=3)
     told = [next(s for s, words in enumerate(STAGES) if set(words) & set(text.split())) for text in texts]
     np.testing.assert_array_equal(told, domain.attributes["stage"])
@@ -175,14 +175,14 @@ def _words_accuracy(texts: list[str], truth: NDArray[np.int64]) -> float:
     return float((scores.argmax(1) == truth[judge]).mean())
 
 
-def test_prices_tell_the_tier_alone(domain: SyntheticDomain) -> None:
+def test_prices_reveal_only_the_tier(domain: SyntheticDomain) -> None:
     prices = np.log(draw_prices(domain, seed=3))[:, None]
     assert _centroid_accuracy(prices, domain.attributes["tier"]) > 0.95
     for attribute, chance in (("stage", 1 / 5), ("colour", 1 / 5), ("category", 1 / 6), ("style", 1 / 4)):
         assert _centroid_accuracy(prices, domain.attributes[attribute]) < chance + 0.12, attribute
 
 
-def test_pictures_tell_colour_by_their_mean_and_shape_and_texture_by_their_form(tmp_path: Path) -> None:
+def test_images_show_colour_shape_and_texture(tmp_path: Path) -> None:
     generate_world(tmp_path, domains=["workshop"], target_users=5, target_items=300, missing=0.0, seed=3)
     made = make_domain("workshop", users=5, items=300, mean_length=14, seed=3)
     pictures = [
@@ -213,7 +213,7 @@ def _centroid_accuracy(features: FloatArray, truth: NDArray[np.int64]) -> float:
 # ------------------------------------------------------------------------------------------------------- order
 
 
-def test_the_rules_hold_as_often_as_they_say(domain: SyntheticDomain) -> None:
+def test_rules_apply_with_their_probability(domain: SyntheticDomain) -> None:
     position = np.arange(len(domain.items)) - np.repeat(domain.offsets[:-1], np.diff(domain.offsets))
     for rule in RULES:
         values, successor = domain.attributes[rule.attribute], domain.successors[rule.attribute]
@@ -230,7 +230,7 @@ def test_the_rules_hold_as_often_as_they_say(domain: SyntheticDomain) -> None:
         assert held.mean() < 1.3 / rule.values + 0.03
 
 
-def test_domains_share_the_rules_of_four_attributes_and_each_has_its_own_for_categories() -> None:
+def test_domains_share_all_rules_but_those_of_categories() -> None:
     made = [make_domain(n, users=2, items=40, mean_length=8, seed=0) for n in ("garden", "kitchen", "toys", "workshop")]
     for rule in RULES:
         tables = {tuple(d.successors[rule.attribute]) for d in made}
@@ -253,7 +253,7 @@ def test_shuffling_keeps_each_users_items(domain: SyntheticDomain) -> None:
         assert sorted(shuffled[first:last]) == sorted(domain.items[first:last])
 
 
-def test_order_carries_the_signal_and_the_bare_set_does_not(domain: SyntheticDomain) -> None:
+def test_only_the_order_of_items_carries_signal(domain: SyntheticDomain) -> None:
     """The rules, learned by counting transitions, beat popularity by far; of shuffled orders nothing can be learned."""
     popularity, by_rules = _recalls(domain)
     assert by_rules > 3.5 * popularity, (by_rules, popularity)

@@ -64,12 +64,12 @@ def test_palette_with_transparency_is_laid_on_white() -> None:
 
 
 @pytest.mark.parametrize("data", [b"", b"no picture", picture(1)[:60], picture(1, form="JPEG")[:300]])
-def test_broken_pictures_are_refused(data: bytes) -> None:
+def test_broken_images_are_refused(data: bytes) -> None:
     with pytest.raises(BrokenImageError):
         read_picture(data)
 
 
-def test_a_bomb_is_refused_before_it_is_unpacked(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_image_bomb_is_refused_before_decoding(monkeypatch: pytest.MonkeyPatch) -> None:
     data = encoded(Image.new("1", (9000, 9000)))
     monkeypatch.setattr("PIL.ImageFile.ImageFile.load", lambda *_: pytest.fail("unpacked"))
     with pytest.raises(BrokenImageError, match="9000 x 9000"):
@@ -111,7 +111,7 @@ def test_max_images_and_pixel_cap(tiny_swin: Path) -> None:
     assert capped.broken == 2 and not capped.present[0]
 
 
-def test_a_vision_model_without_pooler_gives_the_mean_hidden_state(tmp_path: Path) -> None:
+def test_vision_model_without_pooler_averages_hidden_states(tmp_path: Path) -> None:
     from transformers import ViTImageProcessorPil, ViTMAEConfig, ViTMAEModel
 
     torch.manual_seed(0)
@@ -157,7 +157,7 @@ def test_clip_gives_its_vision_half(tmp_path: Path) -> None:
     np.testing.assert_allclose(found.values[0], expected.numpy(), atol=1e-5)
 
 
-def test_model_without_image_processor_is_told(tiny_swin: Path, tmp_path: Path) -> None:
+def test_model_without_image_processor_is_refused(tiny_swin: Path, tmp_path: Path) -> None:
     for name in ("config.json", "model.safetensors"):
         shutil.copy(tiny_swin / name, tmp_path / name)
     with pytest.raises(UserError, match=r"has no image processor \(preprocessor_config.json\)"):
@@ -167,7 +167,7 @@ def test_model_without_image_processor_is_told(tiny_swin: Path, tmp_path: Path) 
 # --------------------------------------------------------------------------------------------------- histograms
 
 
-def test_histogram_of_a_flat_picture_is_one_colour() -> None:
+def test_histogram_of_a_flat_image_is_one_colour() -> None:
     row = histogram(Image.new("RGB", (50, 20), (200, 10, 100)))
     assert row.shape == (HISTOGRAM_DIM,) == (136,)
     expected = np.zeros(136)
@@ -175,7 +175,7 @@ def test_histogram_of_a_flat_picture_is_one_colour() -> None:
     np.testing.assert_allclose(row, expected)
 
 
-def test_histogram_tells_which_way_edges_run_and_where() -> None:
+def test_histogram_shows_edge_orientation_and_position() -> None:
     pixels = np.zeros((96, 96, 3), dtype=np.uint8)
     pixels[:32, 16:] = 255  # one upright edge, in the upper left cell
     pixels[:32, 32:] = 255
@@ -188,7 +188,7 @@ def test_histogram_tells_which_way_edges_run_and_where() -> None:
     assert np.square(row).mean() == pytest.approx(1)
 
 
-def test_histogram_tells_pictures_apart_and_averages() -> None:
+def test_histogram_separates_and_averages_images() -> None:
     a, b = picture(0), picture(1)
     found = HistogramImage().load()([item(0, a), item(1, b), item(2, a, b), item(3), item(4, b"broken")])
     np.testing.assert_allclose(found.values[2], (found.values[0] + found.values[1]) / 2, atol=1e-6)

@@ -80,7 +80,7 @@ def test_identity_holds_scale_range_and_coefficient() -> None:
     assert PriceEncoder().description() == PriceEncoder("quantile", 1000.0, 50_000.0).description()
 
 
-def test_bad_options_are_told() -> None:
+def test_bad_options_are_refused() -> None:
     with pytest.raises(UserError, match=r"unknown price scale 'dollars'.*raw, minmax, log, quantile"):
         PriceEncoder("dollars")  # type: ignore[arg-type]
     with pytest.raises(UserError, match="raw prices have no range"):

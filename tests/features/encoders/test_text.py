@@ -43,7 +43,7 @@ def one_by_one(folder: Path, said: str, pooling: str, max_length: int) -> np.nda
 
 @pytest.mark.parametrize("pooling", ["cls", "mean"])
 @pytest.mark.parametrize("batch_size", [1, 3])
-def test_transformers_encoder_pools_as_asked(tiny_bert: Path, pooling: text.Pooling, batch_size: int) -> None:
+def test_transformers_encoder_pools_as_requested(tiny_bert: Path, pooling: text.Pooling, batch_size: int) -> None:
     found = find_text_encoder(str(tiny_bert), pooling=pooling, max_length=6, batch_size=batch_size, device="cpu")
     encoded = found.load()(as_items(TEXTS))
     assert encoded.present.tolist() == [True, True, False, False, False, True, True]
@@ -55,21 +55,21 @@ def test_transformers_encoder_pools_as_asked(tiny_bert: Path, pooling: text.Pool
             assert not row.any()
 
 
-def test_text_is_cut_at_max_length(tiny_bert: Path) -> None:
+def test_text_is_truncated_at_max_length(tiny_bert: Path) -> None:
     long = as_items(["red lamp chair table steel wood"])
     short, longer = (find_text_encoder(str(tiny_bert), max_length=n, device="cpu").load()(long) for n in (4, 32))
     assert not np.allclose(short.values, longer.values)
     np.testing.assert_allclose(short.values[0], one_by_one(tiny_bert, "red lamp", "cls", 32), atol=2e-6)
 
 
-def test_a_max_length_beyond_the_models_positions_is_told_before_a_text_is_read(tiny_bert: Path) -> None:
+def test_too_large_max_length_is_refused_before_encoding(tiny_bert: Path) -> None:
     found = find_text_encoder(str(tiny_bert), max_length=257, device="cpu")  # it has 256
     with pytest.raises(UserError, match=r"--text .*: the model cannot read 257 tokens.*Lower --max-length"):
         found.load()
 
 
 @pytest.mark.parametrize("device", ["gpu", "cuda0", "meta", ""])
-def test_unknown_devices_are_told(device: str) -> None:
+def test_unknown_devices_are_refused(device: str) -> None:
     with pytest.raises(UserError, match=r"--device: unknown device .*Use auto, cpu, cuda or cuda:NUMBER"):
         choose_device(device)
 
@@ -110,7 +110,7 @@ def test_minilm_absent_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
         find_text_encoder("minilm")
 
 
-def test_unknown_encoders_are_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unknown_encoders_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(UserError, match=r"--text: no folder \./nowhere.*[Gg]ive a folder with config.json"):
         find_pretrained("./nowhere", "--text")
     with pytest.raises(UserError, match=r"does not hold a model: config.json and .*safetensors"):
@@ -132,7 +132,7 @@ def test_hub_names_are_found_in_the_cache(tiny_bert: Path, tmp_path: Path, monke
     assert found.digest == model_folder_digest(tiny_bert) and found.name == "some/bert"
 
 
-def test_a_cache_that_has_no_such_model_is_passed_over_and_one_that_cannot_be_read_is_told(
+def test_hub_cache_is_skipped_if_empty_and_named_if_unreadable(
     tiny_bert: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from huggingface_hub.errors import LocalEntryNotFoundError
@@ -157,7 +157,7 @@ def test_a_cache_that_has_no_such_model_is_passed_over_and_one_that_cannot_be_re
     assert asked[2:] == ["cache"]
 
 
-def test_folder_without_tokenizer_is_told(tiny_bert: Path, tmp_path: Path) -> None:
+def test_folder_without_tokenizer_is_refused(tiny_bert: Path, tmp_path: Path) -> None:
     for name in ("config.json", "model.safetensors"):
         shutil.copy(tiny_bert / name, tmp_path / name)
     with pytest.raises(UserError, match=r"has no tokenizer \(tokenizer.json.*[Ss]ave its tokenizer"):
@@ -189,14 +189,14 @@ def test_hashed_projection_is_the_truncated_svd(tmp_path: Path) -> None:
     assert np.square(values[:90]).mean() == pytest.approx(1, abs=1e-3)
 
 
-def test_hashed_puts_like_texts_together(tmp_path: Path) -> None:
+def test_hashed_text_places_similar_texts_together(tmp_path: Path) -> None:
     found = fit_projection(many_texts(), 8, tmp_path / "p.safetensors", ["a"])
     rows = found.load()(as_items(["lamp light bulb", "bulb shade lamp", "tent rope camp"])).values
     unit = rows / np.linalg.norm(rows, axis=1, keepdims=True)
     assert unit[0] @ unit[1] > 0.8 > 0.3 > unit[0] @ unit[2]
 
 
-def test_projection_file_is_the_same_for_the_same_texts_and_reused(tmp_path: Path) -> None:
+def test_projection_file_is_reproducible_and_reused(tmp_path: Path) -> None:
     first = fit_projection(many_texts(), 8, tmp_path / "one.safetensors", ["a", "b"])
     second = fit_projection(many_texts(), 8, tmp_path / "two.safetensors", ["a", "b"])
     other = fit_projection(many_texts()[:50], 8, tmp_path / "three.safetensors", ["a", "b"])
@@ -222,7 +222,7 @@ def test_fewer_texts_than_dimensions(tmp_path: Path) -> None:
     assert np.isfinite(values).all() and not np.allclose(values[0], values[1])
 
 
-def test_damaged_missing_and_foreign_projections_are_told(tmp_path: Path) -> None:
+def test_damaged_missing_and_foreign_projections_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "p.safetensors"
     with pytest.raises(UserError, match="no such file"):
         open_projection(path)

@@ -33,7 +33,7 @@ def source(folder: Path, prices: list[float | None], first: int, time: int) -> P
     return folder
 
 
-def grown(tmp_path: Path, *, first: list[float | None], scale: str, featurized: bool) -> Domain:
+def append_later(tmp_path: Path, *, first: list[float | None], scale: str, featurized: bool) -> Domain:
     prepare_domain(source(tmp_path / "base", first, 0, 0), domain="d", out=tmp_path, items_per_shard=2)
     if featurized:
         featurize_domains([open_domain(tmp_path / "d")], text="hashed", text_dim=8, price=scale, workers=0)
@@ -41,7 +41,7 @@ def grown(tmp_path: Path, *, first: list[float | None], scale: str, featurized: 
     return open_domain(tmp_path / "d")
 
 
-def stamps(domain: Domain) -> dict[str, tuple[bytes, int]]:
+def file_times(domain: Domain) -> dict[str, tuple[bytes, int]]:
     return {p.name: (p.read_bytes(), p.stat().st_mtime_ns) for p in (domain.folder / "features").glob("*.npy")}
 
 
@@ -52,8 +52,8 @@ def encoded(scale: Any, prices: list[float]) -> Any:
 
 @pytest.mark.parametrize("scale", ["raw", "minmax", "log", "quantile"])
 def test_only_new_items_are_encoded_and_old_rows_stay(tmp_path: Path, scale: str, monkeypatch: Any) -> None:
-    domain = grown(tmp_path, first=FIRST, scale=scale, featurized=True)
-    before = stamps(domain)
+    domain = append_later(tmp_path, first=FIRST, scale=scale, featurized=True)
+    before = file_times(domain)
     with pytest.raises(UserError, match=r"text features of domain d lack 4 appended items.*only those"):
         open_table(domain, "text")
     seen: list[str] = []
@@ -66,7 +66,7 @@ def test_only_new_items_are_encoded_and_old_rows_stay(tmp_path: Path, scale: str
     report = featurize_domains([domain], text="hashed", text_dim=8, price=scale, workers=0)
     assert seen == ["i5", "i6", "i7", "i8"]
     assert [(table.parts, table.encoded_parts) for table in report.tables] == [(5, 2), (5, 2)]
-    after = stamps(domain)
+    after = file_times(domain)
     assert all(after[name] == told for name, told in before.items()) and len(after) == len(before) + 8
     assert verify_domain(domain.folder).ok
     assert Catalogue([domain], ["text", "price"]).size == 9
@@ -82,16 +82,16 @@ def test_only_new_items_are_encoded_and_old_rows_stay(tmp_path: Path, scale: str
 
 
 @pytest.mark.parametrize("featurized", [True, False])
-def test_the_scale_is_that_of_the_first_prices_whenever_the_table_is_made(tmp_path: Path, featurized: bool) -> None:
-    domain = grown(tmp_path, first=FIRST, scale="quantile", featurized=featurized)
+def test_price_scale_is_that_of_the_first_prices(tmp_path: Path, featurized: bool) -> None:
+    domain = append_later(tmp_path, first=FIRST, scale="quantile", featurized=featurized)
     featurize_domains([domain], price="quantile", workers=0)
     rows, _ = open_table(domain, "price").rows(np.arange(5))
     values, _ = encoded("quantile", [np.nan if p is None else p for p in FIRST])
     np.testing.assert_array_equal(rows, values)
 
 
-def test_prices_that_came_later_are_their_own_scale(tmp_path: Path) -> None:
-    domain = grown(tmp_path, first=[None] * 4, scale="minmax", featurized=True)
+def test_first_prices_of_an_append_define_the_scale(tmp_path: Path) -> None:
+    domain = append_later(tmp_path, first=[None] * 4, scale="minmax", featurized=True)
     featurize_domains([domain], price="minmax", workers=0)
     rows, present = open_table(domain, "price").rows(np.arange(8))
     assert present.tolist() == [False] * 4 + [True, True, True, False]
@@ -99,7 +99,7 @@ def test_prices_that_came_later_are_their_own_scale(tmp_path: Path) -> None:
     np.testing.assert_array_equal(rows[4:7], values)
 
 
-def test_without_new_items_the_tables_stay_good(tmp_path: Path) -> None:
+def test_tables_remain_valid_without_new_items(tmp_path: Path) -> None:
     prepare_domain(source(tmp_path / "base", FIRST, 0, 0), domain="d", out=tmp_path)
     featurize_domains([open_domain(tmp_path / "d")], text="hashed", text_dim=8, workers=0)
     (tmp_path / "more.csv").write_text("user_id,item_id,timestamp\nu0,i3,50\n")
