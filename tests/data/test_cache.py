@@ -1,4 +1,4 @@
-"""The node's cache: what it gives is what the manifest says, and what lies in it stays within its bound, come what may."""
+"""The node's cache returns what the manifest describes, and stays within its bound under any faults."""
 
 from __future__ import annotations
 
@@ -171,12 +171,12 @@ def test_fetch_continues_when_room_becomes_available(tmp_path: Path, monkeypatch
 
 def test_truncated_wrong_and_long_files_are_fetched_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     source, cache = Source(b"hello world"), Cache(tmp_path, 100)
-    for fault, told in ((b"hello wor", "it ends after 9 of 11 bytes"), (b"hello wOrld", "its SHA-256 differs"),
+    for fault, message in ((b"hello wor", "it ends after 9 of 11 bytes"), (b"hello wOrld", "its SHA-256 differs"),
                         (b"hello world!", "it has more than 11 bytes")):  # fmt: skip
         shutil.rmtree(tmp_path)
         source.faults = [fault]
         assert source.read(cache, source.files[0]) == b"hello world"
-        assert f"s3://bucket/f0: the fetched file does not match the manifest: {told}" in capsys.readouterr().err
+        assert f"s3://bucket/f0: the fetched file does not match the manifest: {message}" in capsys.readouterr().err
     shutil.rmtree(tmp_path)
     source.faults, source.fetched = [b"hello wOrld"] * 3, []
     with pytest.raises(CorruptDownload, match=r"s3://bucket/f0: .* its SHA-256 differs\. Check the remote domain"):
@@ -189,8 +189,8 @@ def test_storage_failures_are_retried(tmp_path: Path, capsys: pytest.CaptureFixt
     away = Unreachable("s3://key:secret@bucket/f0", "503 Slow Down")
     source.faults = [away, away]
     assert source.read(cache, source.files[0]) == b"hello world" and len(source.fetched) == 3
-    said = capsys.readouterr().err
-    assert said.count("503 Slow Down") == 2 and "secret" not in said
+    output = capsys.readouterr().err
+    assert output.count("503 Slow Down") == 2 and "secret" not in output
     shutil.rmtree(tmp_path)
     source.faults = [away] * 3
     with pytest.raises(Unreachable, match="503 Slow Down"):
@@ -234,17 +234,17 @@ def test_cache_folder_may_be_removed_at_any_time(tmp_path: Path) -> None:
         shutil.rmtree(folder)
         assert source.read(cache, source.files[1]) == b"other"
         assert held.read() == b"hello world"
-    gone: list[int] = []
+    removals: list[int] = []
 
     def pieces() -> Generator[bytes, None, None]:
         yield b"hello"
-        if not gone:
+        if not removals:
             shutil.rmtree(folder)
-        gone.append(1)
+        removals.append(1)
         yield b" world"
 
     with cache.open(source.files[0], pieces, "there") as stream:
-        assert stream.read() == b"hello world" and len(gone) == 2
+        assert stream.read() == b"hello world" and len(removals) == 2
 
 
 KILLED = """

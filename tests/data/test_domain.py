@@ -1,4 +1,4 @@
-"""A domain reads back as it was written, whole or not at all."""
+"""A domain reads as it was written, and is written atomically."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Images on their way into shards."""
+"""Images are checked and shrunk before they enter shards."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The manifest: what is read is what was written, and nothing malformed gets past."""
+"""The manifest is read as written, and malformed ones are refused."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A domain under a URI gives what it gives from its folder, through the node's cache, and names what is wrong with it."""
+"""A remote domain, read through the cache, equals the local one, and its faults are named."""
 
 from __future__ import annotations
 
@@ -197,15 +197,15 @@ def test_unreachable_storage_is_retried(
 
 
 @pytest.mark.parametrize(
-    ("uri", "told"),
+    ("uri", "message"),
     [
         ("recorded:///nowhere/d", r"recorded:///nowhere/d: not a prepared domain: manifest\.json is missing"),
         ("nosuch://key:secret@x/d", r"nosuch://\*\*\*@x/d/manifest.json: it cannot be used \(Protocol not known"),
         ("simplecache::file:///x", "it names several storages"),
     ],
 )
-def test_uri_without_a_domain_is_refused(tmp_path: Path, uri: str, told: str) -> None:
-    with pytest.raises(UserError, match=told):
+def test_uri_without_a_domain_is_refused(tmp_path: Path, uri: str, message: str) -> None:
+    with pytest.raises(UserError, match=message):
         open_domain(uri, Cache(tmp_path, 1))
 
 

@@ -1,4 +1,4 @@
-"""How many records may be bad, and what becomes of them."""
+"""The cap of bad records, and the quarantine file."""
 
 from __future__ import annotations
 

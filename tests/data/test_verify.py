@@ -1,4 +1,4 @@
-"""Verification finds everything that is wrong, and says where."""
+"""Verification finds every problem and names its place."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def domain(tmp_path: Path) -> Domain:
     return open_domain(tmp_path / "d")
 
 
-def resealed(domain: Domain) -> None:
+def reseal(domain: Domain) -> None:
     """Make sizes and digests in the manifest right again, so that only the content is wrong."""
     content = domain.manifest.model_dump()
     for file in [*content["item_shards"], *content["sequence_shards"], content["popularity"]]:
@@ -51,7 +51,7 @@ def rewrite_blocks(domain: Domain, **columns: Any) -> None:
     with ShardWriter(domain.folder / "sequences-00000.tar") as writer:
         for name, data in encode_block("block-000000", block, ["a", "b"]) + encode_block("block-000001", rest, ["c"]):
             writer.add(name, json.dumps(first["users"]).encode() if name == "block-000000.users.json" else data)
-    resealed(domain)
+    reseal(domain)
 
 
 def rewrite_items(domain: Domain, items: list[ItemRecord]) -> None:
@@ -59,7 +59,7 @@ def rewrite_items(domain: Domain, items: list[ItemRecord]) -> None:
         for item in items:
             for name, data in encode_item(item):
                 writer.add(name, data)
-    resealed(domain)
+    reseal(domain)
 
 
 def problems(domain: Domain) -> str:
@@ -132,7 +132,7 @@ def test_popularity_is_counted_again(domain: Domain) -> None:
     counts = domain.popularity().copy()
     counts[1] += 1
     (domain.folder / "popularity.npy").write_bytes(encode_npy(counts))
-    resealed(domain)
+    reseal(domain)
     assert "popularity.npy: the stated counts of 1 items differ from the training parts" in problems(domain)
 
 

@@ -1,4 +1,4 @@
-"""Features of a domain that has grown: only new items are encoded, old rows do not move."""
+"""Features of an appended domain: only new items are encoded, and old rows do not change."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def test_only_new_items_are_encoded_and_old_rows_stay(tmp_path: Path, scale: str
     assert seen == ["i5", "i6", "i7", "i8"]
     assert [(table.parts, table.encoded_parts) for table in report.tables] == [(5, 2), (5, 2)]
     after = file_times(domain)
-    assert all(after[name] == told for name, told in before.items()) and len(after) == len(before) + 8
+    assert all(after[name] == stamp for name, stamp in before.items()) and len(after) == len(before) + 8
     assert verify_domain(domain.folder).ok
     assert Catalogue([domain], ["text", "price"]).size == 9
 

@@ -1,4 +1,4 @@
-"""Feature tables and the catalogue: what is looked up is what was stored, and what cannot be mixed is refused."""
+"""Feature tables and the catalogue return what was stored, and refuse mixed encoders."""
 
 from __future__ import annotations
 
@@ -231,10 +231,10 @@ def test_missing_part_and_cut_part_are_refused(make_domain: Any) -> None:
     domain = make_domain("books", items(8))
     store(domain)
     part = domain.folder / "features" / "text-00001.npy"
-    whole = part.read_bytes()
-    part.write_bytes(whole[:-4])
+    content = part.read_bytes()
+    part.write_bytes(content[:-4])
     with pytest.raises(
-        UserError, match=rf"text-00001.npy: .* has {len(whole) - 4} bytes, expected {len(whole)}.*antdist"
+        UserError, match=rf"text-00001.npy: .* has {len(content) - 4} bytes, expected {len(content)}.*antdist"
     ):
         open_table(domain, "text")
     part.unlink()

@@ -1,4 +1,4 @@
-"""Featurizing whole domains: tables hold what the encoders say, runs go on where they stopped, nothing is silent."""
+"""Featurizing domains: tables hold the encoders' output, runs continue where they stopped, faults are reported."""
 
 from __future__ import annotations
 
@@ -227,8 +227,8 @@ def test_broken_images_are_counted(make_domain: Any) -> None:
     broken = b"\xff\xd8 not really"
     items = [ItemRecord(n, f"i{n}", None, None, [broken] if n == 1 else some_items(1)[0].images) for n in range(3)]
     domain = make_domain("books", items)
-    told = r"items-00000\.tar: 1 of 3 images cannot be decoded, at most 0 may be; item i1: image 0 is broken: not a JPEG.*--max-bad"
-    with pytest.raises(UserError, match=told):
+    message = r"items-00000\.tar: 1 of 3 images cannot be decoded, at most 0 may be; item i1: image 0 is broken: not a JPEG.*--max-bad"
+    with pytest.raises(UserError, match=message):
         featurize_domains([domain], image="histogram", workers=0)
     with pytest.raises(UserError, match="has no image features"):
         open_table(domain, "image")
@@ -270,7 +270,7 @@ def test_projection_is_fitted_on_a_spread_sample(make_domain: Any, monkeypatch: 
     )
     featurize_domains([a, b], text="hashed", text_dim=4, workers=0)
     sampled = [item.text for seed in (1, 2) for item in some_items(30, seed)[::3]]
-    assert given == [[said for said in sampled if said is not None]]
+    assert given == [[text for text in sampled if text is not None]]
 
 
 def test_no_requested_modality_is_refused(make_domain: Any) -> None:

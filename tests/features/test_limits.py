@@ -1,4 +1,4 @@
-"""A table of more parts than a process may have files open is read all the same, or refused in a line."""
+"""A table with more parts than a process may open files is read nevertheless, or refused in one line."""
 
 from __future__ import annotations
 
@@ -32,16 +32,16 @@ except UserError as error:
 
 
 @pytest.mark.parametrize(
-    ("hard", "told"),
+    ("hard", "output"),
     [(4096, "80"), (70, "features: the features need 120 open files, but the system allows a process 70.")],
 )
-def test_more_parts_than_open_files(make_domain: Any, hard: int, told: str) -> None:
+def test_more_parts_than_open_files(make_domain: Any, hard: int, output: str) -> None:
     domain = make_domain("d", some_items(PARTS), items_per_shard=1)
     featurize_domains([domain], price="log", workers=0)
     done = subprocess.run(
         [sys.executable, "-c", READER, str(domain.folder), str(hard)], capture_output=True, text=True, check=True
     )
-    assert done.stdout.startswith(told)
+    assert done.stdout.startswith(output)
 
 
 def test_more_parts_than_maps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,4 @@
-"""Feature tables under a URI: the rows of the folder's, fetched as they are needed, no more of them in the cache than may."""
+"""Remote feature tables equal local ones, are fetched as needed, and stay within the cache's limit."""
 
 from __future__ import annotations
 
@@ -79,9 +79,7 @@ def test_table_that_fits_is_fetched_once_and_stays_mapped(local: Domain, tmp_pat
         assert catalogue.means()["text"].equal(near.means()["text"])
         kept = catalogue._mapped
         assert len(kept._maps) == 15 and kept.limit >= kept._bytes == 60 * DIM * 4
-    assert (
-        8 <= len(first) < 23
-    )  # every second part, and what tells which items are present, in files some of which are equal
+    assert 8 <= len(first) < 23  # every second part, and the presence files, some of which are equal
     fetched = {name: count for name, count in count_opened(log).items() if name.startswith("text-")}
     assert set(fetched.values()) == {1} and {f"text-{n:05d}.npy" for n in range(15)} <= set(fetched)
 

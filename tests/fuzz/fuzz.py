@@ -1,4 +1,4 @@
-"""Fuzz of everything that parses what comes from outside: `python -m tests.fuzz.fuzz --count 100000 --seed 0`.
+"""Fuzz everything that parses external input: `python -m tests.fuzz.fuzz --count 100000 --seed 0`.
 
 Input n of a seed is always the same. Even inputs are mutations by structure of valid files, odd ones of their bytes. The
 only things allowed to happen are success and a `UserError` (of a picture: that it is broken); anything else is a finding,
@@ -71,18 +71,18 @@ Files = dict[str, bytes]
 
 @dataclass(frozen=True)
 class Target:
-    """Something that parses: valid files, how to mutate each by its structure, and what to do with the folder."""
+    """A parser to fuzz: valid files, how to mutate each by structure, and how to use the folder."""
 
     name: str
     files: Files
     structure: Callable[[str, bytes, Random], bytes]
     use: Callable[[Path, Random], Any]
-    seal: Callable[[Path, Random], None] | None = None  # makes digests right again
+    seal: Callable[[Path, Random], None] | None = None  # corrects digests
 
 
 @dataclass
 class Outcome:
-    """What a run found; `ended` counts by target and by how it ended."""
+    """The result of a run; `ended` counts inputs by target and result."""
 
     inputs: int = 0
     ended: Counter[tuple[str, str]] = field(default_factory=Counter)
@@ -260,7 +260,7 @@ def _prepared(folder: Path) -> Files:
 
 
 def _use_domain(folder: Path, random: Random) -> None:
-    """All that reads a domain; what one part refuses does not keep the others from being tried."""
+    """Read all of a domain; each reader is tried, and the last refusal is raised."""
     domain = open_domain(folder)
     readings: list[Callable[[], Any]] = [
         lambda: list(islice(Stream([domain], StreamConfig(batch_size=5), max_length=4, seed=0).batches(0), 4)),
@@ -283,7 +283,7 @@ def _use_domain(folder: Path, random: Random) -> None:
 
 
 def _reseal(folder: Path, random: Random) -> None:
-    """Mostly make the manifest vouch for the shards as they are, so that their parsers are reached."""
+    """Mostly update the manifest to the mutated shards, so that their parsers are reached."""
     if random.random() < 0.15:
         return
     path = folder / "manifest.json"
@@ -318,8 +318,8 @@ def _shard_structure(name: str, data: bytes, random: Random) -> bytes:
     return mutations.mutate_npy(data, random) if name.endswith(".npy") else data
 
 
-def _grown(folder: Path) -> Files:
-    """A domain that was appended to twice, with users who wait."""
+def _appended(folder: Path) -> Files:
+    """Make a domain with two appends and pending users."""
     lengths = [3, 7, 4, 9, 5, 3]
     offsets = ragged.offsets(lengths)
     sequences = Sequences(offsets, np.arange(offsets[-1]) % 5, np.arange(offsets[-1]))
@@ -336,18 +336,18 @@ def _grown(folder: Path) -> Files:
     return _folder_files(folder / "d")
 
 
-def _grown_structure(name: str, data: bytes, random: Random) -> bytes:
+def _appended_structure(name: str, data: bytes, random: Random) -> bytes:
     return (_manifest_structure if name.endswith(".json") else _shard_structure)(name, data, random)
 
 
-def _reseal_grown(folder: Path, random: Random) -> None:
+def _reseal_appended(folder: Path, random: Random) -> None:
     with contextlib.suppress(
         ValueError, TypeError, KeyError, OSError, AttributeError
     ):  # the manifest may be what was mutated
         _reseal(folder, random)
 
 
-def _use_grown(folder: Path, random: Random) -> None:
+def _use_appended(folder: Path, random: Random) -> None:
     list(open_domain(folder).pending_histories())
     _use_domain(folder, random)
 
@@ -395,10 +395,12 @@ def domain_targets(folder: Path) -> list[Target]:
     manifest_alone = {"manifest.json": prepared["manifest.json"]}
     shards = {name: data for name, data in prepared.items() if name != "manifest.json"}
     tables = {name: data for name, data in featured.items() if name.startswith("features/")}
-    grown = _grown(folder / "grown")
-    newest = {name: data for name, data in grown.items() if name == "manifest.json" or name.startswith("append-00002/")}
+    appended = _appended(folder / "grown")
+    newest = {
+        name: data for name, data in appended.items() if name == "manifest.json" or name.startswith("append-00002/")
+    }
     newest = {name: data for name, data in newest.items() if not name.startswith("append-00002/manifest-")}
-    fixed = {"manifest": prepared, "shards": prepared, "features": featured, "grown": grown}
+    fixed = {"manifest": prepared, "shards": prepared, "features": featured, "grown": appended}
     for name, files in fixed.items():
         for file, data in files.items():
             path = folder / "fixed" / name / file
@@ -407,7 +409,7 @@ def domain_targets(folder: Path) -> list[Target]:
     return [
         Target("manifest", manifest_alone, _manifest_structure, _use_domain),
         Target("shards", shards, _shard_structure, _use_domain, _reseal),
-        Target("grown", newest, _grown_structure, _use_grown, _reseal_grown),
+        Target("grown", newest, _appended_structure, _use_appended, _reseal_appended),
         Target("features", tables, _feature_structure, _use_features, _reseal_features),
     ]
 
@@ -488,7 +490,7 @@ def fuzz(count: int, seed: int = 0, *, start: int = 0, say: Callable[[str], None
                 (folder / name).parent.mkdir(parents=True, exist_ok=True)
                 (folder / name).write_bytes(data)
         sound = {name: _folder_files(folder) for name, folder in folders.items()}
-        begun = told = time.monotonic()
+        begun = reported = time.monotonic()
         shown = 0
         for n in range(start, start + count):
             target = targets[n // 2 % len(targets)]
@@ -504,10 +506,10 @@ def fuzz(count: int, seed: int = 0, *, start: int = 0, say: Callable[[str], None
             if say is not None and len(outcome.findings) > shown:
                 say("\n".join(outcome.findings[shown:]))
                 shown = len(outcome.findings)
-            if say is not None and time.monotonic() - told > 30:
-                told = time.monotonic()
+            if say is not None and time.monotonic() - reported > 30:
+                reported = time.monotonic()
                 say(
-                    f"{outcome.inputs} inputs, {outcome.inputs / (told - begun):.0f}/s, {len(outcome.findings)} findings"
+                    f"{outcome.inputs} inputs, {outcome.inputs / (reported - begun):.0f}/s, {len(outcome.findings)} findings"
                 )
     return outcome
 
@@ -543,7 +545,7 @@ def _try(
 
 @contextlib.contextmanager
 def lines_reached() -> Iterator[dict[str, set[int]]]:
-    """Within the block: which lines of the parsers' functions run, by file."""
+    """Record which lines of the parsers' functions run within the block, by file."""
     reached: dict[str, set[int]] = {name: set() for name in PARSERS}
     by_path = {str(PROJECT / name): lines for name, lines in reached.items()}
 
@@ -567,7 +569,7 @@ def lines_reached() -> Iterator[dict[str, set[int]]]:
 
 
 def lines_there(name: str) -> set[int]:
-    """Lines of a file's functions that can run."""
+    """Return the executable lines of a file's functions."""
     path = PROJECT / name
     found: set[int] = set()
 
@@ -589,7 +591,7 @@ def main() -> None:
     parser.add_argument("--start", type=int, default=0, help="The first input: --count 1 --start N tries one again.")
     parser.add_argument("--coverage", action="store_true")
     options = parser.parse_args()
-    resource.setrlimit(resource.RLIMIT_AS, (MOST_MEMORY, MOST_MEMORY))  # an input that eats memory is a finding, too
+    resource.setrlimit(resource.RLIMIT_AS, (MOST_MEMORY, MOST_MEMORY))  # exhausting memory is a finding, too
     with lines_reached() if options.coverage else contextlib.nullcontext({}) as reached:
         outcome = fuzz(options.count, options.seed, start=options.start, say=lambda line: print(line, flush=True))
     for target in dict.fromkeys(name for name, _ in outcome.ended):

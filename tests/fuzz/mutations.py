@@ -1,4 +1,4 @@
-"""Mutations: of bytes blindly, of documents by structure. All randomness comes from the generator that is handed in."""
+"""Mutate bytes blindly and documents by structure; all randomness comes from the given generator."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ VALUES: list[Any] = [
 
 
 def some_value(random: Random) -> Any:
-    return copy.deepcopy(random.choice(VALUES))  # the next change may be made in it
+    return copy.deepcopy(random.choice(VALUES))  # later changes may modify it
 
 
 def mutate_bytes(data: bytes, random: Random) -> bytes:
@@ -70,7 +70,7 @@ def mutate_tree(tree: Any, random: Random, changes: int | None = None) -> Any:
         if kind < 3:
             holder[key] = some_value(random)
         elif kind == 3 and isinstance(holder[key], int | float) and not isinstance(holder[key], bool):
-            with contextlib.suppress(OverflowError):  # a whole number that no fraction can be added to
+            with contextlib.suppress(OverflowError):  # an integer too large for a float
                 holder[key] += random.choice([-1, 1, 0.5, 2**33])
         elif kind == 4:
             del holder[key]
@@ -97,7 +97,7 @@ def _walk(tree: Any, places: list[tuple[Any, Any]], depth: int = 0) -> None:
 
 
 def to_json(tree: Any, random: Random) -> bytes:
-    """JSON, escaped or not; lone surrogates stand in it as bytes that are no UTF-8."""
+    """Encode as JSON, escaped or not; lone surrogates become invalid UTF-8."""
     text = json.dumps(tree, ensure_ascii=random.random() < 0.5)
     return text.encode("utf-8", "surrogatepass")
 

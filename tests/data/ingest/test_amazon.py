@@ -1,4 +1,4 @@
-"""The form `amazon`: raw reviews and metadata."""
+"""The format `amazon`: raw reviews and metadata."""
 
 from __future__ import annotations
 

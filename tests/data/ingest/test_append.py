@@ -1,4 +1,4 @@
-"""Appending: the same histories as preparing all at once, nobody twice, old shards untouched, killed at any place."""
+"""Appends: histories equal preparing at once, users are unique, old shards unchanged, a kill at any point is harmless."""
 
 from __future__ import annotations
 
@@ -126,17 +126,17 @@ def test_appended_domain_equals_one_prepared_at_once(
     at_once = [row for part in parts for row in part]
     early = sorted({item for _, item, _ in parts[0]} | set(ITEMS[late_items:]))
     prepare_domain(source(tmp_path / "all", at_once, ITEMS), domain="d", out=tmp_path / "once", max_sequence=longest)
-    whole = open_domain(tmp_path / "once" / "d")
+    complete = open_domain(tmp_path / "once" / "d")
     prepare_rows(tmp_path, parts[0], early, max_sequence=longest)
     for part in parts[1:]:
         if part:
             append_rows(tmp_path, part, ITEMS)
     appended = open_domain(tmp_path / "d")
-    assert histories(appended) == histories(whole)
+    assert histories(appended) == histories(complete)
     if longest is None:
-        assert pending_histories(appended) == pending_histories(whole)
+        assert pending_histories(appended) == pending_histories(complete)
     counted = dict(zip(appended.item_ids(), appended.popularity().tolist(), strict=True))
-    once = dict(zip(whole.item_ids(), whole.popularity().tolist(), strict=True))
+    once = dict(zip(complete.item_ids(), complete.popularity().tolist(), strict=True))
     assert {item: count for item, count in counted.items() if count} == {i: n for i, n in once.items() if n}
     report = verify_domain(appended.folder)
     assert report.ok, report.problems
@@ -188,7 +188,7 @@ def test_append_adds_users_items_and_days_and_keeps_old_files(tmp_path: Path) ->
     after = content(old.folder)
     kept = f"append-00001/manifest-{old.fingerprint[:16]}.json"
     assert after.pop(kept)[0] == before.pop("manifest.json")[0]
-    assert all(after[name] == told for name, told in before.items())  # bytes and times of writing
+    assert all(after[name] == stamp for name, stamp in before.items())  # bytes and times of writing
     assert read_manifest(old.folder, kept) == old.manifest
     assert histories(Domain(old.folder, old.manifest)) == histories(old)  # whoever opened it before goes on
     assert appended.manifest.ancestors == [old.fingerprint] == [report.previous_fingerprint]
@@ -249,7 +249,7 @@ def test_after_a_k_core_only_touched_items_are_added(tmp_path: Path) -> None:
 
 
 def test_orders_of_two_epochs_see_each_user_once(tmp_path: Path) -> None:
-    """By blocks, shards and streams as small as they get, after several appends that supersede whole blocks and shards."""
+    """With minimal blocks, shards and streams, after several appends that supersede entire blocks and shards."""
     rows = [(f"u{n}", ITEMS[(n + k) % 6], 10 * k) for n in range(12) for k in range(5)]
     prepare_rows(tmp_path, rows, blocks_per_shard=1)
     for step in range(3):
@@ -262,7 +262,7 @@ def test_orders_of_two_epochs_see_each_user_once(tmp_path: Path) -> None:
     stream = Stream(
         [appended], StreamConfig(batch_size=7, streams=2, window_shards=1, window_blocks=2), max_length=4, seed=3
     )
-    for whole, tail in zip(list(stream.batches(1))[5:], stream.batches(1, 5), strict=True):  # begun within an epoch
+    for whole, tail in zip(list(stream.batches(1))[5:], stream.batches(1, 5), strict=True):  # started within an epoch
         assert whole.index == tail.index and whole.items.tolist() == tail.items.tolist()
     scored = [
         pair for shard in range(len(appended.manifest.sequence_shards)) for pair in users_to_score(appended, shard)
@@ -333,8 +333,8 @@ def test_superseded_users_must_match_the_manifest(tmp_path: Path) -> None:
     path = tmp_path / "d" / file.name
     path.write_bytes(path.read_bytes()[:-16] + np.array([2, 4]).tobytes())  # w instead of v: another block
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
-    told = domain.manifest.model_copy(update={"superseded": file.model_copy(update={"sha256": digest})})
-    write_manifest(tmp_path / "d", told)
+    manifest = domain.manifest.model_copy(update={"superseded": file.model_copy(update={"sha256": digest})})
+    write_manifest(tmp_path / "d", manifest)
     with pytest.raises(UserError, match=r"superseded\.npy \(block-000000\): 0 superseded users, 1 by the manifest"):
         open_domain(tmp_path / "d").sequences()
 

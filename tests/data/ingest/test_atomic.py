@@ -1,4 +1,4 @@
-"""The form `atomic`: sequences put together again from predictions, every published row checked."""
+"""The format `atomic`: sequences are reconstructed from predictions, and every published row is checked."""
 
 from __future__ import annotations
 

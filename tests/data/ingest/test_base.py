@@ -1,4 +1,4 @@
-"""Prices and text out of what people write."""
+"""Parse prices and clean texts as users write them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Preparation: filters, order and packing against naive twins; what is left out is counted and told."""
+"""Preparation: filters, order and packing against naive twins; what is left out is counted and reported."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ def test_truncation_keeps_the_most_recent(lengths: list[int], longest: int) -> N
     assert sum(tally.counts.values()) == len(flat) - len(found.items)
 
 
-# ------------------------------------------------------------------------------------------------------------ in whole
+# ------------------------------------------------------------------------------------------------------------ end to end
 
 ROWS = [("v", "b"), ("u", "a"), ("u", "b"), ("v", "a"), ("u", "c"), ("v", "b"), ("w", "a"), ("w", "b")]
 

@@ -1,4 +1,4 @@
-"""The form `tabular`: every file form gives the same, and every fault is told with its file and line."""
+"""The format `tabular`: equal results from every kind of file, and faults named with file and line."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The order's arithmetic against sorting, and what it promises about reading."""
+"""The arithmetic of the order against sorting, and its guarantees about reading."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Dealing against plain Python: whose windows, which items, which candidates, with which biases."""
+"""Sharding a batch against plain Python: whose windows, which items and candidates, with which biases."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def windows_of(items, offsets, predict_at, targets):
 
 
 def as_ids(batch):
-    """The windows of a shard batch in item ids."""
+    """Return the windows of a rank's batch in item ids."""
     ids = batch.item_ids.numpy()
     return windows_of(
         ids[batch.tokens.numpy()],

@@ -1,4 +1,4 @@
-"""Law 1: the order of batches is a function of manifests, seed, epoch and number; nothing is missed, nothing doubled."""
+"""Law 1: the order of batches is a function of manifests, seed, epoch and number; no prediction is missed or repeated."""
 
 from __future__ import annotations
 
@@ -326,22 +326,22 @@ def test_state_of_another_order_lists_the_differences(world, tmp_path):
     domains, lengths = world
     state = make(domains).state(0, 0)
 
-    def told(stream):
+    def refuse(stream):
         assert stream.order != make(domains).order
         with pytest.raises(UserError) as error:
             stream.check_state(state)
         return str(error.value)
 
-    assert "seed was 0, is 1" in told(make(domains, seed=1))
-    assert "stream.batch_size was 32, is 16" in told(make(domains, batch_size=16))
-    assert "model.max_length was 8, is 9" in told(make(domains, max_length=9))
-    assert "stream.mixing was 1.0, is 0.5" in told(make(domains, mixing=0.5))
-    assert "domain 'c' is missing" in told(make(domains[:2]))
-    assert "another order (a, b, c then, b, a, c now)" in told(make([domains[1], domains[0], domains[2]]))
+    assert "seed was 0, is 1" in refuse(make(domains, seed=1))
+    assert "stream.batch_size was 32, is 16" in refuse(make(domains, batch_size=16))
+    assert "model.max_length was 8, is 9" in refuse(make(domains, max_length=9))
+    assert "stream.mixing was 1.0, is 0.5" in refuse(make(domains, mixing=0.5))
+    assert "domain 'c' is missing" in refuse(make(domains[:2]))
+    assert "another order (a, b, c then, b, a, c now)" in refuse(make([domains[1], domains[0], domains[2]]))
     other = numbered_domain(tmp_path / "c", [*lengths[2], 4])
-    message = told(make([*domains[:2], other]))
+    message = refuse(make([*domains[:2], other]))
     assert "domain 'c' was prepared anew" in message and domains[2].fingerprint[:12] in message
-    assert "domain 'new' is new" in told(make([*domains, numbered_domain(tmp_path / "new", [5])]))
+    assert "domain 'new' is new" in refuse(make([*domains, numbered_domain(tmp_path / "new", [5])]))
 
 
 def test_state_beyond_the_epoch_is_refused(world):
@@ -404,7 +404,7 @@ def test_flipped_bit_names_the_shard(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("columns", "told"),
+    ("columns", "message"),
     [
         ({"items": [0, 1, 2, 3, 4, 5, 6, 8]}, "column items names items outside 0 to 7"),
         ({"items": [0, 1, 2, -1, 4, 5, 6, 7]}, "column items names items outside 0 to 7"),
@@ -413,7 +413,7 @@ def test_flipped_bit_names_the_shard(tmp_path):
         ({"offsets": [0, 6, 8]}, "1 users have fewer than 3 interactions"),
     ],
 )
-def test_invalid_block_is_named_with_its_shard(tmp_path, columns, told):
+def test_invalid_block_is_named_with_its_shard(tmp_path, columns, message):
     """A shard that its manifest vouches for, as another program may have written it."""
     domain = numbered_domain(tmp_path / "d", [4, 4])
     path = tmp_path / "d" / domain.manifest.sequence_shards[0].name
@@ -426,7 +426,7 @@ def test_invalid_block_is_named_with_its_shard(tmp_path, columns, told):
     content = domain.manifest.model_dump()
     content["sequence_shards"][0].update(bytes=writer.bytes, sha256=writer.sha256)
     write_manifest(domain.folder, Manifest.model_validate(content))
-    with pytest.raises(UserError, match=rf"{path.name} \(block-000000\): {told}"):
+    with pytest.raises(UserError, match=rf"{path.name} \(block-000000\): {message}"):
         list(make([open_domain(domain.folder)], batch_size=2).batches(0))
 
 

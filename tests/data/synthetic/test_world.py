@@ -1,4 +1,4 @@
-"""The generated world: the same bytes again, the sizes asked for, what each modality tells, and that order is what matters."""
+"""The generated world is reproducible, has the requested sizes and modalities, and its signal is in the order."""
 
 from __future__ import annotations
 
@@ -71,14 +71,14 @@ def test_sizes_names_and_missing_modalities_are_as_requested(tmp_path: Path) -> 
     assert [d.name for d in report.domains] == ["lamps", "toys", "shoes"]
     assert {path.name for path in tmp_path.iterdir()} == {"lamps", "toys", "shoes"}
     assert report.target == "shoes"
-    for told in report.domains:
-        found, log = items(tmp_path / told.name), interactions(tmp_path / told.name)
-        users, size = (40, 30) if told.name == "shoes" else (60, 400)
-        assert (told.users, told.items, told.interactions) == (users, size, len(log))
+    for made in report.domains:
+        found, log = items(tmp_path / made.name), interactions(tmp_path / made.name)
+        users, size = (40, 30) if made.name == "shoes" else (60, 400)
+        assert (made.users, made.items, made.interactions) == (users, size, len(log))
         assert (len({row["user_id"] for row in log}), len(found)) == (users, size)
         assert {row["item_id"] for row in log} <= {item["item_id"] for item in found}
         lacking = {field: sum(item[field] is None for item in found) for field in ("text", "image", "price")}
-        assert lacking == {"text": size - told.texts, "image": size - told.pictures, "price": size - told.prices}
+        assert lacking == {"text": size - made.texts, "image": size - made.pictures, "price": size - made.prices}
         assert all(sum(item[field] is None for field in lacking) <= 1 for item in found)
         if size == 400:
             assert all(20 <= count <= 65 for count in lacking.values()), lacking  # 40 +- 4 standard deviations
@@ -104,13 +104,17 @@ def test_ten_domains_have_names_and_the_target_is_the_last(tmp_path: Path) -> No
 
 
 def test_prepare_reads_what_was_generated(tmp_path: Path) -> None:
-    told = generate_world(tmp_path / "source", **SMALL).domains[-1]
+    generated = generate_world(tmp_path / "source", **SMALL).domains[-1]
     made = make_domain("workshop", users=40, items=30, mean_length=14, seed=0)
     report = prepare_domain(
         tmp_path / "source" / "workshop", format="tabular", domain="workshop", out=tmp_path / "data"
     )
-    assert (report.users, report.items, report.interactions) == (40, 30, told.interactions)
-    assert (report.with_text, report.with_price, report.with_image) == (told.texts, told.prices, told.pictures)
+    assert (report.users, report.items, report.interactions) == (40, 30, generated.interactions)
+    assert (report.with_text, report.with_price, report.with_image) == (
+        generated.texts,
+        generated.prices,
+        generated.pictures,
+    )
     prepared = open_domain(tmp_path / "data" / "workshop")
     names, sequences = prepared.item_ids(), prepared.sequences()
     for row, user in enumerate(prepared.user_ids()):
@@ -153,8 +157,8 @@ def test_a_domain_that_exists_is_not_overwritten(tmp_path: Path) -> None:
 
 def test_texts_name_the_stage_always_and_the_category_mostly(domain: SyntheticDomain) -> None:
     texts = write_texts(domain, seed=3)
-    told = [next(s for s, words in enumerate(STAGES) if set(words) & set(text.split())) for text in texts]
-    np.testing.assert_array_equal(told, domain.attributes["stage"])
+    named = [next(s for s, words in enumerate(STAGES) if set(words) & set(text.split())) for text in texts]
+    np.testing.assert_array_equal(named, domain.attributes["stage"])
     for attribute, least, most in (
         ("category", 0.8, 0.95),
         ("style", 0.5, 0.85),

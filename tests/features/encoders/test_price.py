@@ -68,15 +68,15 @@ def test_default_range_lets_the_encoding_vary() -> None:
 
 
 def test_identity_holds_scale_range_and_coefficient() -> None:
-    said = [
+    encoders = [
         PriceEncoder(),
         PriceEncoder("log"),
         PriceEncoder("quantile", 50.0),
         PriceEncoder("quantile", 1000.0, 1e4),
         PriceEncoder("raw"),
     ]
-    descriptions = [tuple(sorted(encoder.description().items())) for encoder in said]
-    assert len(set(descriptions)) == len(said)
+    descriptions = [tuple(sorted(encoder.description().items())) for encoder in encoders]
+    assert len(set(descriptions)) == len(encoders)
     assert PriceEncoder().description() == PriceEncoder("quantile", 1000.0, 50_000.0).description()
 
 

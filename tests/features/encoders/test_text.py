@@ -25,14 +25,14 @@ TEXTS = ["red lamp", "large steel garden table wood", "", None, "  ", "small des
 
 
 def as_items(texts: Sequence[str | None]) -> list[ItemRecord]:
-    return [ItemRecord(n, f"i{n}", said, None, []) for n, said in enumerate(texts)]
+    return [ItemRecord(n, f"i{n}", text, None, []) for n, text in enumerate(texts)]
 
 
-def one_by_one(folder: Path, said: str, pooling: str, max_length: int) -> np.ndarray:
+def one_by_one(folder: Path, text: str, pooling: str, max_length: int) -> np.ndarray:
     """The model on one text without padding: [CLS] is the first row, the mean is over all rows."""
     from transformers import BertModel, BertTokenizer
 
-    tokens = BertTokenizer.from_pretrained(folder)(said)["input_ids"]
+    tokens = BertTokenizer.from_pretrained(folder)(text)["input_ids"]
     if len(tokens) > max_length:
         tokens = [*tokens[: max_length - 1], tokens[-1]]
     model = BertModel.from_pretrained(folder).eval()
@@ -48,9 +48,9 @@ def test_transformers_encoder_pools_as_requested(tiny_bert: Path, pooling: text.
     encoded = found.load()(as_items(TEXTS))
     assert encoded.present.tolist() == [True, True, False, False, False, True, True]
     assert encoded.values.shape == (7, 16) and encoded.values.dtype == np.float32
-    for row, said, there in zip(encoded.values, TEXTS, encoded.present, strict=True):
+    for row, sentence, there in zip(encoded.values, TEXTS, encoded.present, strict=True):
         if there:
-            np.testing.assert_allclose(row, one_by_one(tiny_bert, str(said), pooling, 6), atol=2e-6)
+            np.testing.assert_allclose(row, one_by_one(tiny_bert, str(sentence), pooling, 6), atol=2e-6)
         else:
             assert not row.any()
 
@@ -83,8 +83,12 @@ def test_digest_is_of_configuration_and_weights(tiny_bert: Path, tmp_path: Path)
     for path in sorted(p for p in copy.iterdir() if p.suffix in {".json", ".txt", ".safetensors"}):
         by_hand.update(f"{path.name}\0{hashlib.sha256(path.read_bytes()).hexdigest()}\n".encode())
     assert model_folder_digest(copy) == by_hand.hexdigest()
-    said = find_text_encoder(str(copy), pooling="mean", max_length=9).description()
-    assert said["digest"] == by_hand.hexdigest() and said["pooling"] == "mean" and said["max_length"] == 9
+    description = find_text_encoder(str(copy), pooling="mean", max_length=9).description()
+    assert (
+        description["digest"] == by_hand.hexdigest()
+        and description["pooling"] == "mean"
+        and description["max_length"] == 9
+    )
     weights = copy / "model.safetensors"
     data = bytearray(weights.read_bytes())
     data[-1] ^= 1
@@ -210,7 +214,7 @@ def test_projection_file_is_reproducible_and_reused(tmp_path: Path) -> None:
 def test_a_projection_that_cannot_be_written_is_the_disks_fault(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The command line tells of an OSError in a line."""
+    """The command line prints an OSError as a one-line error."""
     monkeypatch.setattr(Path, "with_name", lambda path, name: path.parent / "gone" / name)
     with pytest.raises(FileNotFoundError):
         fit_projection(["red lamp", "steel chair"], 2, tmp_path / "p.safetensors", ["a"])
