@@ -125,11 +125,11 @@ def test_read_ahead_thread_fetches_the_shards_of_a_window(
     fetchers: list[str] = []
     real = Cache._fetch
 
-    def noted(self: Cache, *arguments: Any) -> None:
+    def record_fetch(self: Cache, *arguments: Any) -> None:
         fetchers.append(threading.current_thread().name)
         real(self, *arguments)
 
-    monkeypatch.setattr(Cache, "_fetch", noted)
+    monkeypatch.setattr(Cache, "_fetch", record_fetch)
     list(stream_of(domain, window_shards=3).batches(0))
     assert len(fetchers) == 12 and {name.partition("_")[0] for name in fetchers} == {"fetch"}
     assert max(int(name.partition("_")[2]) for name in fetchers) > 0  # several at once
