@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from antdist.batch import Batch
 from antdist.config.schema import LossConfig, ModelConfig
-from antdist.planning.calibration import step_of
+from antdist.planning.calibration import count_step
 from antdist.planning.costs import useful_operations
 
 
 def useful_flops(batch: Batch, model: ModelConfig, dims: dict[str, int], *, aligned: bool) -> float:
     """Count a rank's useful operations in a step (`antdist.planning.costs.useful_operations`)."""
     loss = LossConfig(alignment=1.0 if aligned else 0.0)
-    return useful_operations(step_of(batch, loss, model, dims).rank, model, dims)
+    return useful_operations(count_step(batch, loss, model, dims).rank, model, dims)
 
 
 def padded_flops(

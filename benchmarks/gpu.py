@@ -2,7 +2,7 @@
 
     python -m benchmarks gpu --json gpu.json
 
-Three modalities at the paper's sizes, random features, generated histories. The usual way is
+Three modalities at the paper's sizes, random features, workload_of_size histories. The usual way is
 `benchmarks.baseline`; DeepSpeed is measured if it is installed. The short form runs on a CPU too, to show that it works.
 """
 
@@ -24,7 +24,7 @@ from antdist.config.schema import LossConfig, ModelConfig, StreamConfig, Trainin
 from antdist.data.domain import Domain
 from antdist.distributed.world import World
 from antdist.errors import UserError
-from antdist.planning.calibration import GEMM_SIZES, Sizes, gemm_peak, synchronise
+from antdist.planning.calibration import GEMM_SIZES, Sizes, measure_gemm_peak, synchronise
 from antdist.training.engines.plain import PlainEngine
 from benchmarks.baseline import Baseline
 from benchmarks.flops import useful_flops
@@ -52,7 +52,7 @@ def run(options: Options) -> Report:
         raise UserError("torch finds no GPU", where="gpu", remedy="run it on a machine with one; --short runs anywhere")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     sizes: Sizes = ((256, 256, 256),) if options.short else GEMM_SIZES_GPU
-    peaks = {name: gemm_peak(device, dtype, sizes) for name, dtype in DTYPES.items()}
+    peaks = {name: measure_gemm_peak(device, dtype, sizes) for name, dtype in DTYPES.items()}
     lines = [Line(f"peak of the matrix product, {name}", [peak / 1e12], "TFLOP/s") for name, peak in peaks.items()]
     with _process_group(device):
         for adapting in (False, True):

@@ -22,8 +22,8 @@ import torch
 from antdist.config.schema import LossConfig, ModelConfig, PretrainConfig, StreamConfig, TrainingConfig
 from antdist.data.domain import Domain, open_domain
 from antdist.model.ops.products import exact_products
-from antdist.planning.calibration import Calibration, calibrate, line_through
-from antdist.planning.costs import MACHINES, Plan, Workload, counted, make_plan, useful_operations
+from antdist.planning.calibration import Calibration, calibrate, fit_line
+from antdist.planning.costs import MACHINES, Plan, Workload, count_popularity, make_plan, useful_operations
 from antdist.training.memory import peak_bytes, reset_peak, resident_bytes
 from antdist.training.trainer import Trainer
 from benchmarks.processes import run_in_fresh_process
@@ -72,8 +72,8 @@ def run(options: Options) -> Report:
                 run_in_fresh_process(measure, domain.folder, entry, options.threads) for _ in range(options.repeats)
             ]
         seconds, processor, memory = ([float(column) for column in columns] for columns in zip(*found, strict=True))
-        memory_planned = (planned.memory.total - planned.memory.device["checkpoint in the making"]) / 1e6
-        slope, least = line_through(*((step.operations, step.processor) for step in calibration.steps))
+        memory_planned = (planned.memory.total - planned.memory.device["pending checkpoint"]) / 1e6
+        slope, least = fit_line(*((step.operations, step.processor) for step in calibration.steps))
         busy = least + slope * useful_operations(planned.step.rank, entry.config.model, PAPER_DIMS)
         lines += [
             Line(f"{entry.name}: step, predicted", [planned.step_seconds], "s"),
@@ -111,12 +111,12 @@ def predict(entry: Size, domain: Domain, calibration: Calibration) -> Plan:
         m.items,
         m.interactions,
         lengths,
-        counted(domain.popularity()),
+        count_popularity(domain.popularity()),
         float(sum(shard.bytes for shard in m.sequence_shards)),
         4.0 * sum(PAPER_DIMS.values()),
         PAPER_DIMS,
     )
-    return make_plan(entry.config, data, 1, calibration.applied_to(MACHINES["cpu"]))
+    return make_plan(entry.config, data, 1, calibration.apply_to(MACHINES["cpu"]))
 
 
 def measure(folder: Path, entry: Size, threads: int) -> tuple[float, float, float]:

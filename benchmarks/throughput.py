@@ -19,7 +19,7 @@ from torch import Tensor
 from antdist.config.schema import LossConfig, ModelConfig, StreamConfig, TrainingConfig
 from antdist.data.domain import open_domain
 from antdist.model.ops.products import exact_products
-from antdist.planning.calibration import GEMM_SIZES, Sizes, gemm_peak
+from antdist.planning.calibration import GEMM_SIZES, Sizes, measure_gemm_peak
 from benchmarks.baseline import Baseline
 from benchmarks.flops import padded_flops, useful_flops
 from benchmarks.report import Line, Options, Report, alternate, ratio
@@ -144,5 +144,5 @@ def _usual_step(
 def _peak(sizes: Sizes) -> float:
     """Measure the better of torch's default product and `exact_products`."""
     with exact_products(CPU):
-        best = gemm_peak(CPU, torch.float32, sizes)
-    return max(best, gemm_peak(CPU, torch.float32, sizes))
+        best = measure_gemm_peak(CPU, torch.float32, sizes)
+    return max(best, measure_gemm_peak(CPU, torch.float32, sizes))

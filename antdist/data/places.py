@@ -14,7 +14,7 @@ from antdist.data.cache import Cache, open_cache
 from antdist.data.entries import File
 from antdist.data.shards import VERIFY_REMEDY
 from antdist.errors import UserError, redact
-from antdist.io.storage import asking, is_uri, open_storage, retry_unreachable
+from antdist.io.storage import is_uri, open_storage, retry_unreachable, translate_storage_errors
 
 CHUNK_BYTES = 4 << 20  # of one read from the storage
 PARALLEL_FETCHES = 8  # of a process
@@ -46,7 +46,7 @@ class RemotePath:
         """Return whether there is such a file. Raises Unreachable."""
         files, path = self._storage()
         try:
-            with asking(str(self)):
+            with translate_storage_errors(str(self)):
                 files.invalidate_cache()
                 return bool(files.info(path)["type"] == "file")
         except FileNotFoundError:
@@ -57,7 +57,7 @@ class RemotePath:
 
         def read() -> bytes:
             files, path = self._storage()
-            with asking(str(self)):
+            with translate_storage_errors(str(self)):
                 return bytes(files.cat_file(path))
 
         return retry_unreachable(read, cached.WAITS)
@@ -84,7 +84,7 @@ class RemotePath:
     def _list(self) -> list[dict[str, Any]]:
         def ask() -> list[dict[str, Any]]:
             files, path = self._storage()
-            with asking(str(self)):
+            with translate_storage_errors(str(self)):
                 files.invalidate_cache()
                 return list(files.ls(path, detail=True))
 
@@ -124,7 +124,7 @@ class RemotePath:
         """Read the file in chunks. Raises Unreachable, or UserError if the file is missing."""
         files, path = self._storage()
         try:
-            with asking(str(self)), files.open(path, "rb", block_size=CHUNK_BYTES) as stream:
+            with translate_storage_errors(str(self)), files.open(path, "rb", block_size=CHUNK_BYTES) as stream:
                 while piece := stream.read(CHUNK_BYTES):
                     yield piece
         except FileNotFoundError:

@@ -1,6 +1,6 @@
-"""The ranks of a run: who we are, and the few collectives that training and evaluation need.
+"""The ranks of a run, and the few collectives that training and evaluation need.
 
-All of them are the identity for one rank without a process group, so the same code runs in one plain process.
+Each is the identity for a single rank without a process group, so the same code runs in one plain process.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ Gather = Callable[[Tensor], Tensor]
 
 @dataclass(frozen=True)
 class World:
-    """This process among its peers. Collectives use the default process group."""
+    """This process's rank, and the number of ranks. Collectives use the default process group."""
 
     rank: int = 0
     size: int = 1
@@ -33,7 +33,7 @@ class World:
 
 
 def current_world() -> World:
-    """The world of the process group that is set up, on its local GPU where there is one; else one rank."""
+    """Return the world of the current process group, on its local GPU if it has one; a single rank without a group."""
     if not dist.is_available() or not dist.is_initialized():
         return World(device=torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     on_gpu = dist.get_backend() == "nccl"
@@ -47,8 +47,10 @@ def row_ranges(rows: int, parts: int) -> list[tuple[int, int]]:
 
 
 def row_gather(world: World, rows: int) -> Gather | None:
-    """A function from this rank's (n_r, w) rows to all (rows, w), differentiable: the gradient of a row is summed over the
-    ranks that used it and goes back to the rank that computed it (law 2). None for one rank: it has them all."""
+    """Make a differentiable function that gathers this rank's (n_r, w) rows to all (rows, w); None for a single rank.
+
+    The gradient of a row is summed over the ranks that used it, and returns to the rank that computed it (law 2).
+    """
     if world.size == 1:
         return None
     return lambda local: _GatherRows.apply(local, world, rows)
@@ -66,7 +68,7 @@ class _GatherRows(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, gradient: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[no-untyped-def]
-        # each rank gets its rows' gradients from all ranks, and adds them in the ranks' order
+        # each rank receives the gradients of its rows from all ranks, and adds them in rank order
         own = ctx.sizes[ctx.world.rank]
         parts = gradient.new_empty(ctx.world.size, own, gradient.shape[1])
         dist.all_to_all_single(parts.flatten(0, 1), gradient.contiguous(), [own] * ctx.world.size, ctx.sizes)
@@ -74,7 +76,7 @@ class _GatherRows(torch.autograd.Function):
 
 
 def sum_over_ranks(world: World, value: Tensor) -> Tensor:
-    """The elementwise sum of `value` over all ranks, in a new tensor."""
+    """Return the elementwise sum of `value` over all ranks, in a new tensor."""
     total = value.detach().clone()
     if world.size > 1:
         dist.all_reduce(total)
@@ -82,7 +84,7 @@ def sum_over_ranks(world: World, value: Tensor) -> Tensor:
 
 
 def gather_objects(world: World, value: T) -> list[T]:
-    """Every rank's `value`, in rank order. Trusted peers only: torch sends it pickled within the job."""
+    """Return every rank's `value`, in rank order. For trusted peers only: torch sends it pickled within the job."""
     if world.size == 1:
         return [value]
     values: list[T | None] = [None] * world.size
@@ -91,7 +93,7 @@ def gather_objects(world: World, value: T) -> list[T]:
 
 
 def agree(world: World, value: T) -> T:
-    """The leader's `value`, on all ranks: decisions are taken together."""
+    """Return the leader's `value` on all ranks, so that they decide alike."""
     if world.size == 1:
         return value
     box: list[T | None] = [value if world.leader else None]

@@ -1,7 +1,7 @@
-"""What this machine does, measured: the matrix product's peak, the memory's bandwidth, real training steps at two sizes.
+"""Calibration: measure a machine's peak matrix product, memory bandwidth, and training steps of two sizes.
 
-From the two steps come the share of the peak that their products reach and the time of a step whatever its size; both are
-what `plan.py` needs to tell a step's time beforehand. A calibration is a JSON file and says what it was taken on.
+The two steps give the share of the peak that their products reach and the fixed time of a step, from which `costs.py` predicts
+the time of any step. A calibration is a JSON file that names its machine.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ from antdist.planning.costs import (
     Step,
     Work,
     activations,
+    count_parameters,
+    estimate_lengths,
     is_aligned,
-    likely_lengths,
     moved_bytes,
-    parameters_of,
     update_bytes,
     useful_operations,
 )
@@ -45,26 +45,26 @@ Sizes = tuple[tuple[int, int, int], ...]
 GEMM_SIZES: Sizes = ((4096, 4096, 4096), (2048, 2048, 2048), (4385, 1024, 2048), (8192, 1024, 1024))
 DIMS = {"text": 768, "image": 1024, "price": 64}  # the authors' features
 WARMING, TURNS = 6, 10  # steps of each size: for memory, for time
-COPIED = 1 << 26  # bytes of the tensor that tells the memory's bandwidth
+COPIED = 1 << 26  # bytes of the tensor that measures the memory's bandwidth
 PAPERS = ModelConfig()
 CONTAINER = Path("/sys/fs/cgroup/memory.max")
-AGAIN = "measure it again with `antdist plan --calibrate --json FILE`"
+REMEASURE = "measure it again with `antdist plan --calibrate --json FILE`"
 
 
 class MeasuredStep(Component):
-    """The fastest of some steps of one size, and what it had to do."""
+    """The fastest of several steps of one size, and its work."""
 
     predictions: Annotated[int, Field(gt=0)]
     seconds: Rate
-    processor: Rate  # seconds, of all threads together: what else is at work lengthens them less
+    processor: Rate  # CPU seconds of all threads: other processes affect them less
     operations: Rate
     moved: Rate
     activations: Rate  # bytes by the plan's formula
-    memory: Rate  # bytes at the peak so far, beyond those before the first model
+    memory: Rate  # peak bytes so far, above those before the first model
 
 
 class Calibration(Component):
-    """One machine's figures: `Machine` says what they are. Efficiency, fixed time, overhead and slack are fitted to `steps`."""
+    """Measured fields of a `Machine`. Efficiency, fixed time, overhead and slack are fitted to `steps`."""
 
     device: Literal["cpu", "gpu"]
     name: str
@@ -79,8 +79,8 @@ class Calibration(Component):
     slack: Rate
     steps: list[MeasuredStep]
 
-    def applied_to(self, machine: Machine) -> Machine:
-        """The machine with what was measured in place of what was assumed."""
+    def apply_to(self, machine: Machine) -> Machine:
+        """Return the machine with measured figures in place of assumed ones."""
         return replace(
             machine,
             name=f"{machine.name}, calibrated on {self.name}",
@@ -99,9 +99,9 @@ class Calibration(Component):
             f"peak of the matrix product  {self.peak / 1e9:,.0f} GFLOP/s",
             f"bandwidth of the memory     {self.bandwidth / 1e9:,.1f} GB/s",
             *(f"a step of {s.predictions:,} predictions  {s.seconds:.3f} s" for s in self.steps),
-            f"of the peak, by the products of a step  {100 * self.efficiency:.0f} %",
-            f"a step whatever its size    {1000 * self.fixed:.0f} ms",
-            f"a process before it trains  {self.overhead / 1e6:.0f} MB, then {self.slack:.2f} bytes for a byte of activations",
+            f"share of the peak in a step  {100 * self.efficiency:.0f} %",
+            f"fixed time of a step        {1000 * self.fixed:.0f} ms",
+            f"a process before it trains  {self.overhead / 1e6:.0f} MB, then {self.slack:.2f} bytes per byte of activations",
         ]
 
     def to_json(self) -> dict[str, Any]:
@@ -109,23 +109,25 @@ class Calibration(Component):
 
 
 def read_calibration(file: Path) -> Calibration:
-    """Raises UserError: missing, no JSON, not a calibration."""
+    """Read a calibration. Raises UserError if the file is missing, not JSON, or something else."""
     try:
         return Calibration.model_validate(json.loads(file.read_text(encoding="utf-8")))
     except FileNotFoundError:
-        raise UserError("no such file", where=file, remedy=AGAIN) from None
+        raise UserError("no such file", where=file, remedy=REMEASURE) from None
     except OSError as error:
         raise UserError(f"cannot be read ({error.strerror})", where=file) from None
     except ValidationError as error:
         first = error.errors()[0]
         key = ".".join(map(str, first["loc"]))
-        raise UserError(f"is no calibration: {key or 'it'}: {first['msg'].lower()}", where=file, remedy=AGAIN) from None
+        raise UserError(
+            f"is not a calibration: {key or 'it'}: {first['msg'].lower()}", where=file, remedy=REMEASURE
+        ) from None
     except (ValueError, RecursionError) as error:
-        raise UserError(f"is not JSON ({error})", where=file, remedy=AGAIN) from None
+        raise UserError(f"is not JSON ({error})", where=file, remedy=REMEASURE) from None
 
 
-def line_through(small: tuple[float, float], large: tuple[float, float]) -> tuple[float, float]:
-    """Slope and height at 0 of the line through two points (x, y); neither is negative: noise would make one so."""
+def fit_line(small: tuple[float, float], large: tuple[float, float]) -> tuple[float, float]:
+    """Return slope and intercept of the line through two points (x, y), both at least 0 in spite of noise."""
     (x, y), (wide, high) = small, large
     slope = max((high - y) / (wide - x), 0.0)
     height = high - slope * wide
@@ -138,30 +140,30 @@ def calibrate(
     gemm_sizes: Sizes = GEMM_SIZES,
     model: ModelConfig = PAPERS,
 ) -> Calibration:
-    """Measure this machine, its GPU if it has one: half a minute on a few cores. Uses the threads that torch is set to.
+    """Measure this machine, or its GPU if it has one, with torch's current threads: half a minute on a few cores.
 
     Raises:
-        UserError: no Linux, whose accounts of a process's memory are read.
+        UserError: not on Linux, from which the memory of a process is read.
     """
     import torch
 
     from antdist.model.ops.products import exact_products
 
     if not sys.platform.startswith("linux"):
-        raise UserError("a process's memory can be measured on Linux alone", where="--calibrate")
+        raise UserError("the memory of a process can be measured only on Linux", where="--calibrate")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     on_gpu = device.type == "cuda"
     with exact_products(device):
         before = _begin_memory(device)
-        found = _measured(device, sizes, items, model, before)
+        found = _measure_steps(device, sizes, items, model, before)
         bandwidth = _bandwidth(device)
-        peak = gemm_peak(device, torch.bfloat16 if on_gpu else torch.float32, gemm_sizes)
-    parameters = parameters_of(model, DIMS, 0)
+        peak = measure_gemm_peak(device, torch.bfloat16 if on_gpu else torch.float32, gemm_sizes)
+    parameters = count_parameters(model, DIMS, 0)
     update = update_bytes(parameters)
     points = [(s.operations, max(s.seconds - (s.moved + update) / bandwidth, 0.05 * s.seconds)) for s in found]
-    seconds_an_operation, fixed = line_through(*points)
-    slack, kept = line_through(*((s.activations, s.memory) for s in found))
-    # others at work while the peak was taken make it too low
+    seconds_an_operation, fixed = fit_line(*points)
+    slack, kept = fit_line(*((s.activations, s.memory) for s in found))
+    # other processes may have lowered the measured peak
     peak = max(peak, 1 / seconds_an_operation)
     return Calibration(
         device="gpu" if on_gpu else "cpu",
@@ -179,21 +181,21 @@ def calibrate(
     )
 
 
-def gemm_peak(device: torch.device, dtype: torch.dtype, sizes: Sizes = GEMM_SIZES) -> float:
-    """The most operations a second that a plain matrix product reaches here: the best of five tries at each size."""
+def measure_gemm_peak(device: torch.device, dtype: torch.dtype, sizes: Sizes = GEMM_SIZES) -> float:
+    """Return the operations per second of the fastest plain matrix product: the best of five attempts at each size."""
     import torch
 
     best = 0.0
     for rows, inner, columns in sizes:
         a = torch.randn(rows, inner, device=device).to(dtype)
         b = torch.randn(inner, columns, device=device).to(dtype)
-        fastest = min(timed(device, lambda a=a, b=b: a @ b) for _ in range(5))
+        fastest = min(measure_seconds(device, lambda a=a, b=b: a @ b) for _ in range(5))
         best = max(best, 2.0 * rows * inner * columns / fastest)
     return best
 
 
-def timed(device: torch.device, work: Any) -> float:
-    """Seconds of a work, to its end on the device."""
+def measure_seconds(device: torch.device, work: Any) -> float:
+    """Return the seconds that a call takes until its end on the device."""
     synchronise(device)
     start = time.perf_counter()
     work()
@@ -202,7 +204,7 @@ def timed(device: torch.device, work: Any) -> float:
 
 
 def synchronise(device: torch.device) -> None:
-    """Wait for what the device still has to do; a CPU has done it."""
+    """Wait until a GPU has finished its queued work."""
     import torch
 
     if device.type == "cuda":
@@ -210,23 +212,23 @@ def synchronise(device: torch.device) -> None:
 
 
 def _bandwidth(device: torch.device) -> float:
-    """Bytes a second that a pass over memory reads and writes."""
+    """Return the bytes per second that a pass over memory reads and writes."""
     import torch
 
     a = torch.ones(COPIED // 4, device=device)
     b = torch.empty_like(a)
-    return 2 * COPIED / min(timed(device, lambda: torch.mul(a, 1.5, out=b)) for _ in range(8))
+    return 2 * COPIED / min(measure_seconds(device, lambda: torch.mul(a, 1.5, out=b)) for _ in range(8))
 
 
 def _host_memory() -> int:
-    """Bytes of the machine's memory; in a container those that it may take."""
+    """Return the bytes of the machine's memory, or of the container's limit."""
     whole = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     allowed = CONTAINER.read_text(encoding="ascii").strip() if CONTAINER.is_file() else "max"
     return whole if allowed == "max" else min(whole, int(allowed))
 
 
-def step_of(batch: Batch, loss: LossConfig, model: ModelConfig, dims: dict[str, int]) -> Step:
-    """What a rank's batch asks for, counted."""
+def count_step(batch: Batch, loss: LossConfig, model: ModelConfig, dims: dict[str, int]) -> Step:
+    """Count the work of a rank's batch."""
     lengths = batch.offsets.diff().double()
     aligned = batch.own[1] - batch.own[0] if is_aligned(loss, model, dims) else 0
     work = Work(
@@ -241,24 +243,24 @@ def step_of(batch: Batch, loss: LossConfig, model: ModelConfig, dims: dict[str, 
 
 
 def _begin_memory(device: torch.device) -> int:
-    """Bytes that are taken already; from here on the peak is noted."""
+    """Reset the peak, and return the bytes in use."""
     import torch
 
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         return torch.cuda.memory_reserved(device)
-    keep_freed_memory()  # as `train` does
+    keep_freed_memory()  # as in training
     reset_peak()
     return resident_bytes()
 
 
-def _measured(
+def _measure_steps(
     device: torch.device, sizes: tuple[int, int], items: int, model: ModelConfig, before: int
 ) -> list[MeasuredStep]:
-    """Of each size the fastest, for what it had to do, of some training steps of the plain engine.
+    """Measure training steps of the plain engine, and return the fastest of each size in relation to its work.
 
-    First some steps of the smaller size, then some of the larger one, for their memory; then they take turns, so that what
-    else is at work on the machine meets both.
+    Steps of the smaller size and then of the larger one give their memory; then the sizes alternate for their time, so that
+    other processes on the machine affect both.
     """
     import torch
 
@@ -273,7 +275,7 @@ def _measured(
 
     def measure(predictions: int, seed: int) -> MeasuredStep:
         batch, features = _inputs(predictions, items, model.max_length, seed)
-        done = step_of(batch, loss, model, DIMS)
+        done = count_step(batch, loss, model, DIMS)
         batch, features = batch.to(device), features.to(device)
 
         def step() -> None:
@@ -281,7 +283,7 @@ def _measured(
             engine.update(1e-3)
 
         begun = time.process_time()
-        seconds = timed(device, step)
+        seconds = measure_seconds(device, step)
         processor = time.process_time() - begun
         taken = torch.cuda.max_memory_reserved(device) if device.type == "cuda" else peak_bytes()
         return MeasuredStep(
@@ -305,7 +307,7 @@ def _measured(
 
 
 def _inputs(predictions: int, items: int, max_length: int, seed: int) -> tuple[Batch, ItemInputs]:
-    """A batch of generated histories, about so many predictions, and random features of its items."""
+    """Make a batch of generated histories with about `predictions` predictions, and random features of its items."""
     import torch
 
     from antdist import ragged
@@ -314,7 +316,7 @@ def _inputs(predictions: int, items: int, max_length: int, seed: int) -> tuple[B
     from antdist.data.stream.windows import user_windows
 
     random = np.random.default_rng(seed)
-    likely = likely_lengths(14.4).astype(np.int64) - 2
+    likely = estimate_lengths(14.4).astype(np.int64) - 2
     lengths = random.choice(likely, max(1, round(predictions / float(likely.mean() - 1))))
     chance = 1.0 / (np.arange(items) + 10.0) ** 0.8
     names = random.choice(items, int(lengths.sum()), p=chance / chance.sum())

@@ -1,9 +1,9 @@
-"""A run on paper: what a step computes, moves, holds and reads, from configuration and data in figures; what limits it.
+"""Costs of a run by arithmetic: what a step computes, moves, keeps and reads, and what limits it.
 
     workload (users, items, popularity) + configuration ─▶ `Work` of a rank, by expectation
-    work + `Machine` + `Speed` ─▶ memory, seconds of each resource a step, hours ─▶ the first bottleneck
+    work + `Machine` ─▶ memory, seconds of each resource a step, hours ─▶ the first bottleneck
 
-All of it is arithmetic on numbers: no data are opened, nothing is measured (`calibration.py` does that), torch is not needed.
+No data are opened, nothing is measured (`calibration.py` does that), and torch is not imported.
 Sizes are bytes, times seconds, rates a second.
 """
 
@@ -25,8 +25,8 @@ FloatArray = NDArray[np.float64]
 Config = PretrainConfig | RelearnConfig
 
 FLOAT = 4
-SHORTEST = 3  # interactions of a user in a prepared domain, of which two are held out
-READ_AHEAD = 4  # steps whose inputs lie in the host's memory: two waiting, one at work, one in the making
+MIN_INTERACTIONS = 3  # interactions of a user in a prepared domain, of which two are held out
+READ_AHEAD = 4  # steps whose inputs are in host memory: two waiting, one in use, one being made
 CACHE_SHARE = 0.2  # of a GPU's memory, for features (antdist.training.feed)
 BUCKET = 500_000_000  # gradients in DeepSpeed's buffer of stages 1 and 2, if `reduce_bucket_size` is not set
 PAGE = 4096
@@ -39,7 +39,7 @@ QUANTILES = 2_000  # of users' lengths
 
 @dataclass(frozen=True)
 class Popularity:
-    """How often items occur in an epoch's training parts: `many[i]` items occur `counts[i]` times each."""
+    """Item frequencies in an epoch's training parts: `many[i]` items occur `counts[i]` times each."""
 
     counts: FloatArray
     many: FloatArray
@@ -50,7 +50,7 @@ class Popularity:
 
 
 def zipf(items: int, interactions: float, exponent: float, shift: float = 10.0) -> Popularity:
-    """Popularity in proportion to (rank + shift) ** -exponent; beyond some thousand ranks in runs of like items."""
+    """Return popularity proportional to (rank + shift) ** -exponent; rare items share one frequency per range of ranks."""
     edges = np.unique(np.geomspace(1, items + 1, RANKS).astype(np.int64))
     edges[-1] = items + 1
     many = np.diff(edges).astype(np.float64)
@@ -59,16 +59,16 @@ def zipf(items: int, interactions: float, exponent: float, shift: float = 10.0) 
     return Popularity(law * (interactions / float(law @ many)), many)
 
 
-def counted(counts: IntArray) -> Popularity:
-    """The popularity of prepared domains, item by item."""
+def count_popularity(counts: IntArray) -> Popularity:
+    """Return the popularity of prepared domains from their counts per item."""
     found, many = np.unique(counts, return_counts=True)
     return Popularity(found.astype(np.float64), many.astype(np.float64))
 
 
 def expected_distinct(draws: float, popularity: Popularity, uniform: float = 0.0) -> float:
-    """How many distinct items some interactions of an epoch name, and `uniform` more draws from all items alike.
+    """Return the expected distinct items in `draws` interactions of an epoch and `uniform` draws from all items.
 
-    An interaction is among `draws` with the same chance as each other one, so an item that occurs c times stays out with
+    Each interaction is equally likely to be drawn, so an item that occurs c times is absent with probability
     (1 - draws / all) ** c.
     """
     share = min(draws / popularity.interactions, 1 - 1e-12)
@@ -77,8 +77,8 @@ def expected_distinct(draws: float, popularity: Popularity, uniform: float = 0.0
     return float(popularity.many @ -np.expm1(absent))
 
 
-def likely_lengths(mean: float, least: int = 5, deviation: float = 1.0) -> FloatArray:
-    """Interactions a user at evenly spaced quantiles: `least`, log-normal above, of this mean."""
+def estimate_lengths(mean: float, least: int = 5, deviation: float = 1.0) -> FloatArray:
+    """Return interactions per user at evenly spaced quantiles: log-normal above `least`, with this mean."""
     if mean <= least:
         return np.full(1, mean)
     places = (np.arange(QUANTILES) + 0.5) / QUANTILES
@@ -88,7 +88,7 @@ def likely_lengths(mean: float, least: int = 5, deviation: float = 1.0) -> Float
 
 @dataclass(frozen=True)
 class Workload:
-    """The data of a run in figures. `lengths` are interactions a user, held-out ones included, of users that stand for all."""
+    """Figures of a run's data. `lengths` are the interactions, held-out ones included, of a sample of users."""
 
     name: str
     users: int
@@ -102,23 +102,23 @@ class Workload:
 
     @property
     def predictions(self) -> int:
-        """An epoch's: of each user all interactions but the first and the two held out."""
+        """Predictions per epoch: all interactions of a user except the first and the two held out."""
         return max(self.interactions - 3 * self.users, 1)
 
 
 @dataclass(frozen=True)
 class Windows:
-    """What an average user makes of an epoch."""
+    """The average user's share of an epoch."""
 
     windows: float
     tokens: float
-    pairs: float  # of tokens that see each other, their own included
+    pairs: float  # of tokens that attend to each other, themselves included
     predictions: float
 
 
-def windows_of(lengths: FloatArray, max_length: int, mode: str) -> Windows:
-    """As `antdist.data.stream.windows` cuts users, by expectation."""
-    inputs = np.maximum(np.round(lengths) - SHORTEST, 0).astype(np.int64)
+def count_windows(lengths: FloatArray, max_length: int, mode: str) -> Windows:
+    """Return what `antdist.data.stream.windows` makes of the average user."""
+    inputs = np.maximum(np.round(lengths) - MIN_INTERACTIONS, 0).astype(np.int64)
     if mode == "prefix":
         short = np.minimum(inputs, max_length)
         full = inputs - short
@@ -128,7 +128,7 @@ def windows_of(lengths: FloatArray, max_length: int, mode: str) -> Windows:
     stride = max(1, max_length // 2)
     later = -(-np.maximum(inputs - max_length, 0) // stride)
     first = np.minimum(inputs, max_length)
-    # later windows are full but for the last
+    # later windows are full except the last
     last = np.where(later > 0, inputs - later * stride, 0)
     full = np.maximum(later - 1, 0)
     tokens = first + full * max_length + last
@@ -141,9 +141,9 @@ def windows_of(lengths: FloatArray, max_length: int, mode: str) -> Windows:
 
 @dataclass(frozen=True)
 class Work:
-    """A rank's part of a micro-batch. `aligned` are the images that it compares with all candidates' texts."""
+    """A rank's share of a micro-batch. `aligned` counts the images that it compares with all candidates' texts."""
 
-    items: float  # distinct ones that it embeds
+    items: float  # distinct items that it embeds
     tokens: float
     pairs: float
     predictions: float
@@ -153,22 +153,22 @@ class Work:
 
 @dataclass(frozen=True)
 class Step:
-    """A micro-batch over all ranks, and a rank's part of it."""
+    """A micro-batch over all ranks, and a rank's share of it."""
 
     rank: Work
-    items: float  # distinct ones over all ranks
+    items: float  # distinct items over all ranks
     windows: float  # over all ranks
-    width: float  # of a block of attention: the longest window
+    width: float  # of an attention block: the longest window
 
 
 def expected_step(config: Config, data: Workload, ranks: int) -> Step:
-    """By expectation, from popularity and lengths."""
+    """Estimate a step from popularity and lengths."""
     model, loss, stream = config.model, config.loss, config.stream
-    user = windows_of(data.lengths, model.max_length, stream.mode)
+    user = count_windows(data.lengths, model.max_length, stream.mode)
     predictions = min(stream.batch_size, data.predictions) / config.training.accumulation
     users = predictions / max(user.predictions, 1e-9)
     tokens, windows = users * user.tokens, users * user.windows
-    # a window names its tokens and its last target; of later windows of a user only the new ones
+    # a window contains its tokens and its last target; later windows of a user add only new ones
     named = predictions + (tokens if stream.mode == "prefix" else users)
     uniform = loss.samples if loss.negatives == "sampled" else 0
     if loss.negatives == "catalogue":
@@ -177,7 +177,7 @@ def expected_step(config: Config, data: Workload, ranks: int) -> Step:
         items = expected_distinct(named, data.popularity, uniform)
         candidates = expected_distinct(predictions, data.popularity, uniform)
     aligned = candidates if is_aligned(loss, model, data.dims) else 0.0
-    longest = min(float(np.max(data.lengths)) - SHORTEST, model.max_length) if windows else 1.0
+    longest = min(float(np.max(data.lengths)) - MIN_INTERACTIONS, model.max_length) if windows else 1.0
     rank = Work(
         items / ranks, tokens / ranks, users * user.pairs / ranks, predictions / ranks, candidates, aligned / ranks
     )
@@ -185,12 +185,12 @@ def expected_step(config: Config, data: Workload, ranks: int) -> Step:
 
 
 def is_aligned(loss: LossConfig, model: ModelConfig, dims: Mapping[str, int]) -> bool:
-    """Whether a step compares images with texts."""
+    """Return whether a step compares images with texts."""
     return loss.alignment > 0 and {"text", "image"} <= set(model.modalities) & set(dims)
 
 
 def useful_operations(work: Work, model: ModelConfig, dims: Mapping[str, int]) -> float:
-    """Operations of a rank's matrix products, forward and backward, without recomputation.
+    """Count the operations of a rank's matrix products, forward and backward, without recomputation.
 
     Counts each distinct item that the rank embeds once through the experts and gates (their input needs no gradient: twice
     the forward pass), each real token through the linear maps, each pair of tokens that may see each other, each prediction
@@ -205,10 +205,10 @@ def useful_operations(work: Work, model: ModelConfig, dims: Mapping[str, int]) -
 
 
 def moved_bytes(step: Step, model: ModelConfig, dims: Mapping[str, int]) -> float:
-    """Bytes that all else than a rank's matrix products reads and writes: dropout, mixing, norms, softmax.
+    """Count the bytes that everything except matrix products reads and writes: dropout, mixing, norms, softmax.
 
-    Passes over a tensor, forward and backward, as the code makes them: 6 over features and 6 over the experts' outputs,
-    60 d and 12 inner a token and layer, 16 over attention's weights, 8 over logits.
+    Passes over each tensor, forward and backward: 6 over features and 6 over the experts' outputs, 60 d and 12 inner per
+    token and layer, 16 over attention weights, 8 over logits.
     """
     work = step.rank
     tower = sum(work.items * (6 * width + 6 * _experts(model) * model.dim) for width in dims.values())
@@ -218,7 +218,7 @@ def moved_bytes(step: Step, model: ModelConfig, dims: Mapping[str, int]) -> floa
 
 
 def update_bytes(parameters: float) -> float:
-    """Bytes that Adam reads and writes: weight, gradient, two moments; all but the gradient are written back."""
+    """Count the bytes that Adam reads and writes: weight, gradient, two moments; all but the gradient are written back."""
     return 7.0 * FLOAT * parameters
 
 
@@ -226,8 +226,8 @@ def _experts(model: ModelConfig) -> int:
     return model.experts if model.mixture else 1
 
 
-def parameters_of(model: ModelConfig, dims: Mapping[str, int], catalogue_size: int) -> int:
-    """Learned numbers of `antdist.model.recommender.Recommender`."""
+def count_parameters(model: ModelConfig, dims: Mapping[str, int], catalogue_size: int) -> int:
+    """Count the parameters of `antdist.model.recommender.Recommender`."""
     d, experts = model.dim, model.experts
     count = 0
     for modality, width in dims.items():
@@ -242,7 +242,7 @@ def parameters_of(model: ModelConfig, dims: Mapping[str, int], catalogue_size: i
 
 
 def checkpoint_bytes(parameters: int) -> int:
-    """Weights and two moments in float32; the headers are a few kilobytes more."""
+    """Return the size of weights and two moments in float32; headers add a few kilobytes."""
     return 3 * FLOAT * parameters
 
 
@@ -251,17 +251,17 @@ def checkpoint_bytes(parameters: int) -> int:
 
 @dataclass(frozen=True)
 class Machine:
-    """One rank's part of a machine, and the nodes around it. What a calibration has not measured is an assumption."""
+    """One rank's share of a machine, and its nodes. What no calibration has measured is assumed."""
 
     name: str
     gpu: bool
-    memory: float  # of the device; of the host, where that is the device
-    overhead: float  # bytes of it that a process takes before it trains: libraries, their caches
-    slack: float  # bytes that the allocator takes for a byte of what comes and goes
-    peak: Mapping[str, float]  # operations a second of a matrix product, by precision
+    memory: float  # of the device (a CPU's is that of the host)
+    overhead: float  # bytes of it that a process uses before it trains: libraries and their caches
+    slack: float  # bytes that the allocator reserves per byte of activations
+    peak: Mapping[str, float]  # operations per second of a matrix product, by precision
     bandwidth: float  # of the device's memory
-    efficiency: float  # of the products in a step, of the peak
-    fixed: float  # seconds of a micro-batch whatever its size
+    efficiency: float  # share of the peak that the products of a step reach
+    fixed: float  # seconds of a micro-batch of any size
     ranks_a_node: int
     node_memory: float  # for the page cache
     link: float  # to ranks of the same node
@@ -270,7 +270,7 @@ class Machine:
     storage: float  # of one node
 
     def between(self, ranks: int) -> float:
-        """Bytes a second that a rank exchanges with its peers."""
+        """Return the bytes per second that a rank exchanges with its peers."""
         return self.link if ranks <= self.ranks_a_node else self.network
 
 
@@ -283,7 +283,7 @@ MACHINES = {
     "h200": Machine("h200", memory=141e9, peak={"bf16": 989e12, "fp32": 67e12}, bandwidth=4.8e12, link=450e9, **_GPU),
     "a100": Machine("a100", memory=80e9, peak={"bf16": 312e12, "fp32": 19.5e12}, bandwidth=2.0e12, link=300e9, **_GPU),
     "l4": Machine("l4", memory=24e9, peak={"bf16": 121e12, "fp32": 30e12}, bandwidth=0.3e12, link=25e9, **_GPU),
-    # the machine that benchmarks/RESULTS.md tells of, its four cores waiting passively
+    # the machine of benchmarks/RESULTS.md, with four cores and passive waiting
     "cpu": Machine(
         "cpu",
         gpu=False,
@@ -309,7 +309,7 @@ MACHINES = {
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes of one rank at the peak of a step, by what they are: on its device, and in the host's memory beside it."""
+    """Bytes of one rank at the peak of a step, by purpose: on its device, and beside it in host memory."""
 
     device: dict[str, float]
     host: dict[str, float]
@@ -320,9 +320,9 @@ class Memory:
 
 
 def state_memory(config: Config, parameters: int, ranks: int) -> dict[str, float]:
-    """Weights, gradients and Adam's moments, divided among the ranks as the ZeRO stage has it; what DeepSpeed adds.
+    """Return the bytes of weights, gradients and moments, sharded by the ZeRO stage, and of DeepSpeed's buffers.
 
-    Stages 1 and 2 keep each rank's part of the weights a second time, and a buffer for gradients on their way.
+    Stages 1 and 2 keep a second copy of each rank's share of the weights, and a buffer for gradients in transit.
     """
     training = config.training
     stage = training.zero_stage if training.engine == "deepspeed" else 0
@@ -343,11 +343,11 @@ def state_memory(config: Config, parameters: int, ranks: int) -> dict[str, float
 def activations(
     step: Step, model: ModelConfig, loss: LossConfig, dims: Mapping[str, int], ranks: int, precision: str
 ) -> dict[str, float]:
-    """What the forward pass of a micro-batch keeps for the backward one, and the largest block of the loss.
+    """Return the bytes that the forward pass of a micro-batch keeps for the backward one, and the loss's largest block.
 
-    Of each distinct item its features, as they are and after dropout, and the outputs of all experts; the items of all
-    ranks; of each token and layer 16 d-wide and 3 inner-wide tensors and attention's weights, twice; a block and a half of
-    logits. In mixed precision what products read is of two bytes, the rest of four.
+    Per distinct item its features before and after dropout, and the outputs of all experts; the items of all ranks; per
+    token and layer 16 d-wide and 3 inner-wide tensors and two copies of the attention weights; 1.5 blocks of logits. In
+    mixed precision the inputs of products take two bytes, everything else four.
     """
     work, low, d = step.rank, FLOAT if precision == "fp32" else FLOAT // 2, model.dim
     tower = sum(
@@ -356,7 +356,7 @@ def activations(
     )
     gathered = step.items * low * gathered_width(work, model) * (2 if ranks > 1 else 1)
     layer = 8 * d * (FLOAT + low) + 3 * model.inner * low + 4 * model.heads * step.width * low
-    # recomputed, a layer at a time is there whole; of the others only what they read
+    # with recomputation one layer is complete at a time; the others keep only their inputs
     kept = layer + (model.layers - 1) * d * FLOAT if model.activation_checkpointing else model.layers * layer
     block = 1.5 * max(work.predictions, work.aligned) * min(work.candidates, loss.chunk)
     return {
@@ -367,12 +367,12 @@ def activations(
 
 
 def gathered_width(work: Work, model: ModelConfig) -> int:
-    """Numbers an item that ranks exchange: its embedding, and its text where images are aligned with texts."""
+    """Return the numbers per item that ranks exchange: its embedding, and its text where images are aligned with texts."""
     return 2 * model.dim + 2 if work.aligned else model.dim
 
 
-def held_features(data: Workload, loss: LossConfig, ranks: int, machine: Machine) -> float:
-    """Bytes of features that stay with the rank between steps (`antdist.training.feed.Feed.cached_features`): 0 if a step brings its own."""
+def cached_feature_bytes(data: Workload, loss: LossConfig, ranks: int, machine: Machine) -> float:
+    """Return the bytes of features cached between steps (`antdist.training.feed.Feed.cached_features`); 0 if none are."""
     row = sum(FLOAT * width + 1 for width in data.dims.values()) + 8
     same_items = loss.negatives == "catalogue"
     held = row * (data.items / ranks if same_items else data.items)
@@ -380,13 +380,13 @@ def held_features(data: Workload, loss: LossConfig, ranks: int, machine: Machine
     return held if same_items or fits else 0.0
 
 
-def memory_of(config: Config, data: Workload, step: Step, ranks: int, machine: Machine) -> Memory:
-    """Of one rank, at the peak of a step."""
-    parameters = parameters_of(config.model, data.dims, data.items)
-    held = held_features(data, config.loss, ranks, machine)
+def estimate_memory(config: Config, data: Workload, step: Step, ranks: int, machine: Machine) -> Memory:
+    """Estimate the memory of one rank at the peak of a step."""
+    parameters = count_parameters(config.model, data.dims, data.items)
+    held = cached_feature_bytes(data, config.loss, ranks, machine)
     on_device = machine.gpu and held <= CACHE_SHARE * machine.memory
     device = {"process": machine.overhead, **state_memory(config, parameters, ranks)}
-    if "DeepSpeed's buffer" in device and not machine.gpu:  # a CPU gives memory only where it is written
+    if "DeepSpeed's buffer" in device and not machine.gpu:  # on a CPU only memory that is written counts
         device["DeepSpeed's buffer"] = min(device["DeepSpeed's buffer"], device["weights"])
     kept = activations(step, config.model, config.loss, data.dims, ranks, config.training.precision)
     device |= {name: machine.slack * size for name, size in kept.items()}
@@ -394,9 +394,9 @@ def memory_of(config: Config, data: Workload, step: Step, ranks: int, machine: M
     host = {
         "features read ahead": 0.0 if held else READ_AHEAD * step_features * (1 if machine.gpu else machine.slack),
         "popularity": 8.0 * data.items,
-        "checkpoint in the making": float(checkpoint_bytes(parameters)),
+        "pending checkpoint": float(checkpoint_bytes(parameters)),
     }
-    (device if on_device else host)["held features"] = held
+    (device if on_device else host)["cached features"] = held
     return Memory(device, host) if machine.gpu else Memory(device | host, {})
 
 
@@ -405,8 +405,7 @@ def memory_of(config: Config, data: Workload, step: Step, ranks: int, machine: M
 
 @dataclass(frozen=True)
 class Plan:
-    """What one run would be. `seconds` are what a step asks of each resource; compute and interconnect take turns, data are
-    brought meanwhile."""
+    """The costs of a run. `seconds` are those of a step by resource; compute and interconnect alternate, reading overlaps."""
 
     data: Workload
     ranks: int
@@ -421,7 +420,7 @@ class Plan:
     checkpoint: int
     checkpoint_seconds: float
     bottleneck: str
-    setting: str  # that moves it
+    setting: str  # that relieves it
 
     @property
     def step_seconds(self) -> float:
@@ -429,7 +428,7 @@ class Plan:
 
     @property
     def hours(self) -> float:
-        """Of all epochs, validations apart."""
+        """Hours of all epochs, without validations."""
         return self.step_seconds * self.steps_an_epoch * self.epochs / 3600
 
 
@@ -438,9 +437,9 @@ def step_seconds(seconds: Mapping[str, float]) -> float:
 
 
 def compute_seconds(config: Config, data: Workload, step: Step, ranks: int, machine: Machine) -> dict[str, float]:
-    """Of one step: products, all other passes over memory, the update, and what a step costs whatever its size."""
+    """Return the seconds of a step for products, other memory passes, the update, and its fixed cost."""
     training, model, times = config.training, config.model, config.training.accumulation
-    parameters = parameters_of(model, data.dims, data.items)
+    parameters = count_parameters(model, data.dims, data.items)
     sharded = ranks if training.engine == "deepspeed" and training.zero_stage else 1
     peak = machine.peak["fp32" if training.precision == "fp32" else "bf16"]
     return {
@@ -452,32 +451,34 @@ def compute_seconds(config: Config, data: Workload, step: Step, ranks: int, mach
 
 
 def exchanged_bytes(config: Config, step: Step, parameters: int, ranks: int) -> dict[str, float]:
-    """Bytes that a rank sends in a step: rows of items there, their gradients back; gradients of the weights."""
+    """Return the bytes that a rank sends in a step: items' rows and their gradients, and gradients of the weights."""
     model, training = config.model, config.training
     low = FLOAT if training.precision == "fp32" else FLOAT // 2
     others = (ranks - 1) / ranks
     rows = 2 * others * step.items * gathered_width(step.rank, model) * low * training.accumulation
-    # an all-reduce sends twice; stage 3 brings the weights in both passes besides
+    # an all-reduce sends twice; stage 3 also gathers the weights in both passes
     passes = 4 if training.engine == "deepspeed" and training.zero_stage == 3 else 2
     return {"rows": rows, "gradients": passes * others * FLOAT * parameters}
 
 
 def make_plan(config: Config, data: Workload, ranks: int, machine: Machine) -> Plan:
-    """All figures of a run on that many ranks."""
+    """Compute all figures of a run on `ranks` ranks."""
     step = expected_step(config, data, ranks)
-    parameters = parameters_of(config.model, data.dims, data.items)
-    memory = memory_of(config, data, step, ranks, machine)
+    parameters = count_parameters(config.model, data.dims, data.items)
+    memory = estimate_memory(config, data, step, ranks, machine)
     compute = compute_seconds(config, data, step, ranks, machine)
     exchanged = exchanged_bytes(config, step, parameters, ranks)
     steps = max(1, math.ceil(data.predictions / config.stream.batch_size))
     nodes = math.ceil(ranks / machine.ranks_a_node)
     times = (
-        0 if memory.device.get("held features") or memory.host.get("held features") else config.training.accumulation
+        0
+        if memory.device.get("cached features") or memory.host.get("cached features")
+        else config.training.accumulation
     )
     rows = times * step.rank.items
     missing = max(0.0, 1 - machine.node_memory / max(data.items * data.row_bytes, 1.0))
     pages = sum(math.ceil(data.row_bytes * width / sum(data.dims.values()) / PAGE) + 1 for width in data.dims.values())
-    # each rank reads all sequences, and those of a node share its page cache
+    # each rank reads all sequences; the ranks of a node share its page cache
     read = data.sequence_bytes / steps + min(ranks, machine.ranks_a_node) * rows * missing * pages * PAGE
     seconds = {
         "compute": sum(compute.values()),
@@ -501,11 +502,11 @@ def make_plan(config: Config, data: Workload, ranks: int, machine: Machine) -> P
         checkpoint=size,
         checkpoint_seconds=size / machine.storage,
         bottleneck=bottleneck,
-        setting=_setting(bottleneck, config, memory, compute, exchanged, missing),
+        setting=_advise(bottleneck, config, memory, compute, exchanged, missing),
     )
 
 
-def _setting(
+def _advise(
     bottleneck: str,
     config: Config,
     memory: Memory,
@@ -513,34 +514,34 @@ def _setting(
     exchanged: Mapping[str, float],
     missing: float,
 ) -> str:
-    """What moves the bottleneck, in a line."""
+    """Name the setting that relieves the bottleneck."""
     training = config.training
     if bottleneck == "memory":
         largest = max(memory.device, key=lambda name: memory.device[name])
-        return f"{largest} is the most of it: {_smaller(largest, config)}"
+        return f"mostly {largest}: {_advise_memory(largest, config)}"
     if bottleneck == "compute":
         if config.stream.mode == "prefix":
             return "stream.mode=sequence: one pass predicts at every position"
         if compute["fixed"] + compute["update"] > 0.5 * sum(compute.values()):
-            return "stream.batch_size: most of a step costs the same whatever its size"
+            return "stream.batch_size: most of a step's cost does not depend on its size"
         if training.precision == "fp32":
             return "training.precision=bf16 on GPUs, then more of them (--gpus)"
         return "more GPUs (--gpus)"
     if bottleneck == "interconnect":
         if exchanged["rows"] > exchanged["gradients"]:
-            return "loss.alignment=0 halves what is exchanged of items; training.precision=bf16 of four bytes makes two"
+            return "loss.alignment=0 halves what is exchanged of items; training.precision=bf16 halves the bytes"
         if training.zero_stage == 3:
             return "training.zero_stage=1: weights stay on every rank"
         return "stream.batch_size: more predictions for each exchange of gradients"
     if bottleneck == "feature look-up":
-        return "tables of two bytes a number (featurize --dtype float16), more ranks to share the items (--gpus)"
+        return "two-byte tables (featurize --dtype float16), more ranks to share the items (--gpus)"
     if missing:
-        return "tables of two bytes a number (featurize --dtype float16), more memory a node for the page cache"
-    return "stream.batch_size: fewer nodes that each read all sequences; or data.root on faster storage"
+        return "two-byte tables (featurize --dtype float16), more memory a node for the page cache"
+    return "fewer nodes, since each reads all sequences; a larger stream.batch_size; or data.root on faster storage"
 
 
-def _smaller(largest: str, config: Config) -> str:
-    """What makes the largest part of the memory smaller."""
+def _advise_memory(largest: str, config: Config) -> str:
+    """Name the setting that shrinks the largest part of the memory."""
     training = config.training
     if largest in ("weights", "gradients", "moments", "second weights"):
         return f"training.zero_stage={min(training.zero_stage + 1, 3)}, or more ranks"
@@ -550,6 +551,6 @@ def _smaller(largest: str, config: Config) -> str:
         return "model.activation_checkpointing=true, or training.accumulation"
     if largest == "softmax" and config.loss.chunk > 1024:
         return "loss.chunk=1024, or training.accumulation"
-    if config.loss.negatives == "catalogue" and largest in ("item tower", "held features", "softmax"):
+    if config.loss.negatives == "catalogue" and largest in ("item tower", "cached features", "softmax"):
         return "loss.negatives=sampled: a step embeds some items, not all"
     return f"training.accumulation={2 * training.accumulation}, a smaller stream.batch_size, or more ranks"

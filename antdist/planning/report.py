@@ -1,4 +1,4 @@
-"""`antdist plan`: configuration and data in, the figures of the run out, before anything runs (arithmetic: `plan.py`)."""
+"""`antdist plan`: the costs of a run before anything runs, from its configuration and data (arithmetic: `costs.py`)."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ from antdist.planning.costs import (
     Plan,
     Popularity,
     Workload,
-    counted,
-    likely_lengths,
+    count_popularity,
+    count_windows,
+    estimate_lengths,
     make_plan,
-    windows_of,
     zipf,
 )
 from antdist.report import Report
@@ -32,7 +32,7 @@ from antdist.report import Report
 if TYPE_CHECKING:
     from antdist.data.domain import Domain
 
-EXPONENT = 0.8  # of popularity, where no data say it
+EXPONENT = 0.8  # of popularity, where no data are known
 INTERACTION, USER = 12, 24  # bytes in a shard: index and time; offset and id
 # users, items, interactions of Food, Movies, Home and Clothing (spec, section 1)
 PAPER = (2_293_714, 657_018, 21_420_242)
@@ -41,7 +41,7 @@ LARGE = (1_000_000_000, 100_000_000, 10_000_000_000)
 
 @dataclass(frozen=True, repr=False)
 class PlanReport(Report):
-    """One plan a workload, and what they take for granted."""
+    """A plan per workload, and the assumptions."""
 
     table_key = "plans"
 
@@ -51,16 +51,16 @@ class PlanReport(Report):
     assumptions: list[str]
 
     def lines(self) -> list[str]:
-        told = [self.title]
+        lines = [self.title]
         for plan in self.plans:
-            told += ["", *_told(plan, self.machine)]
-        return [*told, "", "taken for granted:", *(f"  {line}" for line in self.assumptions)]
+            lines += ["", *_format_plan(plan, self.machine)]
+        return [*lines, "", "assumptions:", *(f"  {line}" for line in self.assumptions)]
 
     def to_json(self) -> dict[str, Any]:
         return {
             "title": self.title,
             "machine": vars(self.machine) | {"peak": dict(self.machine.peak)},
-            "plans": [_document(plan) for plan in self.plans],
+            "plans": [_plan_document(plan) for plan in self.plans],
             "assumptions": self.assumptions,
         }
 
@@ -73,23 +73,25 @@ def plan_run(
     kind: str = "h100",
     calibration: Calibration | None = None,
 ) -> PlanReport:
-    """Plan the configuration's own data, if it names any, and for a pre-training the paper's and ten billion interactions.
+    """Plan the configuration's data, if it names any; for a pre-training also the paper's data and ten billion interactions.
 
     Args:
-        gpus: one a worker; 0: none; None: what the configuration asks for.
-        workers: where there is no GPU; None: `ray.workers`.
+        gpus: one per worker; 0: none; None: as configured.
+        workers: without GPUs; None: `ray.workers`.
         kind: of GPU (`MACHINES`).
-        calibration: measured in place of assumed.
+        calibration: measured figures in place of assumed ones.
 
     Raises:
-        UserError: workers that are not one a GPU; a calibration of another kind of machine; data that are not there; fewer
-            users in a batch than workers.
+        UserError: workers and GPUs differ in number; the calibration is of another kind of machine; data are missing; a batch
+            has fewer windows than there are ranks.
     """
     if gpus is None:
         gpus = config.ray.workers if config.ray.gpus_per_worker else 0
     if gpus and workers not in (None, gpus):
         raise UserError(
-            f"{workers} workers on {gpus} GPUs: a worker has one", where="--workers", remedy="leave it out, or --gpus 0"
+            f"{workers} workers on {gpus} GPUs: each worker uses one",
+            where="--workers",
+            remedy="leave it out, or --gpus 0",
         )
     ranks = gpus or workers or config.ray.workers
     machine = MACHINES[kind if gpus else "cpu"]
@@ -101,8 +103,8 @@ def plan_run(
                 where="--calibration",
                 remedy=f"calibrate {wanted}, or change --gpus",
             )
-        machine = calibration.applied_to(machine)
-    if not machine.gpu:  # ranks of a node share its memory, and what is assumed of its cores
+        machine = calibration.apply_to(machine)
+    if not machine.gpu:  # ranks of a node share its memory and, as assumed, its cores
         shared = min(ranks, machine.ranks_a_node)
         machine = replace(machine, memory=machine.memory / shared)
         if calibration is None:
@@ -139,19 +141,21 @@ def _workloads(config: Config) -> list[Workload]:
     row = float(width * sum(dims.values()))
     return [
         *own,
-        generated("the paper's pre-training", *PAPER, dims, row),
-        generated("ten billion interactions", *LARGE, dims, row),
+        workload_of_size("the paper's pre-training", *PAPER, dims, row),
+        workload_of_size("ten billion interactions", *LARGE, dims, row),
     ]
 
 
-def generated(name: str, users: int, items: int, interactions: int, dims: dict[str, int], row_bytes: float) -> Workload:
-    """Data of which only the numbers are known."""
+def workload_of_size(
+    name: str, users: int, items: int, interactions: int, dims: dict[str, int], row_bytes: float
+) -> Workload:
+    """Make a workload from its size alone."""
     return Workload(
         name,
         users,
         items,
         interactions,
-        likely_lengths(interactions / users),
+        estimate_lengths(interactions / users),
         zipf(items, interactions - 2 * users, EXPONENT),
         float(INTERACTION * interactions + USER * users),
         row_bytes,
@@ -160,7 +164,7 @@ def generated(name: str, users: int, items: int, interactions: int, dims: dict[s
 
 
 def _own_data(config: Config, names: list[str]) -> Workload:
-    """What manifests, first shards, popularity and feature tables of prepared domains say. Raises UserError: one is missing."""
+    """Read the figures of prepared domains from manifests, first shards, popularity and tables. Raises UserError."""
     from antdist.data.stream.order import quotas
     from antdist.runs.inputs import open_domains
 
@@ -169,7 +173,7 @@ def _own_data(config: Config, names: list[str]) -> Workload:
     prefix = config.stream.mode == "prefix"
     units = [max(m.interactions - 3 * m.users, 1) if prefix else m.users for m in manifests]
     taken = [quota / unit for quota, unit in zip(quotas(units, config.stream.mixing), units, strict=True)]
-    parts = [counted(domain.popularity()) for domain in domains]
+    parts = [count_popularity(domain.popularity()) for domain in domains]
     popularity = Popularity(
         np.concatenate([part.counts * share for part, share in zip(parts, taken, strict=True)]),
         np.concatenate([part.many for part in parts]),
@@ -194,7 +198,7 @@ def _own_data(config: Config, names: list[str]) -> Workload:
 
 
 def _lengths(domains: list[Domain], users: list[float]) -> FloatArray:
-    """Interactions of users that stand for all: of each domain's first shard with users, as many as the domain has of an epoch's."""
+    """Sample users' lengths from each domain's first shard with users, in proportion to its users in an epoch."""
     chosen = []
     for domain, share in zip(domains, users, strict=True):
         first = next(number for number, shard in enumerate(domain.manifest.sequence_shards) if shard.users)
@@ -205,7 +209,7 @@ def _lengths(domains: list[Domain], users: list[float]) -> FloatArray:
 
 
 def _features(config: Config, domains: list[Domain]) -> tuple[dict[str, int], float]:
-    """Widths of the feature tables, and a row's bytes on disk; where there is no table yet, the paper's widths."""
+    """Return the widths of the feature tables (the paper's where there is none yet), and the bytes of a row on disk."""
     from antdist.features.catalogue import open_optional_table
 
     dims: dict[str, int] = {}
@@ -217,13 +221,13 @@ def _features(config: Config, domains: list[Domain]) -> tuple[dict[str, int], fl
     return dims, row
 
 
-def _told(plan: Plan, machine: Machine) -> list[str]:
+def _format_plan(plan: Plan, machine: Machine) -> list[str]:
     data, step = plan.data, plan.step
     shown = sorted(plan.memory.device.items(), key=lambda entry: -entry[1])
     parts = ", ".join(f"{name} {_bytes(size)}" for name, size in shown[:4] if size)
     seconds = ", ".join(f"{name} {_seconds(value)}" for name, value in plan.seconds.items())
     host = sum(plan.memory.host.values())
-    fits = "" if plan.memory.total <= machine.memory else f", MORE THAN THE {_bytes(machine.memory)} THERE ARE"
+    fits = "" if plan.memory.total <= machine.memory else f", MORE THAN THE {_bytes(machine.memory)} AVAILABLE"
     return [
         f"{data.name}: {data.interactions:,} interactions, {data.users:,} users, {data.items:,} items",
         f"  a step           {step.rank.predictions * plan.ranks:,.0f} predictions, {step.items:,.0f} distinct items, "
@@ -235,11 +239,11 @@ def _told(plan: Plan, machine: Machine) -> list[str]:
         f"  checkpoint       {_bytes(plan.checkpoint)}, written in {_seconds(plan.checkpoint_seconds)}",
         f"  training         {plan.steps_an_epoch:,} steps an epoch, {_hours(plan.hours / plan.epochs)}; "
         f"{plan.epochs} epochs {_hours(plan.hours)}",
-        f"  first bottleneck {plan.bottleneck}; what moves it: {plan.setting}",
+        f"  first bottleneck {plan.bottleneck}; to relieve it: {plan.setting}",
     ]
 
 
-def _document(plan: Plan) -> dict[str, Any]:
+def _plan_document(plan: Plan) -> dict[str, Any]:
     data, step = plan.data, plan.step
     return {
         "name": data.name,
@@ -266,17 +270,17 @@ def _assumptions(config: Config, machine: Machine, calibration: Calibration | No
     peak = machine.peak["fp32" if config.training.precision == "fp32" else "bf16"]
     measured = "measured" if calibration else "assumed, not measured (--calibration)"
     where = "" if calibration or not machine.gpu else "; the share is that of a CPU's run in benchmarks/RESULTS.md"
-    mean = windows_of(likely_lengths(PAPER[2] / PAPER[0]), config.model.max_length, config.stream.mode)
+    mean = count_windows(estimate_lengths(PAPER[2] / PAPER[0]), config.model.max_length, config.stream.mode)
     return [
         f"{measured}: {_bytes(machine.memory)} a rank, products {peak / 1e12:.3g} TFLOP/s of which a step reaches "
         f"{100 * machine.efficiency:.0f} %, memory {_bytes(machine.bandwidth)}/s, {1000 * machine.fixed:.0f} ms a micro-batch{where}",
         f"assumed: {machine.ranks_a_node} ranks a node, {_bytes(machine.node_memory)} a node for the page cache, {_bytes(machine.link)}/s "
         f"between ranks of a node, {_bytes(machine.network)}/s a rank between nodes, features from the page cache "
         f"{_bytes(machine.lookup)}/s a rank, storage {_bytes(machine.storage)}/s a node",
-        f"popularity where no data say it: (rank + 10) ** -{EXPONENT}; users' lengths log-normal above the shortest, "
+        f"popularity where no data are known: (rank + 10) ** -{EXPONENT}; users' lengths log-normal above the shortest, "
         f"{mean.tokens / max(mean.predictions, 1e-9):.2f} tokens a prediction in the paper's data",
-        f"features stay on a GPU where they take at most {100 * CACHE_SHARE:.0f} % of it; data are brought while a step computes, "
-        "exchange between ranks is not hidden; validations, start and failures are not counted",
+        f"features stay on a GPU where they take at most {100 * CACHE_SHARE:.0f} % of it; reading overlaps with computing, "
+        "exchange between ranks does not; validations, start and failures are not counted",
     ]
 
 

@@ -19,7 +19,7 @@ from typing import Any
 
 from antdist.errors import UserError
 from antdist.io.files import file_sha256, write_atomically, writer_suffix
-from antdist.io.storage import asking, open_storage
+from antdist.io.storage import open_storage, translate_storage_errors
 
 SUMMARY, INPUTS = "_score.json", "_parts/inputs.json"
 
@@ -154,7 +154,7 @@ class ScoreFolder:
         return {PurePosixPath(entry["name"]).name: entry["size"] for entry in entries}
 
     def _asking(self) -> contextlib.AbstractContextManager[None]:
-        return contextlib.nullcontext() if self.is_local else asking(self.place)
+        return contextlib.nullcontext() if self.is_local else translate_storage_errors(self.place)
 
 
 def _abbreviate(value: object) -> str:

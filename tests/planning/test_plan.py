@@ -15,29 +15,29 @@ from antdist.cli.main import cli
 from antdist.config.load import check_config
 from antdist.config.schema import ModelConfig, PretrainConfig, TrainingConfig
 from antdist.errors import UserError
-from antdist.planning.calibration import Calibration, _host_memory, calibrate, line_through, read_calibration
+from antdist.planning.calibration import Calibration, _host_memory, calibrate, fit_line, read_calibration
 from antdist.planning.costs import (
     BUCKET,
     MACHINES,
     checkpoint_bytes,
-    counted,
+    count_parameters,
+    count_popularity,
+    count_windows,
+    estimate_lengths,
     expected_distinct,
     expected_step,
-    likely_lengths,
     make_plan,
-    parameters_of,
     state_memory,
-    windows_of,
     zipf,
 )
-from antdist.planning.report import PAPER, generated, plan_run
+from antdist.planning.report import PAPER, plan_run, workload_of_size
 from benchmarks.processes import run_in_fresh_process
 from tests.worlds import make_domains
 
 DIMS = {"text": 12, "image": 10, "price": 6}
 WIDE = {"text": 768, "image": 1024, "price": 64}
 H100 = MACHINES["h100"]
-DATA = generated("paper", *PAPER, WIDE, 4.0 * sum(WIDE.values()))
+DATA = workload_of_size("paper", *PAPER, WIDE, 4.0 * sum(WIDE.values()))
 
 
 def config(**sections: Any) -> PretrainConfig:
@@ -59,7 +59,7 @@ def test_parameters_are_those_of_the_model(changes: dict[str, Any]) -> None:
     model = ModelConfig(**{"dim": 16, "inner": 8, "experts": 3, "heads": 2, **changes})
     built = build_recommender(model, DIMS, 33 if model.item_embeddings else None)
     dims = {m: DIMS[m] for m in model.modalities}
-    assert parameters_of(model, dims, 33) == sum(p.numel() for p in built.parameters())
+    assert count_parameters(model, dims, 33) == sum(p.numel() for p in built.parameters())
 
 
 def test_a_checkpoint_is_as_large_as_planned(tmp_path: Path) -> None:
@@ -72,7 +72,7 @@ def test_a_checkpoint_is_as_large_as_planned(tmp_path: Path) -> None:
     engine = PlainEngine(build_recommender(model, WIDE), TrainingConfig(engine="plain"), World())
     folder = save_checkpoint(tmp_path, 1, engine.state(), {"best": None}, keep=2)
     written = sum(file.stat().st_size for file in folder.iterdir())
-    assert checkpoint_bytes(parameters_of(model, WIDE, 0)) == pytest.approx(written, rel=0.02)
+    assert checkpoint_bytes(count_parameters(model, WIDE, 0)) == pytest.approx(written, rel=0.02)
 
 
 @pytest.mark.parametrize("exponent", [0.0, 0.8, 1.2])
@@ -88,13 +88,13 @@ def test_of_an_epoch_all_items_that_occur_are_distinct_and_a_part_as_shuffling_h
     random = np.random.default_rng(0)
     counts = random.integers(0, 6, 1000)
     epoch = np.repeat(np.arange(1000), counts)
-    assert expected_distinct(len(epoch), counted(counts)) == pytest.approx((counts > 0).sum(), rel=1e-3)
+    assert expected_distinct(len(epoch), count_popularity(counts)) == pytest.approx((counts > 0).sum(), rel=1e-3)
     found = np.mean([len(np.unique(random.permutation(epoch)[:900])) for _ in range(50)])
-    assert expected_distinct(900, counted(counts)) == pytest.approx(found, rel=0.01)
+    assert expected_distinct(900, count_popularity(counts)) == pytest.approx(found, rel=0.01)
     drawn = np.mean(
         [len(np.unique(np.r_[random.permutation(epoch)[:300], random.integers(0, 1000, 400)])) for _ in range(50)]
     )
-    assert expected_distinct(300, counted(counts), uniform=400) == pytest.approx(drawn, rel=0.01)
+    assert expected_distinct(300, count_popularity(counts), uniform=400) == pytest.approx(drawn, rel=0.01)
 
 
 @pytest.mark.parametrize("mode", ["sequence", "prefix"])
@@ -113,7 +113,7 @@ def test_windows_are_those_that_users_are_cut_into(mode: str) -> None:
         users, position = np.array(places).T
         cut = prefix_windows(items, begin[users], position, users, 9)
     sizes = np.diff(cut.offsets)
-    told = windows_of(lengths.astype(float), 9, mode)
+    told = count_windows(lengths.astype(float), 9, mode)
     assert told.windows * 300 == pytest.approx(len(sizes))
     assert told.tokens * 300 == pytest.approx(sizes.sum())
     assert told.pairs * 300 == pytest.approx((sizes * (sizes + 1) / 2).sum())
@@ -121,7 +121,7 @@ def test_windows_are_those_that_users_are_cut_into(mode: str) -> None:
 
 
 def test_likely_lengths_have_their_mean() -> None:
-    assert likely_lengths(9.3).mean() == pytest.approx(9.3, rel=0.02) and likely_lengths(9.3).min() >= 5
+    assert estimate_lengths(9.3).mean() == pytest.approx(9.3, rel=0.02) and estimate_lengths(9.3).min() >= 5
 
 
 def test_zero_divides_what_its_stage_divides() -> None:
@@ -140,7 +140,7 @@ def test_zero_divides_what_its_stage_divides() -> None:
 def test_the_bottleneck_is_what_is_made_scarce() -> None:
     run = config(training={"precision": "bf16"}, stream={"batch_size": 32768})
     # far more items than a GPU holds features of, and no page cache for the half of them
-    data = generated("large", 10_000_000, 4_000_000, 100_000_000, WIDE, 4.0 * sum(WIDE.values()))
+    data = workload_of_size("large", 10_000_000, 4_000_000, 100_000_000, WIDE, 4.0 * sum(WIDE.values()))
     assert make_plan(run, data, 16, H100).bottleneck == "compute"
     scarce = {
         "interconnect": replace(H100, network=1e7),
@@ -171,7 +171,7 @@ def test_an_expected_step_is_an_average_batch(tmp_path: Path) -> None:
     """Of prepared domains, through the stream and the deal."""
     from antdist.data.stream.shard_batch import shard_batch
     from antdist.data.stream.stream import Stream
-    from antdist.planning.calibration import step_of
+    from antdist.planning.calibration import count_step
 
     domains = make_domains(tmp_path, ["aa", "bbb"], users=600, items=400, block_users=64)
     run = config(
@@ -183,7 +183,7 @@ def test_an_expected_step_is_an_average_batch(tmp_path: Path) -> None:
     stream = Stream(domains, run.stream, max_length=8, seed=0)
     assert plan.steps_an_epoch == stream.steps_per_epoch
     steps = [
-        step_of(
+        count_step(
             shard_batch(batch, rank=0, world_size=1, candidates="in_batch", catalogue_size=800),
             run.loss,
             run.model,
@@ -198,9 +198,9 @@ def test_an_expected_step_is_an_average_batch(tmp_path: Path) -> None:
 
 
 def test_a_line_through_noise_is_never_negative() -> None:
-    assert line_through((1.0, 3.0), (2.0, 5.0)) == (2.0, 1.0)
-    assert line_through((1.0, 3.0), (2.0, 2.0)) == (1.0, 0.0)
-    assert line_through((1.0, 1.0), (2.0, 5.0)) == (2.5, 0.0)
+    assert fit_line((1.0, 3.0), (2.0, 5.0)) == (2.0, 1.0)
+    assert fit_line((1.0, 3.0), (2.0, 2.0)) == (1.0, 0.0)
+    assert fit_line((1.0, 1.0), (2.0, 5.0)) == (2.5, 0.0)
 
 
 @pytest.fixture(scope="module")
@@ -215,7 +215,7 @@ def test_a_calibration_tells_its_own_steps_and_takes_the_place_of_assumptions(
     file = tmp_path / "calibration.json"
     file.write_text(json.dumps(calibration.to_json()))
     assert read_calibration(file) == calibration and 0 < calibration.efficiency <= 1
-    applied = calibration.applied_to(MACHINES["cpu"])
+    applied = calibration.apply_to(MACHINES["cpu"])
     assert (applied.bandwidth, applied.fixed, applied.overhead) == (
         calibration.bandwidth,
         calibration.fixed,
@@ -262,7 +262,11 @@ def test_refusals(calibration: Calibration, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no such file"):
         read_calibration(tmp_path / "absent.json")
     broken = tmp_path / "broken.json"
-    for text, message in {"{": "is not JSON", "{}": "is no calibration: device", "[]": "is no calibration: it"}.items():
+    for text, message in {
+        "{": "is not JSON",
+        "{}": "is not a calibration: device",
+        "[]": "is not a calibration: it",
+    }.items():
         broken.write_text(text)
         with pytest.raises(UserError, match=message):
             read_calibration(broken)

@@ -26,7 +26,7 @@ from antdist import faults
 from antdist.errors import UserError
 from antdist.io.files import flush_to_disk, write_atomically
 from antdist.io.logs import get_logger
-from antdist.io.storage import Unreachable, asking, open_storage, retry_unreachable
+from antdist.io.storage import Unreachable, open_storage, retry_unreachable, translate_storage_errors
 from antdist.training.checkpoints import BEST, CHECKPOINTS
 from antdist.training.checkpoints.local import (
     FILES,
@@ -199,7 +199,7 @@ class Remote:
     def _get(self, there: str, here: Path, described: dict[str, Any] | None) -> None:
         """Fetch one file and flush it to disk. Raises UserError if its size or digest differs."""
         try:
-            with asking(self.uri):
+            with translate_storage_errors(self.uri):
                 self._files.get_file(self._path(there), str(here), **self._part_options())
         except FileNotFoundError:
             here.unlink(missing_ok=True)
@@ -245,7 +245,7 @@ class Remote:
     def read(self, path: str) -> bytes | None:
         """Read a small file, None if it does not exist. Raises Unreachable."""
         try:
-            with asking(self.uri):
+            with translate_storage_errors(self.uri):
                 return bytes(self._files.cat_file(self._path(path)))
         except FileNotFoundError:
             return None
@@ -267,7 +267,7 @@ class Remote:
         """Call `write` with the place of `path`, or with a temporary name that is then renamed to it."""
         place = self._path(path)
         try:
-            with asking(self.uri):
+            with translate_storage_errors(self.uri):
                 if not self._has_folders:
                     write(place)
                     return
@@ -279,13 +279,13 @@ class Remote:
 
     def _remove(self, path: str) -> None:
         """Remove a file or folder, if it exists."""
-        with contextlib.suppress(FileNotFoundError), asking(self.uri):
+        with contextlib.suppress(FileNotFoundError), translate_storage_errors(self.uri):
             self._files.rm(self._path(path), recursive=True)
 
     def _list(self, path: str) -> list[str]:
         """List the names in a folder; empty if it does not exist."""
         try:
-            with asking(self.uri):
+            with translate_storage_errors(self.uri):
                 self._files.invalidate_cache()
                 return [str(name).rstrip("/").rpartition("/")[2] for name in self._files.ls(self._path(path), False)]
         except FileNotFoundError:
