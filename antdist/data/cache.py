@@ -1,4 +1,4 @@
-"""A bounded cache of remote files on a node's own disk, shared by all processes there: files named by their SHA-256.
+"""A bounded cache of remote files on a node's disk, named by SHA-256, shared by all processes.
 
 FOLDER/
   <digest>           a complete file; its digest is checked whenever it is opened, since disks fail
@@ -64,7 +64,7 @@ class Cache:
     bound: int
 
     def open(self, file: File, source: Source, where: str) -> BinaryIO:
-        """Open a file for reading, with its size and digest checked; fetch it from `source` if it is not cached.
+        """Open a file with its size and digest checked; fetch it from `source` if it is not cached.
 
         An open file stays in the cache; after it is closed it may be evicted.
 
@@ -142,7 +142,7 @@ class Cache:
 
     @contextlib.contextmanager
     def _lock_partial(self, file: File) -> Iterator[IO[bytes] | None]:
-        """Open the partial file under an exclusive lock; None if another process fetches it, or has just finished."""
+        """Open the partial file under an exclusive lock; None if another process fetches or has fetched it."""
         path = self.folder / f"{file.sha256}.partial"
         self._make_folder()
         try:
@@ -241,7 +241,7 @@ class Cache:
             yield lock
 
     def _make_room(self, size: int) -> int:
-        """Evict files, the least recently used first, until `size` bytes fit; return the bytes of the remaining files."""
+        """Evict least recently used files until `size` bytes fit; return the bytes of the remaining files."""
         files = sorted(self._files())
         taken, short = sum(found for _, found, _ in files), size - _free_bytes(self.folder)
         for _, found, path in files:

@@ -216,7 +216,7 @@ class Domain:
 
     @cached_property
     def pending(self) -> SequenceShard | None:
-        """The shard of users with too few interactions so far, whom a later append may complete; None if there are none.
+        """The shard of users with too few interactions, whom an append may complete; None if there are none.
 
         Raises:
             UserError: its description is malformed, or belongs to another domain.
@@ -302,7 +302,7 @@ def open_domain(folder: str | Path, cache: Cache | None = None) -> Domain:
 
 
 def rewind_domain(domain: Domain, fingerprint: str) -> Domain:
-    """Return the domain before the appends that replaced the manifest of this fingerprint; else the domain itself.
+    """Return the domain as of the manifest of this fingerprint, if appends replaced it; else the domain.
 
     Raises:
         UserError: the archived manifest is missing, malformed, or has another fingerprint.

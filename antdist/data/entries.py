@@ -1,4 +1,4 @@
-"""Building blocks of manifests: file entries, digests, counts, and file names that cannot leave the domain's folder."""
+"""Building blocks of manifests: file entries, digests, counts, and names that stay in the folder."""
 
 from __future__ import annotations
 

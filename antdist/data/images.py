@@ -24,7 +24,7 @@ class BrokenImageError(Exception):
 
 
 def load_image(path: Path) -> bytes:
-    """Read an image file as the bytes of a JPEG or PNG: the file's own, or a smaller JPEG (longest side 512 pixels).
+    """Read an image file as JPEG or PNG bytes: its own, or a smaller JPEG (longest side 512 pixels).
 
     Grey and CMYK images keep their mode. Equal files give equal bytes.
 

@@ -1,4 +1,4 @@
-"""The manifest of a prepared domain: every file that its folder holds, with size and digest (docs/formats.md)."""
+"""The manifest of a prepared domain: all of its files, with size and digest (docs/formats.md)."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ DomainName = Annotated[str, Field(pattern=PLAIN_NAME, max_length=200)]
 
 
 def _is_empty(value: Any) -> bool:
-    """Exclude such a field, so that a domain without appends has the same manifest bytes as before appends existed."""
+    """Exclude empty fields, which keeps the manifests of domains without appends byte for byte the same."""
     return not value
 
 
@@ -97,7 +97,7 @@ class SequenceShard(File):
 
 
 class Generation(FrozenRecord):
-    """The domain before an append, and the append's notes: what it dropped or warned about, by kind and count."""
+    """The domain before an append, and what the append dropped or warned about, by kind and count."""
 
     fingerprint: Digest
     users: Count

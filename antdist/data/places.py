@@ -1,4 +1,4 @@
-"""The place of a prepared domain: a folder, or any URI that fsspec reads, whose files come through the node's cache."""
+"""The place of a prepared domain: a folder, or a URI whose files come through the node's cache."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ Kind = TypeVar("Kind", bound=File)
 
 @dataclass(frozen=True)
 class RemotePath:
-    """A folder or file below a URI, read-only, with the reading methods of `Path`. Printed without credentials."""
+    """A read-only folder or file below a URI, with methods like `Path`; printed without credentials."""
 
     uri: str
     cache: Cache
@@ -178,7 +178,7 @@ def open_checked(folder: Place, file: File) -> BinaryIO:
 
 
 def open_unchecked(folder: Place, file: File) -> BinaryIO:
-    """Open a file of a manifest whose content is checked by other means; only remote files have their digest checked.
+    """Open a file whose content is checked by other means; only remote files have their digest checked.
 
     Raises:
         UserError: the file is missing or unreadable.
@@ -206,7 +206,7 @@ def fetch_files(folder: Place, files: Iterable[File]) -> None:
 
 
 def prefetch(folder: Place, files: Sequence[Kind]) -> Iterator[Kind]:
-    """Give the same files, after fetching `PARALLEL_FETCHES` of them at a time into the cache. Raises UserError."""
+    """Give the same files, fetching `PARALLEL_FETCHES` of them at a time ahead. Raises UserError."""
     for first in range(0, len(files), PARALLEL_FETCHES):
         fetch_files(folder, files[first : first + PARALLEL_FETCHES])
         yield from files[first : first + PARALLEL_FETCHES]

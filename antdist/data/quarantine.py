@@ -1,4 +1,4 @@
-"""Quarantine of bad records: a few are listed with file, line and reason and left out; more make the file an error.
+"""Quarantine a few bad records with file, line and reason; refuse files with more of them.
 
 The cap is a share of a file's records, `--max-bad` (default 0.1 %), or five records where those are no more than 1 % of
 the file. Above it the file itself is taken to be bad: the first fault is raised and nothing is written.

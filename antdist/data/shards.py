@@ -143,7 +143,7 @@ def encode_block(key: str, block: UserBlock, user_ids: list[str]) -> list[tuple[
 
 
 def member_names(stream: BinaryIO, where: object) -> list[str]:
-    """Return the names of a tar's members in order, reading the headers alone; the stream's position is undefined after.
+    """Return the names of a tar's members in order, from the headers alone; leaves the stream anywhere.
 
     Raises:
         UserError: the file is truncated or not a tar, or has a member that is not a plain file with a plain relative
@@ -174,7 +174,7 @@ def check_member_name(name: str, where: object) -> None:
 def read_samples(
     stream: BinaryIO, where: object, keys: list[str], select: Callable[[str], bool] | None = None
 ) -> Iterator[Sample]:
-    """Read the samples of an open shard through webdataset, in file order: `{"__key__": ..., extension: bytes, ...}`.
+    """Read samples `{"__key__": ..., extension: bytes, ...}` of a shard through webdataset, in file order.
 
     Members are checked first (`member_names`), so that a truncated shard, or one with other samples than `keys`, is
     refused before its first sample is used.
@@ -353,7 +353,7 @@ def decode_item_metadata(sample: Sample, where: object) -> ItemMetadata:
 
 
 def read_item_metadata(stream: BinaryIO, where: object, keys: list[str]) -> Iterator[ItemMetadata]:
-    """Read the JSON of an open shard's items in order, skipping images: many times as fast as `read_samples`.
+    """Read the JSON of a shard's items without images, many times as fast as `read_samples`.
 
     Raises:
         UserError: as `read_samples` and `decode_item_metadata`.
@@ -374,7 +374,7 @@ def read_item_metadata(stream: BinaryIO, where: object, keys: list[str]) -> Iter
 
 
 def _json_members(tar: bytes | mmap.mmap) -> Iterator[tuple[str, bytes]]:
-    """Find the JSON members (name, content) of a tar written by `ShardWriter`. Raises ValueError for other tars."""
+    """Find JSON members (name, content) of a tar written by `ShardWriter`. Raises ValueError for others."""
     at = 0
     while any(header := tar[at : at + tarfile.BLOCKSIZE]):
         name, size, at = header[:100].rstrip(b"\0"), int(header[124:135], 8), at + tarfile.BLOCKSIZE

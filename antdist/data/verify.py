@@ -1,4 +1,4 @@
-"""Verify a prepared domain: every size, digest, count and reference; report all problems, not only the first."""
+"""Verify a prepared domain: every size, digest, count and reference; report all problems."""
 
 from __future__ import annotations
 
@@ -155,7 +155,7 @@ def _pending_file(domain: Domain, found: _Findings) -> list[File]:
 
 
 def _find_unknown_files(domain: Domain) -> Iterator[str]:
-    """Find files that no manifest lists, perhaps of another preparation; an unfinished append's folder is harmless."""
+    """Find files that no manifest lists; an unfinished append's folder is harmless."""
     known = {MANIFEST_NAME, QUARANTINE_NAME, PENDING_NAME, PENDING_DESCRIPTION_NAME}
     known |= {file.name for file in domain.manifest.files}
     folders = [""]
@@ -177,7 +177,10 @@ def _find_unknown_files(domain: Domain) -> Iterator[str]:
 
 
 def _feature_parts(domain: Domain, problems: list[str]) -> Iterator[tuple[Place, File]]:
-    """Find the files of feature tables. The meta files are read as plain JSON, as `antdist.features` imports this room."""
+    """Find the files of feature tables, whose meta files are read as plain JSON.
+
+    `antdist.features` imports this room, so its classes cannot be used here.
+    """
     folder = domain.folder / "features"
     for name in list_file_names(folder):
         if not name.endswith(".json") or not name.removesuffix(".json").isalpha():
@@ -238,7 +241,7 @@ def _check_item(sample: Sample, path: Place, found: _Findings) -> None:
 
 
 def _check_sequences(domain: Domain, number: int, found: _Findings) -> IntArray:
-    """Check a shard's blocks; return how often each item occurs in the training parts of its users, (items,)."""
+    """Check a shard's blocks; return the counts of items in the training parts of its users, (items,)."""
     shard, popularity = domain.manifest.sequence_shards[number], np.zeros(domain.manifest.items, np.int64)
     path = domain.folder / shard.name
     try:
@@ -294,7 +297,7 @@ def _hash_ids(ids: list[str]) -> IntArray:
 
 
 def _check_duplicate_users(domain: Domain, found: _Findings) -> None:
-    """Check that each user occurs once: by hash, in eight bytes a user; ids are read again if two hashes are equal."""
+    """Check by hash, in eight bytes a user, that each user occurs once; equal hashes are resolved by ids."""
     hashes, counts = np.unique(np.concatenate([np.zeros(0, np.int64), *found.user_hashes]), return_counts=True)
     doubtful, seen = set(hashes[counts > 1].tolist()), set[str]()
     if not doubtful:

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 
 class Catalogue:
-    """The features of the items of one or several domains, by global id: a domain's offset + the item's index in it.
+    """The features of one or several domains by global id: a domain's offset + the item's index in it.
 
     A domain may lack the table of a modality only if none of its items has the modality in the source.
 
@@ -103,7 +103,7 @@ class Catalogue:
         return ItemInputs(values, present, torch.from_numpy(item_ids.copy()))
 
     def reserve_cache(self, reserved: int | None = None) -> None:
-        """Limit the remote parts that stay mapped so that `reserved` bytes of the node's cache are left to other files.
+        """Limit the mapped remote parts, so that `reserved` bytes of the node's cache are left to other files.
 
         Args:
             reserved: None: a quarter of the cache.
@@ -194,7 +194,7 @@ def _check_dim(filled: tuple[Domain, FeatureTable], wanted: int | None) -> int:
 
 
 def open_optional_table(domain: Domain, modality: str, kept: MappedParts | None = None) -> FeatureTable | None:
-    """Open the feature table of a domain; None if there is none because no item has the modality in the source.
+    """Open the feature table of a domain; None if no item has the modality in the source.
 
     Raises:
         UserError: as `open_table`.

@@ -1,4 +1,4 @@
-"""Make the feature tables of prepared domains: plan the missing parts, encode them, and write the tables' meta files."""
+"""Make the feature tables of domains: plan and encode the missing parts, write the meta files."""
 
 from __future__ import annotations
 
@@ -130,7 +130,7 @@ def featurize_domains(
     workers: int = 2,
     threads: int | None = None,
 ) -> FeaturizeReport:
-    """Make the feature tables of prepared domains that will be used together (docs/spec/ant.md, section 2).
+    """Make feature tables of domains that will be used together (docs/spec/ant.md, section 2).
 
     Args:
         text, pooling, max_length: see `find_text_encoder`; or `hashed`, with `text_dim` and `projection`, see
@@ -287,7 +287,7 @@ def _report_table(domain: Domain, meta: FeatureMeta, fresh: Sequence[PartRecord]
 
 
 def _make_price_table(domain: Domain, encoder: PriceEncoder, dtype: Dtype) -> TableReport:
-    """Make the price table in this process: its scale needs all prices of the domain, which are read in seconds.
+    """Make the price table in this process: its scale needs all prices, which are read in seconds.
 
     The scale is fitted on the items that the domain first had prices for. Appended items are placed on the same scale, so
     that the features of old items, which models have been trained on, do not change.

@@ -50,7 +50,7 @@ def _torch_view(array: NDArray[Any]) -> torch.Tensor:
 
 
 def group_by_range(ids: IntArray, bounds: IntArray) -> Iterator[tuple[int, slice | IntArray]]:
-    """Group `ids` by the range [bounds[k], bounds[k + 1]) that holds them: pairs (k, selector) of ranges that occur."""
+    """Group `ids` by the range [bounds[k], bounds[k + 1]) that holds them: pairs (k, selector)."""
     if len(ids) == 0:
         return
     if len(bounds) == 2:

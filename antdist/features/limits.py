@@ -1,4 +1,4 @@
-"""Limits of open files and memory maps: each mapped part keeps a file open, and a large catalogue has thousands."""
+"""Raise the limit of open files: each mapped part keeps one open, and a catalogue has thousands."""
 
 from __future__ import annotations
 

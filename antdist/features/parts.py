@@ -1,4 +1,4 @@
-"""Parts of feature tables as memory-mapped arrays: from a folder, or for remote tables from the node's cache.
+"""Memory-mapped parts of feature tables: from a folder, or for remote tables from the node's cache.
 
 A remote part is fetched when its items are first read, and stays in the cache while some process has it mapped. If a run's
 tables fit there beside the shards that it shuffles, every part stays mapped; else each rank of the node keeps the most

@@ -1,4 +1,4 @@
-"""One feature table: frozen features of a domain's items in one modality, on disk, memory-mapped, read by item index.
+"""One feature table: a domain's features in one modality, memory-mapped, read by item index.
 
 `DATA/NAME/features/<modality>.json` (the meta file) describes the encoder and lists the parts. Part k holds the items of
 item shard k: `<modality>-00000.npy` (n, dim) and `<modality>-00000.present.npy` (n,) bool. The meta file is written last:
@@ -38,7 +38,7 @@ PartName = Annotated[str, StringConstraints(pattern=r"^(text|image|price)-[0-9]{
 
 
 class TablePart(BaseModel):
-    """The rows of one item shard: items `first` to `first + items - 1`; files `name.npy` and `name.present.npy`."""
+    """The rows of one item shard, in `name.npy` and `name.present.npy`."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -79,7 +79,7 @@ class FeatureMeta(BaseModel):
 
     @property
     def identity(self) -> str:
-        """Identify the encoder: tables of equal identity may be mixed, whatever their domain, name and stored type."""
+        """Identify the encoder; tables of equal identity may be mixed, whatever their name and stored type."""
         return encoder_identity(self.modality, self.encoder, self.dim)
 
     @property
@@ -232,7 +232,7 @@ class FeatureTable:
         return values, self.present[indices]
 
     def read(self, indices: IntArray, into: NDArray[Any]) -> None:
-        """Copy the features of items by index in the domain into `into` (n, dim), of the stored type or float32."""
+        """Copy features of items by domain index into `into` (n, dim), of the stored type or float32."""
         if not self.meta.parts:
             into[...] = 0
             return
@@ -327,7 +327,7 @@ def open_table(domain: Domain, modality: str, mapped: MappedParts | None = None)
 
 
 def _before_appends(meta: FeatureMeta, domain: Domain) -> FeatureMeta | None:
-    """Restrict a table made after appends to the items of the domain, opened as of before them; None if it is not one."""
+    """Restrict a table made after appends to the items of the domain before them; None if it is another."""
     later = read_manifest(domain.folder)
     is_later = domain.fingerprint in later.ancestors and meta.fingerprint in (later.fingerprint, *later.ancestors)
     if not is_later or meta.items < domain.manifest.items:

@@ -37,7 +37,7 @@ class TableRequest:
         return Path(self.domain) / "features"
 
     def made_by(self) -> dict[str, Any]:
-        """Return everything that must be equal for a finished part to be reused; folder and encoder name may differ."""
+        """Return what must be equal for a finished part to be reused; not its folder or encoder name."""
         encoder = {key: value for key, value in self.encoder.items() if key != "name"}
         return {"fingerprint": self.fingerprint, "modality": self.modality, "encoder": encoder, "dtype": self.dtype}
 

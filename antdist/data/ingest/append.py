@@ -1,4 +1,4 @@
-"""Append later days, new users and new items to a prepared domain, in a subfolder beside the old shards.
+"""Append later days, new users and new items to a prepared domain, beside the old shards.
 
     DATA/NAME/
       manifest.json             the current domain; replaced last, atomically
@@ -71,7 +71,7 @@ NOT_COMPARABLE = (
 
 @dataclass(frozen=True, repr=False)
 class AppendReport(Report):
-    """What was added, and what was left out or changed meaning (`notes`: kind and count; `examples`: a few of each)."""
+    """What was added, and what was left out (`notes`: kind and count; `examples`: a few of each)."""
 
     domain: str
     folder: str
@@ -327,7 +327,7 @@ def _merge_histories(
 
 
 def _find_users(old: Domain, code_of: Mapping[str, int]) -> tuple[_KnownUsers, int | None]:
-    """Find the users of the domain whose ids have codes, and the domain's last time. Reads every sequence shard.
+    """Find users of the domain whose ids have codes, and its last time; reads every sequence shard.
 
     Raises:
         UserError: a shard is damaged, or a user occurs twice in the domain.
@@ -380,7 +380,7 @@ def _find_duplicates(old: tuple[IntArray, ...], new: tuple[IntArray, ...]) -> ND
 
 
 def _find_changed(known: _KnownUsers, merged: Sequences, codes: IntArray) -> NDArray[np.bool_]:
-    """Return which users of `merged` are new to the domain or have another history than it holds, (U,) bool."""
+    """Return which users of `merged` are new or have another history than the domain holds, (U,) bool."""
     changed = np.ones(len(codes), bool)
     at = np.searchsorted(codes, known.codes)
     longer = known.sequences.lengths != merged.lengths[at]
@@ -399,7 +399,9 @@ def _find_changed(known: _KnownUsers, merged: Sequences, codes: IntArray) -> NDA
 def _write_append(
     old: Domain, update: _Update, new_items: list[Item], tally: Tally, quarantine: Quarantine, packing: _Packing
 ) -> Manifest:
-    """Write the append's folder, then replace the manifest; a process that dies before that leaves the domain unchanged.
+    """Write the append's folder, then replace the manifest.
+
+    A process that dies before the last step leaves the domain unchanged.
 
     Every file and the folder are flushed to disk before the folder is renamed, and the folder is in place before the
     manifest names it, so no manifest can refer to files that a power cut has lost.

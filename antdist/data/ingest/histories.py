@@ -1,4 +1,4 @@
-"""From interactions to histories: filter users and items, put each user in time order, keep the most recent."""
+"""From interactions to histories: filter users and items, sort by time, keep the most recent."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The order of training examples as integer arithmetic, without files or state (docs/architecture.md, law 1).
+"""The order of training examples as integer arithmetic, without state (docs/architecture.md, law 1).
 
 A *unit* is what is shuffled: a user (`sequence` mode) or a prediction (`prefix` mode). One *pass* over a domain visits
 each of its units once: its shards are permuted and distributed over a few canonical streams; a stream reads its shards a
@@ -56,7 +56,7 @@ def merge_counts(sizes: Sequence[int], first: int) -> tuple[int, ...]:
 
 
 def quotas(sizes: Sequence[int], exponent: float) -> tuple[int, ...]:
-    """Compute how many units of each domain an epoch takes: proportional to size ** exponent, `sum(sizes)` in all.
+    """Compute the units of each domain in an epoch: proportional to size ** exponent, `sum(sizes)` in all.
 
     Each domain gets at least one unit; the remainders are given out by largest fraction.
     """

@@ -1,4 +1,4 @@
-"""Shard a global batch over ranks: whole windows, balanced tokens, equal items and candidates on every rank (law 2)."""
+"""Shard a global batch over ranks: whole windows, balanced tokens, equal items and candidates (law 2)."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ SPARSE = 32
 
 
 def assign_windows(lengths: IntArray, parts: int) -> IntArray:
-    """Assign windows to parts, (W,): longest first, in snake order over the parts (0, 1, ..., 1, 0, 0, 1, ...).
+    """Assign windows to parts, (W,): longest first, in snake order (0, 1, ..., 1, 0, 0, 1, ...).
 
     If W >= parts, every part gets a window, and the tokens of two parts differ by at most the longest window.
 
@@ -144,7 +144,7 @@ def _choose_candidates(
 
 
 def partition_rows(rows: int, rank: int, world_size: int) -> tuple[int, int]:
-    """Return this rank's range [begin, end) of `rows` rows; the first ranks get the remainder, one row each."""
+    """Return this rank's range [begin, end) of rows; the first ranks get one more if there is a remainder."""
     each, over = divmod(rows, world_size)
     begin = rank * each + min(rank, over)
     return begin, begin + each + (rank < over)

@@ -1,4 +1,4 @@
-"""The stream of global batches: item ids of auxiliary domains, equal for any number of ranks (docs/architecture.md, law 1).
+"""The stream of global batches, equal for any number of ranks (docs/architecture.md, law 1).
 
 A domain is read in endless passes, each in another order (`order.py`). Epoch e takes units [e Q, (e + 1) Q) of a domain
 with quota Q; with `mixing: 1` the quota is the whole domain, so a pass is an epoch. The domains' units of an epoch are
@@ -38,7 +38,7 @@ Block = tuple[IntArray, NDArray[np.int32], int]  # offsets (U + 1,), items (T,),
 
 @dataclass(frozen=True)
 class StreamState:
-    """The position of a run: `batch` is the next one of `epoch`; `order` is everything that defines the order, as JSON."""
+    """The position of a run: `batch` is the next one of `epoch`; `order`, as JSON, defines the order."""
 
     order: dict[str, Any]
     epoch: int
@@ -92,7 +92,7 @@ class Stream:
         return StreamState(self.order, epoch, batch)
 
     def check_state(self, state: StreamState) -> None:
-        """Check that `state` comes from a stream of the same order. Raises UserError that lists the differences."""
+        """Check that `state` is of a stream of the same order. Raises UserError that lists the differences."""
         ancestors = {domain.name: domain.manifest.ancestors for domain in self.domains}
         differences = list(_describe_differences(state.order, self.order, ancestors))
         if differences:
@@ -170,7 +170,7 @@ class Stream:
         fetch_files(domain.folder, [stored[shard] for shard in shards if (domain.name, shard) not in self._cached])
 
     def _spans(self, epoch: int, start: int) -> Iterator[tuple[int, list[tuple[int, int, int]]]]:
-        """Give each batch's number and the units that it takes: (domain, first, last), units counted over all epochs."""
+        """Give each batch's number and its units (domain, first, last), counted over all epochs."""
         assert epoch >= 0 and 0 <= start <= self.steps_per_epoch
         base = [epoch * q for q in self._quotas]
         if self.config.batches == "mixed":
@@ -274,7 +274,7 @@ class _CanonicalReader:
             )
 
     def _load_window(self, window: int) -> None:
-        """Take the window that was read ahead, and start to read the next; errors of reading ahead are raised here."""
+        """Take the window that was read ahead, or raise its error, and start to read the next."""
         number, ahead = self.next or (None, None)
         self.next, self.shards = None, {}  # drop the old window before reading another
         self.shards = ahead.result() if ahead is not None and number == window else self._read(window)

@@ -1,4 +1,4 @@
-"""Cut users into windows: the items of one causal pass and its predictions (docs/spec/ant.md, sections 1 and 5).
+"""Cut users into windows, each with its predictions (docs/spec/ant.md, sections 1 and 5).
 
 A user's training part of n items gives n - 1 predictions: each item but the first, from the items before it.
 """
@@ -16,7 +16,7 @@ from antdist.batch import IntArray
 
 @dataclass(frozen=True)
 class PackedWindows:
-    """Packed windows (W) with their tokens (T) and predictions (P), of consecutive units (U); as in `GlobalBatch`."""
+    """Packed windows (W), tokens (T) and predictions (P) of consecutive units (U); see `GlobalBatch`."""
 
     items: IntArray  # (T,)
     offsets: IntArray  # (W + 1,)
@@ -30,7 +30,7 @@ class PackedWindows:
 def user_windows(
     items: IntArray, begin: IntArray, lengths: IntArray, users: IntArray, max_length: int
 ) -> PackedWindows:
-    """Cut users into windows (`sequence` mode): every prediction once, each with at least half a window of context.
+    """Cut users into windows (`sequence` mode): each prediction once, with half a window of context.
 
     A user's inputs are its training part without the last item. The first window reads the first `max_length` of them and
     predicts at each. Each later window starts `max_length // 2` (at least 1) inputs after the previous one and predicts
@@ -91,7 +91,7 @@ def prefix_windows(
 
 
 def concatenate_windows(pieces: Sequence[tuple[PackedWindows, int, int]]) -> dict[str, IntArray]:
-    """Concatenate the windows of units [first, last) of each piece, as the array fields of a `GlobalBatch`."""
+    """Concatenate the windows of units [first, last) of each piece, as fields of a `GlobalBatch`."""
     items, offsets, predict_at, targets, users = [], [np.zeros(1, dtype=np.int64)], [], [], []
     tokens = 0
     for piece, first, last in pieces:

@@ -27,7 +27,7 @@ IntArray = NDArray[np.int64]
 
 @dataclass(frozen=True)
 class Rule:
-    """At each step, with `probability`, the item's `attribute` is the successor of its value `lag` items ago."""
+    """With `probability`, the item's `attribute` is the successor of its value `lag` items ago."""
 
     attribute: str
     values: int
@@ -165,7 +165,7 @@ class _Shelves:
         return drawn
 
     def _sorted(self, mask: int) -> tuple[IntArray, NDArray[np.float64], IntArray]:
-        """Return items sorted by the masked attributes, their cumulative weight, and the start of each combination."""
+        """Return items sorted by the masked attributes, cumulative weights, and starts of combinations."""
         if mask not in self.sorted:
             key = _combination_key(mask, self.attributes)
             order = np.argsort(key, kind="stable")

@@ -1,4 +1,4 @@
-"""Write generated domains (`antdist.data.synthetic.grammar`) as source files of the format `tabular`, a folder a domain.
+"""Write generated domains as source files of the format `tabular`, a folder a domain.
 
 `OUT/DOMAIN/` holds `interactions.csv.gz` (user_id, item_id, timestamp), `items.jsonl.gz` (item_id, text, price, image:
 a path below the folder) and `images/*.jpg`. No modality is sufficient: the stage of an item is in its text alone, the
@@ -220,7 +220,7 @@ def _write_domain(
 
 
 def write_texts(domain: SyntheticDomain, seed: int) -> list[str]:
-    """Write the items' texts: brand and stage always, category mostly, style often, each in one of two words, and noise."""
+    """Write the items' texts: brand and stage always, category mostly, style often, and noise."""
     rng = generator(seed, domain.name, "words")
     size, categories = len(domain.weights), _category_words(domain.name)
     brands = [f"{''.join(rng.choice(SYLLABLES, 2))}".title() for _ in range(12)]

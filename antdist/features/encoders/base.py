@@ -1,4 +1,4 @@
-"""The interface of frozen encoders; find pre-trained ones, identify them by digest, and place them on a device."""
+"""The interface of frozen encoders; find, identify and load pre-trained ones."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class Encoded:
 
 
 class LoadedEncoder(Protocol):
-    """An encoder in memory: called with items, it returns their features; a missing modality is a row of zeros."""
+    """An encoder in memory: maps items to features; a missing modality is a row of zeros."""
 
     dim: int
 
@@ -61,7 +61,7 @@ class Encoder(Protocol):
 
 
 def find_minilm() -> Path:
-    """Find the folder of all-MiniLM-L6-v2 in its optional package, without importing the package, which is slow."""
+    """Find all-MiniLM-L6-v2 in its optional package, without importing the package, which is slow."""
     spec = importlib.util.find_spec(MINILM_PACKAGE)
     folders = list(spec.submodule_search_locations or []) if spec else []
     for folder in folders:
@@ -140,7 +140,7 @@ def model_folder_digest(folder: Path) -> str:
 
 
 def load_frozen(folder: Path, option: str, device: str) -> tuple[Any, torch.device, torch.dtype]:
-    """Load the model in evaluation mode onto its device: float32 on CPU; on GPU bf16, or fp16 without bf16 support."""
+    """Load the model for inference onto its device: float32 on CPU; bf16 on GPU, or fp16 without bf16."""
     import torch
     from transformers import AutoModel
     from transformers.utils import logging

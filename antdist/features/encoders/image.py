@@ -1,4 +1,4 @@
-"""Image encoders: any transformers vision model (docs/spec/ant.md, section 2), and histograms that need no download."""
+"""Image encoders: transformers vision models, and histograms (docs/spec/ant.md, section 2)."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ MAX_PIXELS = 50_000_000
 
 
 def read_picture(data: bytes, max_pixels: int = MAX_PIXELS) -> Image:
-    """Decode a JPEG or PNG as RGB: grey, CMYK and palette images are converted, transparency is laid on white.
+    """Decode a JPEG or PNG as RGB, converting other modes and laying transparency on white.
 
     Raises:
         BrokenImageError: not an image, truncated, or larger than `max_pixels` (checked before decoding).
@@ -200,7 +200,7 @@ HISTOGRAM_DIM = COLOURS**3 + CELLS * CELLS * ORIENTATIONS
 
 @dataclass(frozen=True)
 class HistogramImage:
-    """Histograms of an image's colours and of its edges' orientations; nothing is fitted, so domains are comparable."""
+    """Histograms of colours and edge orientations; nothing is fitted, so domains are comparable."""
 
     max_images: int = 4
     max_pixels: int = MAX_PIXELS
@@ -230,7 +230,7 @@ class _LoadedHistogram:
 
 
 def histogram(picture: Image) -> NDArray[np.float32]:
-    """Compute the histogram (136,) of an RGB image: square roots of the shares of 64 colours and of 72 gradients.
+    """Compute the histogram (136,) of an RGB image: roots of the shares of 64 colours and 72 gradients.
 
     Either part is scaled to a mean square of 1 (gradients of a flat image are 0).
     """

@@ -65,7 +65,7 @@ class PriceEncoder:
         return {"name": f"sinusoid ({self.scale})", "scale": self.scale, "range": self.upper, "c": self.frequency}
 
     def scaled(self, prices: NDArray[np.float64], fitted_on: NDArray[np.float64] | None = None) -> NDArray[np.float64]:
-        """Scale all prices of one domain (n,), NaN where missing; the scale is fitted on `fitted_on`, None: on all."""
+        """Scale all prices of one domain (n,), NaN where missing; fitted on `fitted_on`, None: on all."""
         fitted_on = prices if fitted_on is None else fitted_on
         present = np.isfinite(prices)
         scaled = np.full(len(prices), np.nan)
@@ -109,7 +109,10 @@ def rescale(
 
 
 def sinusoid(prices: NDArray[np.float64], frequency: float = FREQUENCY) -> NDArray[np.float32]:
-    """Encode (n,) as (n, 64): column 2j is sin(w_j price), column 2j + 1 is cos(w_j price), w_j = frequency^(-2j/64)."""
+    """Encode prices (n,) as (n, 64).
+
+    Column 2j is sin(w_j price), column 2j + 1 is cos(w_j price), with w_j = frequency^(-2j/64).
+    """
     rates = frequency ** (-np.arange(0, DIM, 2) / DIM)
     angles = prices[:, None] * rates[None, :]
     values = np.empty((len(prices), DIM), dtype=np.float32)

@@ -1,4 +1,4 @@
-"""Text encoders: any transformers encoder (docs/spec/ant.md, section 2), and hashed n-grams that need no download."""
+"""Text encoders: transformers models, and hashed n-grams (docs/spec/ant.md, section 2)."""
 
 from __future__ import annotations
 
@@ -166,7 +166,7 @@ class HashedText:
 
 
 def fit_projection(texts: Sequence[str], dim: int, path: Path, fitted_on: Sequence[str]) -> HashedText:
-    """Fit the projection on texts of all domains that will use it, and write it, with its digest in a file beside.
+    """Fit the projection on texts of all domains that will use it, and write it beside its digest.
 
     The file (safetensors) holds `components` (dim, buckets), `mean` (dim,) and `scale` (1,): features are
     `(counts @ components.T - mean) / scale`, with mean 0 and, over all dimensions together, variance 1 on these texts.
@@ -251,7 +251,7 @@ class _LoadedHashes:
 
 
 def _count_ngrams(texts: Sequence[str]) -> Any:
-    """Hash signed counts of words and word pairs, and of 3 to 5 characters within words, with a fixed seed.
+    """Hash signed counts of words and word pairs, and of 3 to 5 characters within words; fixed seed.
 
     Returns:
         A sparse matrix (n, 2 * BUCKETS), each half of unit length.

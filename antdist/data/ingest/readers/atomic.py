@@ -69,7 +69,10 @@ def read_atomic(folder: Path) -> SourceData:
 def _rebuild_sequence(
     train: list[_Row], valid: _Row, test: _Row, places: dict[str, int], paths: dict[str, Path]
 ) -> list[str]:
-    """Reconstruct a user's sequence from its rows (training rows longest first), and check every row, shortest first."""
+    """Reconstruct a user's sequence from its rows, and check every row, the shortest first.
+
+    Training rows come longest first.
+    """
     oldest = train[-1] if train else valid
     sequence = [oldest.history, *(row.target for row in reversed(train)), valid.target, test.target]
     parts = [*(("train", row) for row in reversed(train)), ("valid", valid), ("test", test)]
@@ -144,7 +147,7 @@ def _read_prediction_rows(path: Path) -> Iterator[_Row]:
 
 
 def _read_table(path: Path, columns: tuple[str, ...]) -> Iterator[tuple[int, list[str]]]:
-    """Read the lines of an atomic file, tab-separated below a header of `name:type`: line numbers and fields of `columns`."""
+    """Read line numbers and the fields of `columns` of a tab-separated file with a header of `name:type`."""
     with open_text(path) as text:
         header = [field.partition(":")[0] for field in text.readline().rstrip("\r\n").split("\t")]
         missing = [column for column in columns if column not in header]

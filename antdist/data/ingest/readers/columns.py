@@ -1,4 +1,4 @@
-"""Read interactions from CSV, JSON lines or Parquet: in columns and in parallel; after a fault line by line.
+"""Read interactions from CSV, JSON lines or Parquet: in parallel; after a fault line by line.
 
 Arrow parses blocks directly into dictionaries of ids, so ten million rows never exist as ten million strings. If it
 refuses a file, a slow second pass reads each line and quarantines the bad ones.
@@ -67,7 +67,7 @@ def read_interactions(path: Path, names: dict[str, str], quarantine: Quarantine 
 
 
 def match_columns(path: Path, present: list[str], wanted: dict[str, str]) -> dict[str, str]:
-    """Match each role with a column of the file: the one that the user named, else the one named like the role.
+    """Match each role with a column: the one that the user named, else the one named like the role.
 
     Args:
         present: the file's columns.
@@ -206,7 +206,10 @@ def _parse_times(column: Any) -> NDArray[Any]:
 
 
 def _read_slowly(path: Path, names: dict[str, str], quarantine: Quarantine, error: Exception) -> tuple[Any, ...]:
-    """Read line by line a file that Arrow refused, quarantining bad lines: users, items, times, user ids, item ids."""
+    """Read a file that Arrow refused line by line, quarantining bad lines.
+
+    Returns users, items, times, user ids and item ids.
+    """
     import pyarrow as pa
 
     bad = quarantine.inspect(path)

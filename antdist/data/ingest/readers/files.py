@@ -1,4 +1,4 @@
-"""Open users' files, detect gzip, CSV, JSON lines and Parquet by content, and read rows with their line numbers."""
+"""Open users' files: detect gzip, CSV, JSON lines and Parquet by content, read rows with line numbers."""
 
 from __future__ import annotations
 
@@ -119,7 +119,7 @@ def is_valid_text(text: str) -> bool:
 
 
 def read_rows(path: Path, bad: FileQuarantine | None = None) -> Iterator[tuple[int, Row]]:
-    """Read the rows one by one with the line (Parquet: row) at which each starts, counted from 1; slow and exact.
+    """Read rows with the line (Parquet: row) at which each starts, counted from 1; slow and exact.
 
     Args:
         bad: takes rows that have too few or too many columns, are not a JSON object or not UTF-8. None: the first such

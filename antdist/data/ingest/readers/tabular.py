@@ -1,4 +1,4 @@
-"""Read the format `tabular`: two files, interactions and items, each CSV, JSON lines or Parquet, gzip or not."""
+"""Read the format `tabular`: interactions and items, each CSV, JSON lines or Parquet, gzip or not."""
 
 from __future__ import annotations
 
