@@ -191,7 +191,7 @@ def test_a_run_shrinks_with_a_lost_node_and_goes_on(
     assert_same_curve(shrunk, straight)
 
 
-def test_a_run_grows_with_a_new_node_and_saves_before_one_is_drained(
+def test_a_run_grows_with_a_node_and_saves_before_a_drain(
     cluster: Any, folder: Path, straight: PretrainedModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It begins with one worker. Of what was done before the second comes, at step 32, the steps since the last checkpoint

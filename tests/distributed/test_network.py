@@ -127,7 +127,7 @@ def curve(run: Path) -> list[tuple[int, float]]:
     return [(point.step, point.value) for point in points]
 
 
-def test_a_run_over_a_network_outlives_machines_that_are_killed_and_cut_off_and_ends_as_on_one(
+def test_a_network_run_survives_killed_and_cut_off_machines(
     site: Site, straight: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """It prints what docs/operations/machines.md quotes."""

@@ -116,7 +116,7 @@ def swap_at(stalled: Path, steps: list[int], cluster: Any) -> None:
     cluster.add_node(**NODE)
 
 
-def test_each_worker_on_a_node_of_its_own_waits_for_a_new_node_where_one_is_lost_and_goes_on_bit_for_bit(
+def test_a_spread_run_waits_for_a_node_and_resumes_bit_for_bit(
     cluster: Any,
     folder: Path,
     straight: PretrainedModel,
@@ -154,7 +154,7 @@ def test_a_run_of_three_nodes_shrinks_to_two_and_grows_back(
     assert_same_weights(done.folder, straight.folder)
 
 
-def test_more_workers_than_nodes_are_told_and_not_waited_for_for_ever(
+def test_missing_nodes_are_reported_and_waited_for_in_time(
     cluster: Any, folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(
@@ -172,7 +172,7 @@ def domain_of_items(folder: Path) -> Domain:
     return open_domain(folder)
 
 
-def test_features_are_made_on_several_nodes_and_are_those_of_one_process(cluster: Any, tmp_path: Path) -> None:
+def test_features_of_several_nodes_equal_those_of_one_process(cluster: Any, tmp_path: Path) -> None:
     kinds: dict[str, Any] = {"text": "hashed", "text_dim": 16, "image": "histogram", "price": "log"}
     alone, shared = domain_of_items(tmp_path / "one" / "things"), domain_of_items(tmp_path / "three" / "things")
     featurize_domains([alone], workers=0, **kinds)

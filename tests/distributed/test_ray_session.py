@@ -27,7 +27,7 @@ from tests.worlds import make_domains
 
 
 @pytest.mark.parametrize("scheme", ["", "ray://"])
-def test_an_address_where_nobody_listens_is_told_at_once(scheme: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_address_without_a_listener_fails_at_once(scheme: str, monkeypatch: pytest.MonkeyPatch) -> None:
     address = f"{scheme}127.0.0.1:{free_port()}"
     monkeypatch.setenv("RAY_ADDRESS", address)
     import ray  # noqa: F401  # its import is not what is timed
@@ -62,7 +62,7 @@ def local_ray() -> Iterator[None]:
 
 
 @pytest.mark.ray
-def test_a_users_mistake_in_a_worker_is_not_tried_again_for_ever(local_ray: None, tmp_path: Path) -> None:
+def test_a_user_error_in_a_worker_is_not_retried(local_ray: None, tmp_path: Path) -> None:
     def work(settings: dict[str, Any]) -> None:
         with Path(settings["attempts"]).open("a") as file:
             file.write("x")
@@ -84,7 +84,7 @@ def test_a_fault_in_a_worker_keeps_its_traceback(local_ray: None, tmp_path: Path
 
 
 @pytest.mark.ray
-def test_a_worker_knows_that_its_node_is_going(local_ray: None, tmp_path: Path) -> None:
+def test_a_worker_sees_that_its_node_is_leaving(local_ray: None, tmp_path: Path) -> None:
     """Ray's notice, as its watcher leaves it with each worker; a real one takes the node away."""
 
     def work(settings: dict[str, Any]) -> None:
@@ -101,7 +101,7 @@ def test_a_worker_knows_that_its_node_is_going(local_ray: None, tmp_path: Path) 
 
 
 @pytest.mark.ray
-def test_workers_that_fit_nowhere_are_not_waited_for(local_ray: None, tmp_path: Path) -> None:
+def test_workers_that_cannot_fit_fail_at_once(local_ray: None, tmp_path: Path) -> None:
     config = RayConfig(storage=str(tmp_path), workers=1, cpus_per_worker=1000)
     with pytest.raises(UserError, match=r"the workers ask for 1000 CPUs \(\d+ there\) on this machine\. Lower them"):
         run_workers(print, {}, config, "big", HangConfig())
@@ -130,7 +130,7 @@ def test_a_range_of_workers_takes_what_there_is(local_ray: None, tmp_path: Path)
 
 @pytest.mark.ray
 @pytest.mark.slow
-def test_workers_that_do_not_find_each_other_are_tried_again_as_often_as_they_may(
+def test_unconnected_workers_restart_up_to_max_failures(
     local_ray: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As where a node is lost while they start. They ask for all CPUs, so what an earlier try kept would be lacking."""
@@ -161,7 +161,7 @@ def test_workers_that_do_not_find_each_other_are_tried_again_as_often_as_they_ma
 
 
 @pytest.mark.ray
-def test_workers_meet_on_the_interface_that_has_rays_address(local_ray: None, tmp_path: Path) -> None:
+def test_workers_connect_on_the_interface_of_rays_address(local_ray: None, tmp_path: Path) -> None:
     """A local Ray's is that of loopback, whatever the machine's own name stands for: gloo is told, and torch's store, which
     listens at all addresses by itself, is kept to it."""
 
@@ -183,14 +183,14 @@ def test_the_interface_of_an_address() -> None:
 
 
 @pytest.mark.ray
-def test_workers_on_nodes_of_their_own_do_not_fit_on_this_machine(local_ray: None, tmp_path: Path) -> None:
+def test_strict_spread_does_not_fit_on_one_machine(local_ray: None, tmp_path: Path) -> None:
     config = RayConfig(storage=str(tmp_path), workers=2, placement="STRICT_SPREAD")
     with pytest.raises(UserError, match=r"the workers ask for a node each, 2 in all \(1 there\) on this machine"):
         run_workers(print, {}, config, "spread", HangConfig())
 
 
 @pytest.mark.ray
-def test_what_a_killed_command_had_reserved_is_given_up(local_ray: None, tmp_path: Path) -> None:
+def test_the_reservation_of_a_killed_command_is_cancelled(local_ray: None, tmp_path: Path) -> None:
     """Ray would keep it for minutes, and a range of workers wait for it. What is noted for the next start is what Ray knows."""
     import ray
 

@@ -17,7 +17,7 @@ from antdist.io.progress import track
         (None, ["reading: 3, 0.2/s", "reading: 7, 0.2/s"]),
     ],
 )
-def test_a_log_has_a_line_each_quarter_of_a_minute(
+def test_a_log_has_a_line_every_15_seconds(
     total: int | None, told: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """An element each four seconds."""
@@ -27,7 +27,7 @@ def test_a_log_has_a_line_each_quarter_of_a_minute(
     assert capsys.readouterr().err.splitlines() == told
 
 
-def test_what_is_counted_may_have_sizes(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_progress_counts_sizes(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     clock = itertools.count(0.0, 10.0)
     monkeypatch.setattr(time, "monotonic", lambda: next(clock))
     assert list(track([600, 200, 100], "users scored", 900, size=lambda users: users)) == [600, 200, 100]

@@ -83,9 +83,7 @@ def until(come: Callable[[], bool], seconds: float = 300) -> None:
 @pytest.mark.ray
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-def test_a_job_is_submitted_listed_stopped_with_its_last_step_saved_and_resumed_to_its_end(
-    head: Head, world: Path
-) -> None:
+def test_a_job_is_submitted_listed_stopped_and_resumed(head: Head, world: Path) -> None:
     places = [f"data.root={world}/data", f"ray.storage={world}/runs"]
     run = world / "runs" / "shop"
     submit = antdist(head, "submit", "pretrain", *RUN, *places)
@@ -128,7 +126,7 @@ def test_a_job_is_submitted_listed_stopped_with_its_last_step_saved_and_resumed_
 
 @pytest.mark.ray
 @pytest.mark.slow
-def test_what_only_the_cluster_can_see_is_refused_there_before_workers_are_asked_for(head: Head, world: Path) -> None:
+def test_the_job_refuses_bad_data_before_it_starts_workers(head: Head, world: Path) -> None:
     job = submitted(
         antdist(
             head, "submit", "pretrain", *RUN, "name=lost", f"data.root={world}/nowhere", f"ray.storage={world}/lost"
@@ -146,7 +144,7 @@ def test_what_only_the_cluster_can_see_is_refused_there_before_workers_are_asked
 
 @pytest.mark.ray
 @pytest.mark.slow
-def test_a_wrong_token_a_wrong_job_and_a_wrong_address_are_one_line(head: Head, tmp_path: Path) -> None:
+def test_wrong_token_job_or_address_is_a_one_line_error(head: Head, tmp_path: Path) -> None:
     shutil.copy(head.environment["RAY_AUTH_TOKEN_PATH"], tmp_path / "token")
     (tmp_path / "token").write_text("0" * 64)
     wrong = {"RAY_AUTH_TOKEN_PATH": str(tmp_path / "token")}
@@ -180,7 +178,7 @@ def info(**facts: Any) -> Any:
     )
 
 
-def test_a_row_tells_of_this_jobs_run_and_not_of_an_earlier_ones(tmp_path: Path) -> None:
+def test_a_row_shows_this_jobs_status_and_no_earlier_one(tmp_path: Path) -> None:
     live = {"name": "shop", "step": 7, "steps": 20, "loss": 1.25, "rate": 1234.5, "wait": 0.0, "left": 90.0}
     (tmp_path / "shop").mkdir()
     write_json(tmp_path / "shop/live.json", live)
@@ -199,7 +197,7 @@ def test_a_row_tells_of_this_jobs_run_and_not_of_an_earlier_ones(tmp_path: Path)
         assert _row(info(metadata=seen))[4:] == ("", "", "", "", "http://mlflow:5000")
 
 
-def test_who_follows_a_job_does_not_wait_for_ever_for_a_head_that_is_cut_off(
+def test_logs_follow_polls_the_job_when_the_head_is_cut_off(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """A connection whose packets get lost is not closed; a job that is merely silent is followed on, no line twice."""

@@ -106,7 +106,7 @@ GOOD = ["--targets=food", "--strategies=scratch", "--seeds=0-1"]
         (["--installed", "--working-dir=."], "give either --working-dir or --installed"),
     ],
 )
-def test_what_is_asked_wrongly_is_refused_before_the_cluster_is_asked(arguments: list[str], message: str) -> None:
+def test_invalid_arguments_are_refused_before_submission(arguments: list[str], message: str) -> None:
     words = ["fanout", *GOOD, *PLACES, *arguments, "--address=http://127.0.0.1:9"]
     told = CliRunner().invoke(cli, words)
     assert told.exit_code != 0
@@ -234,7 +234,7 @@ def run(cluster: Feigned, targets: list[str], parallel: int = 2) -> FanoutResult
     return run_jobs(cluster, config(), found(cluster, targets), here=False, code=INSTALLED, parallel=parallel)
 
 
-def test_each_trial_is_a_job_then_each_target_has_its_verdict_and_no_more_than_asked_run_at_once(
+def test_trials_then_verdicts_run_within_the_parallel_limit(
     cluster: Feigned,
 ) -> None:
     done = run(cluster, ["a", "b"], parallel=3)
@@ -252,9 +252,7 @@ def test_each_trial_is_a_job_then_each_target_has_its_verdict_and_no_more_than_a
     assert sorted({tuple(each.seeds) for each in sent}) == [(0,), (0, 1, 2), (1,), (2,)]
 
 
-def test_a_failure_touches_no_other_and_only_what_is_left_runs_again(
-    cluster: Feigned, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_failed_trial_alone_runs_again(cluster: Feigned, capsys: pytest.CaptureFixture[str]) -> None:
     cluster.failing = {"n/a/scratch-seed1", "n/b/relearn-seed0"}
     first = run(cluster, ["a", "b", "c"])
     assert [failure.task for failure in first.failures] == ["a scratch-seed1", "b relearn-seed0"]
@@ -274,14 +272,14 @@ def test_a_failure_touches_no_other_and_only_what_is_left_runs_again(
     assert "3 ended, 0 of them failed" in capsys.readouterr().err
 
 
-def test_without_a_strategy_that_is_whole_there_is_no_verdict(cluster: Feigned) -> None:
+def test_without_a_complete_strategy_there_is_no_verdict(cluster: Feigned) -> None:
     cluster.failing = {"n/a/scratch-seed1", "n/a/relearn-seed0"}
     done = run(cluster, ["a"])
     assert "n/a" not in cluster.runs() and done.left == 3
     assert "a: no strategy is trained with all seeds" in done.lines()
 
 
-def test_a_verdict_that_fails_is_told_and_left(cluster: Feigned) -> None:
+def test_a_failed_verdict_is_reported_and_left(cluster: Feigned) -> None:
     cluster.failing = {"n/a"}
     done = run(cluster, ["a"])
     assert [failure.task for failure in done.failures] == ["a verdict"] and done.left == 1
@@ -289,7 +287,7 @@ def test_a_verdict_that_fails_is_told_and_left(cluster: Feigned) -> None:
     assert "failed: a verdict" in told and "no strategy" not in told and told.endswith("again: 1 job is left")
 
 
-def test_jobs_of_an_earlier_fanout_that_are_at_work_are_taken_up(cluster: Feigned) -> None:
+def test_active_jobs_of_an_earlier_fanout_are_followed(cluster: Feigned) -> None:
     everything = found(cluster, ["a"])
     job = cluster.submit(
         fanout.make_submission(
@@ -305,7 +303,7 @@ def test_jobs_of_an_earlier_fanout_that_are_at_work_are_taken_up(cluster: Feigne
     assert done.left == 0 and cluster.most == 2
 
 
-def test_nothing_left_is_nothing_run(cluster: Feigned) -> None:
+def test_a_complete_fanout_runs_nothing(cluster: Feigned) -> None:
     verdict = {"test": [told_row("scratch")], "chosen": "scratch", "model": "m", "holder": "m", "notes": []}
     done = run_jobs(
         cluster, config(), Survey(None, {"a": TargetSurvey([], verdict)}), here=False, code=INSTALLED, parallel=2
@@ -313,7 +311,7 @@ def test_nothing_left_is_nothing_run(cluster: Feigned) -> None:
     assert not cluster.jobs and done.left == 0 and done.verdicts == {"a": verdict}
 
 
-def test_ctrl_c_stops_the_jobs_in_flight_and_says_how_to_go_on(
+def test_ctrl_c_stops_running_jobs_and_says_how_to_continue(
     cluster: Feigned, capsys: pytest.CaptureFixture[str]
 ) -> None:
     cluster.interrupt_at = 5
@@ -326,7 +324,7 @@ def test_ctrl_c_stops_the_jobs_in_flight_and_says_how_to_go_on(
     assert sorted(cluster.runs()[5:]) == ["n/a", "n/a/relearn-seed1", "n/a/relearn-seed2"]
 
 
-def test_a_cluster_that_is_away_for_a_while_is_waited_for(
+def test_a_cluster_outage_is_waited_out(
     cluster: Feigned, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     look, looks = cluster.ended, 0
@@ -426,7 +424,7 @@ def verdict_of(config: RelearnConfig, target: str) -> Any:
         return judge_trials(config.model_copy(update={"target": target}))
 
 
-def test_all_targets_are_those_that_the_parent_did_not_learn_from(world: Path) -> None:
+def test_all_targets_exclude_the_parents_domains(world: Path) -> None:
     told = survey(on_disk(world, "all"), None)
     assert list(told.targets) == ["arts1", "food"] and told.parent == str(world / "parent")
     assert f"left out, as {world}/parent learned from them: aa, bbb" in told.notes
@@ -443,7 +441,7 @@ def test_all_targets_are_those_that_the_parent_did_not_learn_from(world: Path) -
     assert "the target aa is one of the parent's auxiliary domains: its gain is not transfer" in named.notes
 
 
-def test_a_survey_knows_what_is_done_and_the_verdict_is_the_paired_test_of_the_stored_trials(world: Path) -> None:
+def test_a_survey_finds_trained_trials_and_their_verdict(world: Path) -> None:
     config = on_disk(world, "done")
     for strategy, seed in [("scratch", 0), ("scratch", 1), ("relearn", 0)]:
         train(config, "food", strategy, seed)
@@ -484,7 +482,7 @@ def test_a_survey_knows_what_is_done_and_the_verdict_is_the_paired_test_of_the_s
     assert survey(config, ["food"]).targets["food"] == TargetSurvey([], None)
 
 
-def test_without_scratch_the_transfer_is_unknown_and_nothing_is_promoted(world: Path) -> None:
+def test_without_scratch_the_transfer_is_unknown(world: Path) -> None:
     config = on_disk(world, "unknown")
     for strategy, seed in [("scratch", 0), ("relearn", 0), ("relearn", 1)]:
         train(config, "food", strategy, seed)
@@ -522,7 +520,7 @@ def test_trials_that_started_elsewhere_are_not_taken_for_these(world: Path) -> N
         survey(config, ["food"])
 
 
-def test_a_target_with_other_encoders_than_the_parents_is_refused_by_the_survey(tmp_path: Path) -> None:
+def test_a_survey_refuses_other_encoders_than_the_parents(tmp_path: Path) -> None:
     food = make_domain(tmp_path / "data", "food", dims={"text": 12})
     make_domain(tmp_path / "data", "aa", dims={"text": 12})
     config = ModelConfig(**SMALL, modalities=["text"])  # type: ignore[arg-type]
@@ -537,7 +535,7 @@ def test_a_target_with_other_encoders_than_the_parents_is_refused_by_the_survey(
         survey(wanted, ["food"])
 
 
-def test_a_dry_run_tells_what_would_run(world: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_dry_run_lists_what_would_run(world: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     words = ["fanout", "--targets=food", "--strategies=scratch", "--seeds=0-1", "--dry-run", "name=dry", "--json=-"]
     places = [f"data.root={world}/data", f"ray.storage={world}/runs", f"tracking.uri={store(world)['uri']}"]

@@ -112,9 +112,7 @@ def kill_the_stalled(head: Head, world: Path, fan: subprocess.Popen[str]) -> str
 @pytest.mark.ray
 @pytest.mark.slow
 @pytest.mark.timeout(1500)
-def test_twelve_trials_two_at_a_time_one_fails_and_one_is_killed_then_just_these_two_run(
-    head: Head, world: Path
-) -> None:
+def test_a_rerun_repeats_only_failed_and_killed_trials(head: Head, world: Path) -> None:
     places = [f"data.root={world}/data", f"ray.storage={world}/runs", "from=models:/p@champion"]
     command = [
         "fanout", "--targets=all", "--strategies=scratch,relearn", "--seeds=0-2", "--parallel=2",
@@ -183,7 +181,7 @@ def test_twelve_trials_two_at_a_time_one_fails_and_one_is_killed_then_just_these
 @pytest.mark.ray
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-def test_a_finished_fan_out_runs_nothing_and_launch_does_what_the_verb_does(head: Head, world: Path) -> None:
+def test_a_finished_fanout_runs_nothing_by_launch_script_too(head: Head, world: Path) -> None:
     """After the test above: the verdicts are there. The verb runs in a job itself, which submits to its own cluster."""
     assert (world / "fan.json").is_file()
     before = len(jobs(head))

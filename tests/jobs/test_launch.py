@@ -86,7 +86,7 @@ def test_scoring_runs_on_the_head_that_it_was_submitted_to(head: Head, tmp_path:
     assert not again.succeeded and "holds what was made from other inputs: n was 3, here it is 4" in again.logs
 
 
-def test_a_mistake_fails_the_job_with_one_line(head: Head) -> None:
+def test_a_user_error_fails_the_job_with_one_line(head: Head) -> None:
     job = head.submit("python", "launch/pretrain.py", "--config", "configs/demo.yaml", "training.epoch=3")
     assert not job.succeeded and "exit code 2" in job.logs
     assert "error: configs/demo.yaml: unknown key training.epoch. Did you mean training.epochs." in job.logs

@@ -51,7 +51,7 @@ def received(entrypoint: str, folder: Path) -> list[str]:
 
 
 @pytest.mark.parametrize("before", ["", "RAY_ADDRESS=127.0.0.1:6379 "])
-def test_a_signal_meets_the_job_and_no_shell_before_it(before: str, tmp_path: Path) -> None:
+def test_a_signal_reaches_the_job_without_a_shell(before: str, tmp_path: Path) -> None:
     """Ray stops what it started and what that started. A shell dies at once, and its child is nobody's: where the container's
     first process reaps no orphans, Ray would see it for ever."""
     program = tmp_path / "python"
@@ -91,7 +91,7 @@ NASTY = st.text(
 
 @settings(max_examples=100, deadline=None)
 @given(text=NASTY, other=NASTY)
-def test_whatever_is_typed_a_shell_gives_it_back_letter_by_letter(text: str, other: str) -> None:
+def test_the_entry_point_survives_a_shell_unchanged(text: str, other: str) -> None:
     model, path = f"models:/{text}", Path(f"/data/x{other}")
     typed = ["evaluate", f"--tracking-uri={other}", "--", model, str(path)]
     try:
@@ -142,7 +142,7 @@ def test_the_configuration_arrives_as_it_was_resolved_here(tmp_path: Path) -> No
     assert restore_submission(sent.entrypoint, {**sent.metadata, "job_submission_id": "x"}).metadata == sent.metadata
 
 
-def test_here_relative_places_are_those_of_this_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_local_submission_resolves_relative_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     sent = read("relearn", "target=food", "from=runs/pretrain/model", here=True)
@@ -181,13 +181,13 @@ def test_here_relative_places_are_those_of_this_folder(tmp_path: Path, monkeypat
         ("featurize", ["/data/a", "data/b"], r"'data/b' would be resolved"),
     ],
 )  # fmt: skip
-def test_what_can_be_seen_here_is_refused_here(verb: str, arguments: list[str], message: str) -> None:
+def test_visible_errors_are_refused_before_submission(verb: str, arguments: list[str], message: str) -> None:
     with pytest.raises(UserError, match=message) as told:
         read(verb, *arguments)
     assert "secret" not in str(told.value)
 
 
-def test_data_under_a_uri_go_as_they_were_typed(tmp_path: Path) -> None:
+def test_a_data_uri_is_submitted_unchanged(tmp_path: Path) -> None:
     sent = read("pretrain", "data.root=s3://bucket/data", "data.cache=/nvme/cache", "ray.storage=/shared/runs")
     stage_files(sent, tmp_path)
     assert load_config(PretrainConfig, tmp_path / CONFIG_FILE).data.root == "s3://bucket/data"
@@ -196,7 +196,7 @@ def test_data_under_a_uri_go_as_they_were_typed(tmp_path: Path) -> None:
     assert sent.metadata["run"] == "food"
 
 
-def test_scores_go_to_a_uri_as_it_was_typed() -> None:
+def test_an_output_uri_is_submitted_unchanged() -> None:
     sent = read("score", "models:/m@champion", "/data/food", "--out=s3://bucket/food", "--include-seen", "-n", "5")
     assert shlex.split(sent.entrypoint)[4:] == [
         "score", "--out=s3://bucket/food", "--top=5", "--include-seen", "--", "models:/m@champion", "/data/food",
@@ -210,7 +210,7 @@ def test_arguments_that_the_verb_does_not_take_are_refused() -> None:
         read("evaluate", "models:/m/1")
 
 
-def test_the_package_goes_along_unless_the_cluster_has_it(tmp_path: Path) -> None:
+def test_the_package_is_sent_unless_installed(tmp_path: Path) -> None:
     sent, installed, neither = tmp_path / "sent", tmp_path / "installed", tmp_path / "neither"
     for folder in (sent, installed, neither):
         folder.mkdir()

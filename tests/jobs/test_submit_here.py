@@ -68,7 +68,7 @@ def listening(processes: list[psutil.Process]) -> dict[str, set[int]]:
     return found
 
 
-def test_ctrl_c_stops_the_job_in_order_and_the_same_command_goes_on(tmp_path: Path) -> None:
+def test_ctrl_c_saves_the_job_and_the_command_resumes(tmp_path: Path) -> None:
     """With the code that is installed; all of it on loopback, and nothing of it left."""
     make_domains(tmp_path / "data", ["aa", "bbb"])
     command = [
@@ -135,9 +135,7 @@ def relearn(name: str, world: Path) -> list[str]:
     ]  # fmt: skip
 
 
-def test_trials_that_were_stopped_go_on_after_a_resume_and_end_with_the_same_figures(
-    head: Head, tmp_path: Path
-) -> None:
+def test_stopped_trials_resume_to_the_same_figures(head: Head, tmp_path: Path) -> None:
     make_domains(tmp_path / "data", ["target"])
     sent = antdist(head, *relearn("cut", tmp_path))
     job = sent.stdout.splitlines()[0].removeprefix("job ")

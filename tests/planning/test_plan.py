@@ -84,7 +84,7 @@ def test_distinct_items_are_those_of_a_simulation(exponent: float) -> None:
     assert expected_distinct(3000, zipf(5000, 1e7, exponent)) == pytest.approx(found, rel=0.01)
 
 
-def test_of_an_epoch_all_items_that_occur_are_distinct_and_a_part_as_shuffling_has_it() -> None:
+def test_expected_distinct_items_equal_a_shuffled_epoch() -> None:
     random = np.random.default_rng(0)
     counts = random.integers(0, 6, 1000)
     epoch = np.repeat(np.arange(1000), counts)
@@ -98,7 +98,7 @@ def test_of_an_epoch_all_items_that_occur_are_distinct_and_a_part_as_shuffling_h
 
 
 @pytest.mark.parametrize("mode", ["sequence", "prefix"])
-def test_windows_are_those_that_users_are_cut_into(mode: str) -> None:
+def test_counted_windows_equal_the_streams(mode: str) -> None:
     from antdist import ragged
     from antdist.data.stream.windows import PackedWindows, prefix_windows, user_windows
 
@@ -120,7 +120,7 @@ def test_windows_are_those_that_users_are_cut_into(mode: str) -> None:
     assert told.predictions * 300 == pytest.approx(len(cut.targets))
 
 
-def test_likely_lengths_have_their_mean() -> None:
+def test_estimated_lengths_have_their_mean() -> None:
     assert estimate_lengths(9.3).mean() == pytest.approx(9.3, rel=0.02) and estimate_lengths(9.3).min() >= 5
 
 
@@ -209,9 +209,7 @@ def calibration() -> Calibration:
     return run_in_fresh_process(calibrate, (32, 128), 300, ((64, 64, 64),), ModelConfig(dim=32, inner=32))
 
 
-def test_a_calibration_tells_its_own_steps_and_takes_the_place_of_assumptions(
-    calibration: Calibration, tmp_path: Path
-) -> None:
+def test_a_calibration_predicts_its_own_steps(calibration: Calibration, tmp_path: Path) -> None:
     file = tmp_path / "calibration.json"
     file.write_text(json.dumps(calibration.to_json()))
     assert read_calibration(file) == calibration and 0 < calibration.efficiency <= 1
@@ -241,7 +239,7 @@ def test_the_verb_plans_three_workloads_and_writes_them(tmp_path: Path) -> None:
         assert plan["hours"] > 0 and plan["bottleneck"] and plan["setting"] and plan["checkpoint bytes"] > 0
 
 
-def test_in_a_container_the_memory_is_what_it_may_take(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_memory_in_a_container_is_its_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("antdist.planning.calibration.CONTAINER", tmp_path / "memory.max")
     whole = _host_memory()
     for told, memory in (("max", whole), (f"{1 << 30}", 1 << 30), (f"{whole + 1}", whole)):
