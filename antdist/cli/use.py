@@ -10,6 +10,7 @@ import click
 from antdist import api
 from antdist.cli.options import json_option, model_options, print_report, write_document
 from antdist.io.logs import get_logger
+from antdist.report import count
 
 log = get_logger(__name__)
 
@@ -124,4 +125,4 @@ def import_reference(checkpoint: Path, out: Path, heads: int, beta: float) -> No
     """
     card = api.import_reference(checkpoint, out, heads=heads, beta=beta)
     dims = ", ".join(f"{modality} {dim}" for modality, dim in card.dims.items())
-    click.echo(f"imported into {out}: {dims}, {card.config.layers} layers, dim {card.config.dim}")
+    click.echo(f"imported into {out}: {dims}, {count(card.config.layers, 'layer')}, dim {card.config.dim}")

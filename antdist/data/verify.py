@@ -34,7 +34,7 @@ from antdist.data.writing import training_popularity
 from antdist.errors import UserError
 from antdist.io.files import file_sha256
 from antdist.io.progress import track
-from antdist.report import Report
+from antdist.report import Report, count
 
 
 @dataclass(frozen=True, repr=False)
@@ -59,10 +59,10 @@ class VerifyReport(Report):
     def lines(self) -> list[str]:
         """Format the report for the terminal."""
         checked = (
-            f"checked {self.files} files, {self.bytes:,} bytes: {self.users:,} users, {self.items:,} items, "
-            f"{self.interactions:,} interactions, {self.images:,} images"
+            f"checked {count(self.files, 'file')}, {self.bytes:,} bytes: {count(self.users, 'user')}, "
+            f"{count(self.items, 'item')}, {count(self.interactions, 'interaction')}, {count(self.images, 'image')}"
         )
-        problems = f"{len(self.problems)} problem{'s' * (len(self.problems) > 1)}"
+        problems = count(len(self.problems), "problem")
         verdict = "all is well" if self.ok else f"{problems}; prepare or featurize the domain again"
         return [checked, *self.problems, f"{self.domain} ({self.fingerprint[:16]}): {verdict}"]
 

@@ -9,6 +9,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from antdist.distributed.ray_compat import RAY_DATA_LOGGERS, listen_on_loopback
+from antdist.io.logs import get_logger
+
+logger = get_logger(__name__)
 
 
 @contextlib.contextmanager
@@ -27,6 +30,7 @@ def ray_data_session(workers: int, threads: int | None = None) -> Iterator[int]:
         local: dict[str, Any] = {"address": "local", "include_dashboard": False}
         local["num_cpus"] = workers * (threads or max(1, (os.cpu_count() or 1) // workers))
         cluster = bool(os.environ.get("RAY_ADDRESS"))
+        logger.info("connecting to Ray" if cluster else "starting Ray on this machine")
         with contextlib.nullcontext() if cluster else listen_on_loopback():
             ray.init(log_to_driver=False, logging_level="error", **({} if cluster else local))
     for name in RAY_DATA_LOGGERS:

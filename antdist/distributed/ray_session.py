@@ -67,6 +67,7 @@ def ray_session(config: RayConfig) -> Iterator[None]:
         yield
         return
     address = config.address or os.environ.get("RAY_ADDRESS")
+    logger.info(f"connecting to Ray at {address}" if address else "starting Ray on this machine")
     try:
         if address:
             check_listening(address)

@@ -35,45 +35,66 @@ def results_row(strategy: str, run: Run, verdict: Verdict | None = None) -> Row:
 
 def read_row(document: Mapping[str, Any]) -> Row:
     """Build a row from its `asdict`."""
-    verdict = document["verdict"]
-    if verdict is not None:
-        comparison = verdict["comparison"] and Comparison(**verdict["comparison"])
-        verdict = Verdict(verdict["transfer"], comparison, verdict["differs"])
+    verdict = document["verdict"] and read_verdict(document["verdict"])
     return Row(document["strategy"], document["means"], document["deviations"], verdict)
 
 
-def results_table(rows: Sequence[Row], metric: str = "Recall@10") -> str:
-    """Format a target's strategies: metrics, difference to scratch, p-value, verdict.
+def read_verdict(document: Mapping[str, Any]) -> Verdict:
+    """Build a verdict from its `asdict`."""
+    comparison = document["comparison"] and Comparison(**document["comparison"])
+    return Verdict(document["transfer"], comparison, document["differs"])
 
-    Metrics are means ± deviation over seeds; `metric` is the one whose difference to scratch is shown. Lines below the table say why a verdict is unknown.
+
+def results_table(
+    rows: Sequence[Row], validation: Mapping[str, Verdict] | None = None, metric: str = "Recall@10"
+) -> str:
+    """Format a target's strategies: metrics, difference to scratch, p-value, and the transfer on test and validation users.
+
+    Metrics are means ± deviation over seeds; `metric` is the one whose difference to scratch is shown. Lines below the table
+    say why a verdict is unknown.
+
+    Args:
+        validation: the verdicts on validation users, which decide on the choice, by strategy.
     """
-    head = ["strategy", *METRICS, f"{metric} to scratch", "p-value", "transfer"]
-    cells = [[row.strategy, *_metrics(row), *_transfer(row.verdict)] for row in rows]
-    return "\n".join([*_aligned([head, *cells]), *(reason for row in rows for reason in _unknown(row))])
+    head = ["strategy", *METRICS, f"{metric} to scratch", "p-value", "transfer", "transfer"]
+    groups = ["", "test", *[""] * (len(head) - 3), "validation"]
+    cells = [[r.strategy, *_metrics(r), *_transfer(r.verdict), _on_validation(r, validation or {})] for r in rows]
+    return "\n".join([*_aligned([groups, head, *cells]), *(reason for row in rows for reason in _unknown(row))])
 
 
-def transfer_table(targets: Mapping[str, Sequence[Row]], champions: Mapping[str, tuple[str, str]]) -> str:
+def transfer_table(
+    targets: Mapping[str, Sequence[Row]],
+    champions: Mapping[str, tuple[str, str]],
+    validation: Mapping[str, Mapping[str, Verdict]],
+) -> str:
     """Format several targets' strategies: fewer metrics than `results_table`, and the champion.
 
     Args:
         targets: the rows of each target's strategies.
         champions: for a target, the strategy in whose row the champion stands, and the text for it.
+        validation: for a target, the verdicts on validation users by strategy.
     """
-    head = ["target", "strategy", *SHORT, "Recall@10 to scratch", "p-value", "transfer", "champion"]
+    head = ["target", "strategy", *SHORT, "Recall@10 to scratch", "p-value", "transfer", "transfer", "champion"]
+    groups = ["", "", "test", "", "", "", "", "validation", ""]
     cells = []
     for target, rows in targets.items():
         chosen, champion = champions.get(target, ("", ""))
         for row in rows:
-            last = champion if row.strategy == chosen else ""
-            cells.append([target, row.strategy, *_metrics(row, SHORT), *_transfer(row.verdict), last])
+            decided = [_on_validation(row, validation.get(target, {})), champion if row.strategy == chosen else ""]
+            cells.append([target, row.strategy, *_metrics(row, SHORT), *_transfer(row.verdict), *decided])
     reasons = [f"{target}: {reason}" for target, rows in targets.items() for row in rows for reason in _unknown(row)]
-    return "\n".join([*_aligned([head, *cells]), *reasons])
+    return "\n".join([*_aligned([groups, head, *cells]), *reasons])
+
+
+def _on_validation(row: Row, validation: Mapping[str, Verdict]) -> str:
+    verdict = validation.get(row.strategy)
+    return "" if verdict is None else verdict.transfer
 
 
 def _aligned(cells: Sequence[Sequence[str]]) -> list[str]:
-    """Align the columns of a table and underline its head."""
+    """Align the columns of a table and underline its head, the first two lines."""
     rule = ["-" * max(map(len, column)) for column in zip(*cells, strict=True)]
-    return align_columns([cells[0], rule, *cells[1:]])
+    return align_columns([*cells[:2], rule, *cells[2:]])
 
 
 def _unknown(row: Row) -> list[str]:

@@ -30,7 +30,7 @@ from antdist.io.progress import make_bar
 from antdist.jobs.client import POLL_SECONDS, Cluster, JobResult, join_ray, run_key
 from antdist.jobs.submission import Submission, make_submission, resolve_config
 from antdist.jobs.survey import Survey, survey
-from antdist.report import Report
+from antdist.report import Report, count
 from antdist.runs.inputs import available_modalities, open_domains
 from antdist.runs.parent import check_parent_named
 from antdist.runs.trials import Trial, strategies_of
@@ -107,13 +107,19 @@ class FanoutResult(Report):
         }
 
     def lines(self) -> list[str]:
-        from antdist.evaluation.report import transfer_table
+        from antdist.evaluation.report import read_verdict, transfer_table
 
         rows, lines = self.rows(), [f"note: {note}" for note in self.notes]
         if rows:
             champions = {target: _describe_champion(self.verdicts[target]) for target in rows}
-            lines += ["test users, best epoch of each trial and champion by validation Recall@10:"]
-            lines += [*transfer_table(rows, champions).splitlines(), *_count_transfers(rows)]
+            validation = {
+                target: {s: read_verdict(v) for s, v in self.verdicts[target].get("validation verdicts", {}).items()}
+                for target in rows
+            }
+            lines += [
+                "best epoch of each trial by validation Recall@10; the validation transfer decides on the champion:"
+            ]
+            lines += [*transfer_table(rows, champions, validation).splitlines(), *_count_transfers(rows)]
         for target in self.targets:
             lines += [
                 f"{target}: {note}"
@@ -124,7 +130,7 @@ class FanoutResult(Report):
                 lines.append(f"{target}: no strategy is trained with all seeds")
         lines += [f"failed: {f.task}: {f.why} (antdist logs {f.job})" for f in self.failures]
         if self.left:
-            lines.append(f"{RERUN}: {self.left} job{'s are' if self.left > 1 else ' is'} left")
+            lines.append(f"{RERUN}: {count(self.left, 'job is', 'jobs are')} left")
         return lines
 
     def to_json(self) -> dict[str, Any]:
@@ -156,7 +162,7 @@ def _count_transfers(rows: dict[str, list[Row]]) -> list[str]:
         found.setdefault(row.strategy, []).append(row.verdict.transfer if row.verdict else "")
     kinds = ("positive", "none", "negative", "unknown")
     return [
-        f"{strategy}: transfer {', '.join(f'{kind} on {ts.count(kind)}' for kind in kinds if kind in ts)} of {len(ts)} targets"
+        f"{strategy}: transfer on test users {', '.join(f'{kind} on {ts.count(kind)}' for kind in kinds if kind in ts)} of {len(ts)} targets"
         for strategy, ts in found.items()
     ]
 
@@ -401,7 +407,7 @@ def _run_tasks(
 
 def _stop(cluster: Jobs, jobs: list[str]) -> None:
     """Stop the jobs, which save their state first; a second Ctrl-C stops waiting for them."""
-    logger.info(f"stopping {len(jobs)} jobs, which save their state first; Ctrl-C leaves them running")
+    logger.info(f"stopping {count(len(jobs), 'job')}, which save their state first; Ctrl-C leaves them running")
     unasked = set(jobs)  # a job that is just starting cannot be stopped yet
     while left := [job for job in jobs if cluster.ended(job) is None]:
         unasked = {job for job in unasked.intersection(left) if not cluster.ask_to_stop(job)}

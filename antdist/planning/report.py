@@ -27,7 +27,7 @@ from antdist.planning.costs import (
     make_plan,
     zipf,
 )
-from antdist.report import Report
+from antdist.report import Report, count
 
 if TYPE_CHECKING:
     from antdist.data.domain import Domain
@@ -229,7 +229,7 @@ def _format_plan(plan: Plan, machine: Machine) -> list[str]:
     host = sum(plan.memory.host.values())
     fits = "" if plan.memory.total <= machine.memory else f", MORE THAN THE {_bytes(machine.memory)} AVAILABLE"
     return [
-        f"{data.name}: {data.interactions:,} interactions, {data.users:,} users, {data.items:,} items",
+        f"{data.name}: {count(data.interactions, 'interaction')}, {count(data.users, 'user')}, {count(data.items, 'item')}",
         f"  a step           {step.rank.predictions * plan.ranks:,.0f} predictions, {step.items:,.0f} distinct items, "
         f"{step.rank.candidates:,.0f} candidates",
         f"  memory a rank    {_bytes(plan.memory.total)} ({parts}){fits}"
@@ -238,7 +238,7 @@ def _format_plan(plan: Plan, machine: Machine) -> list[str]:
         f"  read             {_bytes(plan.read_a_second)}/s from storage, all nodes together",
         f"  checkpoint       {_bytes(plan.checkpoint)}, written in {_seconds(plan.checkpoint_seconds)}",
         f"  training         {plan.steps_an_epoch:,} steps an epoch, {_hours(plan.hours / plan.epochs)}; "
-        f"{plan.epochs} epochs {_hours(plan.hours)}",
+        f"{count(plan.epochs, 'epoch')} {_hours(plan.hours)}",
         f"  first bottleneck {plan.bottleneck}; to relieve it: {plan.setting}",
     ]
 

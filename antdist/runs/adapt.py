@@ -213,7 +213,7 @@ def refuse_unfinished(trials: Sequence[Trial]) -> None:
         )
     if stopped := [str(trial) for trial in trials if not trial.folder.result_file.is_file()]:
         raise UserError(
-            f"ended early: {', '.join(stopped)}",
+            f"stopped early: {', '.join(stopped)}",
             where="training.stop_after",
             remedy="run the same command to continue; without the key it runs to the end",
         )

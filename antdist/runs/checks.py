@@ -16,6 +16,7 @@ from antdist.errors import UserError, redact
 from antdist.features.table import FeatureTable, TablePart
 from antdist.io.storage import is_uri
 from antdist.model.recommender import Recommender
+from antdist.report import count
 from antdist.runs.context import AdaptContext, CheckReport, PretrainContext
 from antdist.runs.continuing import appended_notes, check_continues
 from antdist.runs.folder import absolute, run_folder, storage
@@ -163,7 +164,7 @@ def _check_inputs(inputs: Inputs, config: PretrainConfig | RelearnConfig, report
     for domain in inputs.domains:
         m = domain.manifest
         report.checked.append(
-            f"domain {domain.name}: {m.users:,} users, {m.items:,} items, {m.interactions:,} interactions, "
+            f"domain {domain.name}: {count(m.users, 'user')}, {count(m.items, 'item')}, {count(m.interactions, 'interaction')}, "
             f"fingerprint {domain.fingerprint[:12]}"
         )
     for modality, identity in inputs.catalogue.identities.items():

@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 
+from rich.console import Console
 from rich.progress import BarColumn, TextColumn
 
 from antdist.io.logs import get_logger, log_to_file
@@ -18,6 +19,8 @@ from antdist.training.status import Status
 
 logger = get_logger(__name__)
 POLL_SECONDS = 0.3
+FIGURES_WIDTH = 74  # of the longest figures beside a bar, which has the rest of the terminal
+WIDE = 120  # columns from which the bar also names the run
 
 
 @contextlib.contextmanager
@@ -82,15 +85,13 @@ def _show_lines() -> Iterator[Callable[[Status], None]]:
 
 @contextlib.contextmanager
 def _show_bar() -> Iterator[Callable[[Status], None]]:
-    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[figures]}"))
-    with make_bar(*columns) as progress:
+    width = Console(stderr=True).width
+    bar = BarColumn(bar_width=max(4, min(40, width - FIGURES_WIDTH)))
+    with make_bar(TextColumn("{task.description}"), bar, TextColumn("{task.fields[figures]}")) as progress:
         task = progress.add_task("starting the workers", total=None, figures="")
 
         def show(status: Status) -> None:
-            figures = (
-                f"{status.step}/{status.steps}  loss {status.loss:.4f}  {status.rate:,.0f} predictions/s  "
-                f"data wait {status.wait:.1%}  {status.left / 60:.1f} min left"
-            )
-            progress.update(task, description=status.name, completed=status.step, total=status.steps, figures=figures)
+            name = status.name if width >= WIDE else ""
+            progress.update(task, description=name, completed=status.step, total=status.steps, figures=status.figures())
 
         yield show

@@ -45,6 +45,7 @@ class PretrainedModel(Report):
     run_id: str
     tracking_uri: str
     finished: str | None
+    step: int  # of the last checkpoint
     history: list[dict[str, int | float]]
 
     def lines(self) -> list[str]:
@@ -54,7 +55,9 @@ class PretrainedModel(Report):
         return [
             f"registered {self.model}{chosen} ({self.champion})",
             f"run {self.run_id} in {redact(self.tracking_uri)}; files in {self.folder}",
-            "ended: " + (self.finished or "stopped by training.stop_after; run the same command to continue"),
+            f"ended: {self.finished}"
+            if self.finished
+            else f"stopped after step {self.step}; run the same command to continue",
         ]
 
     def to_json(self) -> dict[str, Any]:
@@ -163,7 +166,16 @@ def _register(context: PretrainContext, record: RunRecord, result: PretrainResul
         tags=record.tags,
     )
     finish_tracked(tracked, "FINISHED")
-    return PretrainedModel(folder.path, version.uri, version.champion, run_id, store, result.finished, result.history)
+    return PretrainedModel(
+        folder=folder.path,
+        model=version.uri,
+        champion=version.champion,
+        run_id=run_id,
+        tracking_uri=store,
+        finished=result.finished,
+        step=steps_in(folder.checkpoints)[-1],
+        history=result.history,
+    )
 
 
 def _lineage(context: PretrainContext, record: RunRecord) -> Lineage:

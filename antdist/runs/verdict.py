@@ -42,8 +42,8 @@ class Judgement(Record, Report):
 
     def lines(self) -> list[str]:
         return [
-            f"test users of {self.target}, best epoch of each trial by validation Recall@10:",
-            results_table(self.rows),
+            f"{self.target}, best epoch of each trial by validation Recall@10:",
+            results_table(self.rows, {str(strategy): v for strategy, v in self.verdicts.items()}),
             *self.notes,
         ]
 

@@ -29,7 +29,7 @@ from antdist.features.catalogue import open_optional_table
 from antdist.io.files import file_sha256
 from antdist.io.progress import track
 from antdist.model.io import WEIGHTS
-from antdist.report import Report
+from antdist.report import Report, count
 from antdist.serving.apply import FoundModel, open_catalogue
 from antdist.serving.score_folder import SUMMARY, ScoreFolder
 from antdist.serving.scorer import Scorer, ScoreTask, UserPart, embed_range, item_ranges, resolve_device
@@ -63,12 +63,14 @@ class ScoreReport(Report):
         return self.fresh_users / self.seconds if self.fresh_users and self.seconds > 0 else None
 
     def lines(self) -> list[str]:
-        result = f"{self.rows:,} items for {self.users:,} users in {self.parts:,} files in {self.out}"
+        result = (
+            f"{count(self.rows, 'item')} for {count(self.users, 'user')} in {count(self.parts, 'file')} in {self.out}"
+        )
         if self.fresh_parts < self.parts:
             result += f", {self.parts - self.fresh_parts:,} of them finished before"
         if self.rate is None:
             return [result]
-        workers = f"{self.workers or 'no'} worker{'' if self.workers == 1 else 's'}"
+        workers = count(self.workers, "worker") if self.workers else "no workers"
         catalogue = f"the catalogue embedded in {self.embedding_seconds:.1f} s"
         return [result, f"{self.rate:,.0f} users/s, {self.seconds:.1f} s, {workers}; {catalogue}"]
 

@@ -138,24 +138,28 @@ def find_version(client: MlflowClient, model: str) -> Any:
     if parts is None:
         raise UserError("not a reference to a registered model", where=model, remedy=f"write it as {FORMS}")
     name, alias, number = parts["name"], parts["alias"], parts["version"]
-    versions = list_versions(client, name)
+    versions, searched = list_versions(client, name), f" (searched {redact(client.tracking_uri)})"
     if not versions:
         names = sorted(registered.name for registered in client.search_registered_models(max_results=1000))
         near = difflib.get_close_matches(name, names, n=5, cutoff=0.5) or names[:10]
         known = f"known names: {', '.join(near)}" if near else "the registry is empty"
-        raise UserError(f"no registered model {name!r}; {known}", where=model, remedy="correct the name")
+        raise UserError(f"no registered model {name!r}; {known}{searched}", where=model, remedy="correct the name")
     if alias is not None:
         aliases = client.get_registered_model(name).aliases
         if alias not in aliases:
             known = ", ".join(f"{key} (version {value})" for key, value in sorted(aliases.items())) or "none"
-            raise UserError(f"{name!r} has no alias {alias!r}; it has: {known}", where=model, remedy="use one of these")
+            raise UserError(
+                f"{name!r} has no alias {alias!r}; it has: {known}{searched}", where=model, remedy="use one of these"
+            )
         number = str(aliases[alias])
     elif number == "latest":
         number = str(versions[-1].version)
     version = next((v for v in versions if int(v.version) == int(number or 0)), None)
     if version is None:
         known = ", ".join(str(v.version) for v in versions[-20:])
-        raise UserError(f"{name!r} has no version {number}; it has: {known}", where=model, remedy="use one of these")
+        raise UserError(
+            f"{name!r} has no version {number}; it has: {known}{searched}", where=model, remedy="use one of these"
+        )
     return version
 
 
@@ -187,7 +191,9 @@ def _locate_in_run(client: MlflowClient, model: str, run_id: str, path: str) -> 
         if error.error_code != "RESOURCE_DOES_NOT_EXIST":
             raise
         raise UserError(
-            f"no run {run_id!r} in the tracking store", where=model, remedy="check the id, and tracking.uri"
+            f"no run {run_id!r} in the tracking store {redact(client.tracking_uri)}",
+            where=model,
+            remedy="check the id, and tracking.uri",
         ) from None
     inside = client.list_artifacts(run_id, path)
     if not inside:

@@ -104,15 +104,16 @@ def check_reachable(uri: str, timeout: float = 5.0) -> None:
 
 
 def _check_sqlite(file: Path, timeout: float) -> None:
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
+    existing = next(folder for folder in file.absolute().parents if os.access(folder, os.F_OK))
+    writable = os.access(existing, os.W_OK | os.X_OK)
+    if existing != file.absolute().parent and not (writable and existing.is_dir()):  # nothing is created by a check
         raise StoreUnavailable(
-            f"the folder of the tracking store cannot be created ({error.strerror})",
+            f"the folder of the tracking store cannot be created ({existing} is not "
+            f"{'writable' if existing.is_dir() else 'a folder'})",
             where=file.parent,
             remedy="choose another folder with ray.storage, or another tracking.uri",
-        ) from None
-    if not os.access(file.parent, os.W_OK | os.X_OK):
+        )
+    if not writable:
         raise StoreUnavailable(
             "the folder of the tracking store is not writable",
             where=file.parent,

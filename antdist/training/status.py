@@ -25,12 +25,22 @@ class Status:
     wait: float  # the share of time spent waiting for data
     left: float  # seconds
 
+    def figures(self) -> str:
+        """Format all but the name: `step 20/576  loss 7.42  32.8k pred/s  data wait 0.1%  eta 0:42`."""
+        minutes, seconds = divmod(round(self.left), 60)
+        eta = f"{minutes}:{seconds:02}" if minutes < 60 else f"{minutes // 60}:{minutes % 60:02}:{seconds:02}"
+        return (
+            f"step {self.step}/{self.steps}  loss {self.loss:.4g}  {_short(self.rate)} pred/s  "
+            f"data wait {self.wait:.1%}  eta {eta}"
+        )
+
     def line(self) -> str:
         """Format the status as one line of a log."""
-        return (
-            f"{self.name}: step {self.step}/{self.steps}  loss {self.loss:.4f}  {self.rate:,.0f} predictions/s  "
-            f"data wait {self.wait:.1%}  {self.left / 60:.1f} min left"
-        )
+        return f"{self.name}: {self.figures()}"
+
+
+def _short(rate: float) -> str:
+    return f"{rate:.0f}" if rate < 1e3 else f"{rate / 1e3:.1f}k" if rate < 1e6 else f"{rate / 1e6:.1f}M"
 
 
 def log_status(status: Status) -> None:

@@ -35,15 +35,19 @@ def test_table() -> None:
             results_row("finetune", run, worse),
             results_row("relearn", run, better),
             results_row("finetune_all", make_run([1, 99]), unknown),
-        ]
+        ],
+        {"finetune": better},
     )
-    head, rule, scratch, finetune, relearn, last, reason = text.splitlines()
+    groups, head, rule, scratch, finetune, relearn, last, reason = text.splitlines()
     column = head.index("Recall@10 to scratch")
     assert scratch[head.index("Recall@10") :].startswith("0.7500 ± 0.3536")
     assert scratch[column:] == ""
-    assert relearn[column:].startswith("+0.2500 (+50.0%)") and relearn[head.index("transfer") :] == "positive"
+    assert relearn[column:].startswith("+0.2500 (+50.0%)") and relearn[head.index("transfer") :].strip() == "positive"
     assert relearn[head.index("p-value") :].startswith("< 0.001")
     assert finetune[column:].startswith("-0.0500 ") and finetune[head.index("p-value") :].startswith("0.250")
     assert last[head.index("Recall@10") :].startswith("0.5000 ") and last.endswith("unknown")
     assert reason == "finetune_all: transfer unknown: epochs: 1 against 2; seeds: 0 against 1"
     assert set(rule) == {"-", " "}
+    column = head.rindex("transfer")
+    assert groups[column:] == "validation" and groups.index("test") == head.index("Recall@10")
+    assert finetune[column:] == "positive" and relearn[column:] == ""

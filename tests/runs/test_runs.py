@@ -206,7 +206,7 @@ def test_registered_model_is_the_best_seed_in_any_order(world: Path, pretrained:
 def test_relearn_resumes_after_stop_after(world: Path) -> None:
     stopped = relearn_config(world, name="pause", strategy="scratch", training={"epochs": 2, "stop_after": 1})
     with pytest.raises(
-        UserError, match=r"training.stop_after: ended early: scratch-seed0, scratch-seed1\. Run the same"
+        UserError, match=r"training.stop_after: stopped early: scratch-seed0, scratch-seed1\. Run the same"
     ):
         relearn(stopped)
     done = relearn(relearn_config(world, name="pause", strategy="scratch"))

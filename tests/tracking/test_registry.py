@@ -280,6 +280,8 @@ def test_invalid_references_are_refused(uri: str, known: Any, reference: str, to
     with pytest.raises(UserError) as error:
         resolve(reference, uri)
     assert str(error.value).startswith(f"{reference}: ") and told in str(error.value)
+    if told.partition(" ")[0] in ("no", "has", "'known-model'"):  # the store was searched
+        assert uri in str(error.value)
 
 
 def test_an_empty_registry_is_reported(tmp_path: Path) -> None:

@@ -61,7 +61,7 @@ from antdist.errors import UserError
 from antdist.io.files import flush_to_disk, write_folder_atomically
 from antdist.io.locks import try_lock
 from antdist.io.progress import track
-from antdist.report import Report
+from antdist.report import Report, count
 
 NOT_COMPARABLE = (
     "evaluation results before and after this append do not compare: an updated user's last interaction is the new test "
@@ -94,10 +94,10 @@ class AppendReport(Report):
     def lines(self) -> list[str]:
         """Format the report for the terminal."""
         lines = [
-            f"{self.domain}: {self.new_users:,} new users, {self.updated_users:,} users with more interactions, "
-            f"{self.new_items:,} new items, {self.new_interactions:,} more interactions",
-            f"in all {self.users:,} users, {self.items:,} items, {self.interactions:,} interactions; "
-            f"{self.pending_users:,} pending users with fewer than three interactions",
+            f"{self.domain}: {count(self.new_users, 'new user')}, {count(self.updated_users, 'user')} with more interactions, "
+            f"{count(self.new_items, 'new item')}, {count(self.new_interactions, 'more interaction')}",
+            f"in all {count(self.users, 'user')}, {count(self.items, 'item')}, {count(self.interactions, 'interaction')}; "
+            f"{count(self.pending_users, 'pending user')} with fewer than three interactions",
             *format_tally(self.notes, self.examples),
         ]
         if self.quarantined:

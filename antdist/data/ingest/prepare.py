@@ -28,7 +28,7 @@ from antdist.data.quarantine import MAX_BAD, QUARANTINE_NAME, Quarantine, write_
 from antdist.data.shards import MIN_INTERACTIONS
 from antdist.data.writing import BLOCK_USERS, ITEMS_PER_SHARD, Histories, check_name, check_target_folder, write_domain
 from antdist.errors import UserError
-from antdist.report import Report
+from antdist.report import Report, count
 
 
 @dataclass(frozen=True, repr=False)
@@ -53,14 +53,17 @@ class PrepareReport(Report):
     def lines(self) -> list[str]:
         """Format the report for the terminal."""
         lines = [
-            f"{self.domain}: {self.users:,} users, {self.items:,} items, {self.interactions:,} interactions",
+            f"{self.domain}: {count(self.users, 'user')}, {count(self.items, 'item')}, {count(self.interactions, 'interaction')}",
             f"items with text {self.with_text:,}, with price {self.with_price:,}, with images {self.with_image:,}",
             *format_tally(self.notes, self.examples),
         ]
         if self.quarantined:
             file = Path(self.folder) / QUARANTINE_NAME
             lines.append(f"bad records quarantined: {self.quarantined:,}, listed with file, line and reason in {file}")
-        return [*lines, f"wrote {self.folder} ({self.blocks:,} blocks, {self.seconds:.1f} s), {self.fingerprint[:16]}"]
+        return [
+            *lines,
+            f"wrote {self.folder} ({count(self.blocks, 'block')}, {self.seconds:.1f} s), {self.fingerprint[:16]}",
+        ]
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)

@@ -24,7 +24,7 @@ from antdist.data.synthetic.grammar import LONGEST, MIN_INTERACTIONS, SyntheticD
 from antdist.errors import UserError
 from antdist.io.files import write_folder_atomically
 from antdist.io.progress import track
-from antdist.report import Report
+from antdist.report import Report, count
 
 TARGET = "workshop"
 AUXILIARIES = ("garden", "kitchen", "toys", "office", "music", "pets", "sports")
@@ -107,8 +107,8 @@ class WorldReport(Report):
 
     def lines(self) -> list[str]:
         return [
-            f"{d.name}{' (target)' if d.name == self.target else ''}: {d.users:,} users, {d.items:,} items, "
-            f"{d.interactions:,} interactions; {d.texts:,} texts, {d.pictures:,} pictures, {d.prices:,} prices"
+            f"{d.name}{' (target)' if d.name == self.target else ''}: {count(d.users, 'user')}, {count(d.items, 'item')}, "
+            f"{count(d.interactions, 'interaction')}; {count(d.texts, 'text')}, {count(d.pictures, 'picture')}, {count(d.prices, 'price')}"
             for d in self.domains
         ]
 
