@@ -1,4 +1,7 @@
-"""The process group of Ray Train's workers, on a network of several machines. It imports ray, so import it lazily."""
+"""The process group of Ray Train's workers, on a network of several machines.
+
+It imports ray, so import it lazily.
+"""
 
 from __future__ import annotations
 
@@ -91,7 +94,9 @@ def _bind_store_to(address: str) -> None:
 
 
 def find_interface(address: str) -> str | None:
-    """Return the network interface that has this address; None if none has, as behind network address translation.
+    """Return the network interface that has this address.
+
+    It is None if none has, as behind network address translation.
 
     By default gloo uses the address to which the host name resolves, which is often on loopback (127.0.1.1 in Debian's
     /etc/hosts) and unreachable from other machines. The address that Ray uses is reachable.

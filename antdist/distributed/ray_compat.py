@@ -1,4 +1,6 @@
-"""Everything that antdist takes from Ray's private modules, written against Ray 2.60 (setup.cfg pins `ray>=2.60,<2.61`).
+"""Everything that antdist takes from Ray's private modules, written against Ray 2.60.
+
+setup.cfg pins `ray>=2.60,<2.61`.
 
 `tests/distributed/test_ray_compat.py` fails where another version of Ray no longer has what is used here, and where any other
 module imports from Ray's private ones. Ray is imported in the functions: `antdist --help` must not wait for it.
@@ -23,7 +25,9 @@ CLUSTER_VARIABLE = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"
 
 @contextlib.contextmanager
 def listen_on_loopback() -> Iterator[None]:
-    """Around `ray.init` of a local Ray: make its processes, and those that they start, use 127.0.0.1 as the node's address.
+    """Make a local Ray, started within the block, listen on loopback alone.
+
+    Its processes, and those that they start, then use 127.0.0.1 as the node's address.
 
     Whoever reaches Ray's ports can run code in it. Ray uses loopback on systems where it does not support clusters, which it
     reads from a constant (in this process) and an environment variable (in those that it starts); elsewhere it listens on all
@@ -60,7 +64,10 @@ def use_free_agent_port() -> Iterator[None]:
 
 
 def dashboard_address() -> str:
-    """Return HOST:PORT of the dashboard of this process's Ray; `ray.init` returns it, but not to a later caller."""
+    """Return HOST:PORT of the dashboard of this process's Ray.
+
+    `ray.init` returns it, but not to a later caller.
+    """
     from ray._private.worker import get_dashboard_url
 
     return str(get_dashboard_url())
@@ -95,7 +102,10 @@ def reservation_requester(trainer: Any) -> str:
 
 
 def torch_backend_class() -> Any:
-    """Return the class that starts Ray Train's process group; a subclass is the only way to repeat a failed start."""
+    """Return the class that starts Ray Train's process group.
+
+    A subclass is the only way to repeat a failed start.
+    """
     from ray.train.torch.config import _TorchBackend
 
     return _TorchBackend
@@ -109,5 +119,8 @@ def startup_error_class() -> type[Exception]:
 
 
 def shut_down_group(worker_group: Any) -> None:
-    """Release the placement group of workers that failed to start, which would keep the resources from the next attempt."""
+    """Release the placement group of workers that failed to start.
+
+    It would keep the resources from the next attempt.
+    """
     worker_group.get_worker_group_state().shutdown()

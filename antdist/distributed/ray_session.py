@@ -137,13 +137,19 @@ def _start_local(config: RayConfig, **options: Any) -> None:
 
 
 def sigterm_as_interrupt() -> contextlib.AbstractContextManager[None]:
-    """Within the block a scheduler's SIGTERM stops the command in order, as Ctrl-C does; Ray's handler dumps its stack."""
+    """Within the block a scheduler's SIGTERM stops the command in order, as Ctrl-C does.
+
+    Ray's own handler prints a stack trace.
+    """
     return _signal_handler(signal.SIGTERM, signal.default_int_handler)
 
 
 @contextlib.contextmanager
 def _signal_handler(number: signal.Signals, handler: Callable[..., Any] | signal.Handlers) -> Iterator[None]:
-    """Set a signal's handler within the block; a thread other than the main one cannot, and leaves it unchanged."""
+    """Set a signal's handler within the block.
+
+    A thread other than the main one cannot, and leaves it unchanged.
+    """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -199,7 +205,9 @@ def is_inside_job() -> bool:
 def run_workers(
     work: Callable[[Settings], None], settings: Settings, config: RayConfig, name: str, hang: HangConfig
 ) -> None:
-    """Run `work(settings)` on `ray.workers` Ray Train workers in one process group: NCCL with GPUs, gloo without.
+    """Run `work(settings)` on `ray.workers` Ray Train workers in one process group.
+
+    The group uses NCCL with GPUs, gloo without.
 
     With `ray.min_workers` Ray restarts `work` with fewer or more workers as nodes leave and join; `work` finds their number
     in `antdist.distributed.world.current_world`. A collective that exceeds the limits of `hang` fails, unless a watchdog has
@@ -320,7 +328,10 @@ def _check_resources(config: RayConfig) -> None:
 
 
 def _missing_resources(config: RayConfig) -> str:
-    """Describe what the fewest workers need beyond the resources of all living nodes, used or not; "" if nothing."""
+    """Describe what the fewest workers need beyond the resources of all living nodes, used or not.
+
+    Returns "" if nothing is missing.
+    """
     import ray
 
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
@@ -337,7 +348,9 @@ def _missing_resources(config: RayConfig) -> str:
 
 
 def _fit(trainer: Any, config: RayConfig) -> None:
-    """Run the trainer in a thread, and report missing nodes meanwhile. Raises UserError if none join in time.
+    """Run the trainer in a thread, and report missing nodes meanwhile.
+
+    Raises UserError if none join in time.
 
     In the main thread Ray Train would handle Ctrl-C itself, and the command would end as if it had failed.
     """
@@ -375,7 +388,10 @@ def _fit(trainer: Any, config: RayConfig) -> None:
 
 
 def _explain_failure(failure: Exception, config: RayConfig) -> Exception:
-    """Return a one-line error if the workers died or never connected; the failure with its traceback if they raised it."""
+    """Return a one-line error if the workers died or never connected.
+
+    If a worker raised an error itself, return the failure with its traceback.
+    """
     from antdist.distributed.process_group import INTERFACE, NOT_CONNECTED
 
     if reason := re.search(rf"{NOT_CONNECTED} \(.*\)", str(failure)):

@@ -33,7 +33,10 @@ class World:
 
 
 def current_world() -> World:
-    """Return the world of the current process group, on its local GPU if it has one; a single rank without a group."""
+    """Return the world of the current process group, on its local GPU if it has one.
+
+    Without a group it is a single rank.
+    """
     if not dist.is_available() or not dist.is_initialized():
         return World(device=torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     on_gpu = dist.get_backend() == "nccl"
@@ -47,7 +50,9 @@ def row_ranges(rows: int, parts: int) -> list[tuple[int, int]]:
 
 
 def row_gather(world: World, rows: int) -> Gather | None:
-    """Make a differentiable function that gathers this rank's (n_r, w) rows to all (rows, w); None for a single rank.
+    """Make a differentiable function that gathers this rank's (n_r, w) rows to all (rows, w).
+
+    It is None for a single rank.
 
     The gradient of a row is summed over the ranks that used it, and returns to the rank that computed it (law 2).
     """
@@ -84,7 +89,10 @@ def sum_over_ranks(world: World, value: Tensor) -> Tensor:
 
 
 def gather_objects(world: World, value: T) -> list[T]:
-    """Return every rank's `value`, in rank order. For trusted peers only: torch sends it pickled within the job."""
+    """Return every rank's `value`, in rank order.
+
+    For trusted peers only: torch sends it pickled within the job.
+    """
     if world.size == 1:
         return [value]
     values: list[T | None] = [None] * world.size

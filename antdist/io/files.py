@@ -23,7 +23,9 @@ Sync = Literal["none", "file", "folder"]
 
 @contextlib.contextmanager
 def write_atomically(path: Path, *, sync: Sync = "file", suffix: str = ".partial") -> Iterator[Path]:
-    """Yield a temporary path to write; when the block ends, it replaces `path`, so that nobody reads half a file.
+    """Yield a temporary path to write.
+
+    When the block ends, the file replaces `path`, so that nobody reads half of it.
 
     If the block fails, the temporary file is removed and `path` is as before. A killed process leaves it behind; the next
     one overwrites it.
@@ -71,7 +73,10 @@ def write_json(path: Path, content: dict[str, Any], *, sync: Sync = "file") -> N
 
 
 def read_json(path: Path) -> dict[str, Any] | None:
-    """Read the JSON object in a file; None if there is no such file. Raises UserError if it holds anything else."""
+    """Read the JSON object in a file; None if there is no such file.
+
+    Raises UserError if it holds anything else.
+    """
     if not path.is_file():
         return None
     try:

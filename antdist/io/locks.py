@@ -8,7 +8,9 @@ from typing import IO, Any
 
 
 def try_lock(file: IO[Any] | int, *, seconds: float = 0.0, shared: bool = False) -> bool:
-    """Lock an open file (or folder's descriptor) and return whether that succeeded in time; closing it releases the lock.
+    """Lock an open file (or folder's descriptor) and return whether that succeeded in time.
+
+    Closing it releases the lock.
 
     By hand rather than by filelock, which has no shared lock on Unix, cannot lock a folder, and fails on a file system
     without locks: there the work must still start, so that counts as locked. For a shared lock over NFS the file must be open

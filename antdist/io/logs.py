@@ -1,4 +1,4 @@
-"""Logging: what antdist reports while it works, on standard error and in a run's log, without credentials."""
+"""Logging on standard error and in a run's log, without credentials."""
 
 from __future__ import annotations
 
@@ -36,7 +36,10 @@ class StandardError(logging.Handler):
 
 
 def setup_logging() -> None:
-    """Report from INFO on to standard error. The command line and the workers call this; a library user decides for himself."""
+    """Report from INFO on to standard error.
+
+    The command line and the workers call this; on import nothing is configured.
+    """
     if not any(isinstance(handler, StandardError) for handler in PACKAGE.handlers):
         PACKAGE.addHandler(StandardError())
     PACKAGE.setLevel(logging.INFO)

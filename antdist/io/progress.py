@@ -1,4 +1,4 @@
-"""Progress bars and tables: bars on a terminal and a line now and then elsewhere; columns of plain text."""
+"""Progress bars, or a line now and then off a terminal; tables of plain text."""
 
 from __future__ import annotations
 
@@ -22,7 +22,10 @@ def align_columns(rows: Sequence[Sequence[str]]) -> list[str]:
 
 
 def make_bar(*columns: Any) -> Any:
-    """Make a rich `Progress` on standard error that disappears at its end; lines logged meanwhile appear above it."""
+    """Make a rich `Progress` on standard error that disappears at its end.
+
+    Lines logged meanwhile appear above it.
+    """
     from rich.console import Console
     from rich.progress import Progress
 
@@ -32,7 +35,9 @@ def make_bar(*columns: Any) -> Any:
 def track(
     iterable: Iterable[T], description: str, total: int | None = None, size: Callable[[T], int] = lambda _: 1
 ) -> Iterator[T]:
-    """Iterate, and show progress, rate and time left: by a bar on a terminal, else by a line every 15 seconds.
+    """Iterate, and show progress, rate and time left.
+
+    A terminal shows a bar, anything else a line every 15 seconds.
 
     Args:
         total: the sum of all sizes.

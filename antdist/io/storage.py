@@ -69,7 +69,10 @@ def translate_storage_errors(uri: str) -> Iterator[None]:
 
 
 def retry_unreachable(work: Callable[[], T], waits: Sequence[float]) -> T:
-    """Call `work` again, after each of the `waits` (seconds), while the storage is unreachable. Raises Unreachable."""
+    """Call `work` again, after each of the `waits` (seconds), while the storage is unreachable.
+
+    Raises Unreachable.
+    """
 
     def report(error: BaseException, _: float) -> None:
         logger.warning(f"{error} Trying again")

@@ -86,7 +86,10 @@ class Cluster:
             )
 
     def resume(self, job: str) -> str:
-        """Submit the same job again, which resumes its run. Raises UserError while it, or another job of its run, is active."""
+        """Submit the same job again, which resumes its run.
+
+        Raises UserError while it, or another job of its run, is active.
+        """
         info = self._info(job)
         if not info.status.is_terminal():
             raise UserError(f"the job {STATES[info.status]}", where=job, remedy="stop it first: antdist stop JOB")
@@ -244,12 +247,18 @@ def run_key(metadata: Mapping[str, str]) -> tuple[str, ...]:
 
 
 def join_ray(submission: Submission, address: str) -> Submission:
-    """Make the job's driver connect to the Ray at this address; with several on a machine, Ray may give it another one."""
+    """Make the job's driver connect to the Ray at this address.
+
+    With several on a machine, Ray may give it another one.
+    """
     return replace(submission, entrypoint=f"RAY_ADDRESS={shlex.quote(address)} {submission.entrypoint}")
 
 
 def submit_to_local_ray(submission: Submission) -> JobResult:
-    """Run a job on a local Ray that is started for it; Ctrl-C and SIGTERM stop the job first, so that it saves its state."""
+    """Run a job on a local Ray that is started for it.
+
+    Ctrl-C and SIGTERM stop the job first, so that it saves its state.
+    """
     with local_head(submission.ray) as (address, ray_address):
         cluster = Cluster(address)
         job = cluster.submit(join_ray(submission, ray_address))

@@ -1,4 +1,4 @@
-"""`antdist fanout`: a Ray job per trial of many targets, then a job per target that judges and registers.
+"""`antdist fanout`: a Ray job per trial, then a job per target that judges and registers.
 
 A survey finds what is done already; it runs on the cluster where this machine is not part of it. So a fan-out may be started
 from anywhere and repeated.
@@ -429,7 +429,10 @@ def read_document(log: str) -> dict[str, Any] | None:
 
 
 def _wait_out_outage(work: Callable[[], T]) -> T:
-    """Ask the cluster again while it is unreachable: its jobs continue meanwhile. Raises its UserError in the end."""
+    """Ask the cluster again while it is unreachable: its jobs continue meanwhile.
+
+    Raises its UserError in the end.
+    """
 
     def report_first(state: RetryCallState) -> None:
         if state.attempt_number == 1 and state.outcome is not None:

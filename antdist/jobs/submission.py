@@ -122,7 +122,10 @@ def _entrypoint(words: Sequence[str], here: bool) -> str:
 
 
 def restore_submission(entrypoint: str, metadata: dict[str, str]) -> Submission:
-    """Rebuild a job's submission from what the cluster lists of it. Raises KeyError if antdist did not submit it."""
+    """Rebuild a job's submission from what the cluster lists of it.
+
+    Raises KeyError if antdist did not submit it.
+    """
     return Submission(
         entrypoint, {key: metadata[key] for key in ("verb", "run", "storage", "mlflow", "config", "code")}, RayConfig()
     )

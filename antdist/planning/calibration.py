@@ -1,4 +1,4 @@
-"""Calibration: measure a machine's peak matrix product, memory bandwidth, and training steps of two sizes.
+"""Measure a machine: its peak matrix product, memory bandwidth, and training steps of two sizes.
 
 The two steps give the share of the peak that their products reach and the fixed time of a step, from which `costs.py` predicts
 the time of any step. A calibration is a JSON file that names its machine.
@@ -140,7 +140,9 @@ def calibrate(
     gemm_sizes: Sizes = GEMM_SIZES,
     model: ModelConfig = PAPERS,
 ) -> Calibration:
-    """Measure this machine, or its GPU if it has one, with torch's current threads: half a minute on a few cores.
+    """Measure this machine, or its GPU if it has one, with torch's current threads.
+
+    It takes half a minute on a few cores.
 
     Raises:
         UserError: not on Linux, from which the memory of a process is read.
@@ -182,7 +184,10 @@ def calibrate(
 
 
 def measure_gemm_peak(device: torch.device, dtype: torch.dtype, sizes: Sizes = GEMM_SIZES) -> float:
-    """Return the operations per second of the fastest plain matrix product: the best of five attempts at each size."""
+    """Return the operations per second of the fastest plain matrix product.
+
+    It is the best of five attempts at each size.
+    """
     import torch
 
     best = 0.0
@@ -257,7 +262,7 @@ def _begin_memory(device: torch.device) -> int:
 def _measure_steps(
     device: torch.device, sizes: tuple[int, int], items: int, model: ModelConfig, before: int
 ) -> list[MeasuredStep]:
-    """Measure training steps of the plain engine, and return the fastest of each size in relation to its work.
+    """Measure training steps of the plain engine; return the fastest of each size for its work.
 
     Steps of the smaller size and then of the larger one give their memory; then the sizes alternate for their time, so that
     other processes on the machine affect both.
@@ -307,7 +312,7 @@ def _measure_steps(
 
 
 def _inputs(predictions: int, items: int, max_length: int, seed: int) -> tuple[Batch, ItemInputs]:
-    """Make a batch of generated histories with about `predictions` predictions, and random features of its items."""
+    """Make a batch of about `predictions` predictions, and random features of its items."""
     import torch
 
     from antdist import ragged

@@ -50,7 +50,10 @@ class Popularity:
 
 
 def zipf(items: int, interactions: float, exponent: float, shift: float = 10.0) -> Popularity:
-    """Return popularity proportional to (rank + shift) ** -exponent; rare items share one frequency per range of ranks."""
+    """Return popularity proportional to (rank + shift) ** -exponent.
+
+    Rare items share one frequency per range of ranks.
+    """
     edges = np.unique(np.geomspace(1, items + 1, RANKS).astype(np.int64))
     edges[-1] = items + 1
     many = np.diff(edges).astype(np.float64)
@@ -66,7 +69,7 @@ def count_popularity(counts: IntArray) -> Popularity:
 
 
 def expected_distinct(draws: float, popularity: Popularity, uniform: float = 0.0) -> float:
-    """Return the expected distinct items in `draws` interactions of an epoch and `uniform` draws from all items.
+    """Estimate the distinct items in `draws` interactions and `uniform` draws from all items.
 
     Each interaction is equally likely to be drawn, so an item that occurs c times is absent with probability
     (1 - draws / all) ** c.
@@ -88,7 +91,10 @@ def estimate_lengths(mean: float, least: int = 5, deviation: float = 1.0) -> Flo
 
 @dataclass(frozen=True)
 class Workload:
-    """Figures of a run's data. `lengths` are the interactions, held-out ones included, of a sample of users."""
+    """Figures of a run's data.
+
+    `lengths` are the interactions, held-out ones included, of a sample of users.
+    """
 
     name: str
     users: int
@@ -141,7 +147,10 @@ def count_windows(lengths: FloatArray, max_length: int, mode: str) -> Windows:
 
 @dataclass(frozen=True)
 class Work:
-    """A rank's share of a micro-batch. `aligned` counts the images that it compares with all candidates' texts."""
+    """A rank's share of a micro-batch.
+
+    `aligned` counts the images that it compares with all candidates' texts.
+    """
 
     items: float  # distinct items that it embeds
     tokens: float
@@ -205,7 +214,9 @@ def useful_operations(work: Work, model: ModelConfig, dims: Mapping[str, int]) -
 
 
 def moved_bytes(step: Step, model: ModelConfig, dims: Mapping[str, int]) -> float:
-    """Count the bytes that everything except matrix products reads and writes: dropout, mixing, norms, softmax.
+    """Count the bytes that everything except matrix products reads and writes.
+
+    These are dropout, mixing, norms and softmax.
 
     Passes over each tensor, forward and backward: 6 over features and 6 over the experts' outputs, 60 d and 12 inner per
     token and layer, 16 over attention weights, 8 over logits.
@@ -218,7 +229,10 @@ def moved_bytes(step: Step, model: ModelConfig, dims: Mapping[str, int]) -> floa
 
 
 def update_bytes(parameters: float) -> float:
-    """Count the bytes that Adam reads and writes: weight, gradient, two moments; all but the gradient are written back."""
+    """Count the bytes that Adam reads and writes: weight, gradient, two moments.
+
+    All but the gradient are written back.
+    """
     return 7.0 * FLOAT * parameters
 
 
@@ -320,7 +334,7 @@ class Memory:
 
 
 def state_memory(config: Config, parameters: int, ranks: int) -> dict[str, float]:
-    """Return the bytes of weights, gradients and moments, sharded by the ZeRO stage, and of DeepSpeed's buffers.
+    """Return the bytes of weights, gradients and moments under the ZeRO stage, and of buffers.
 
     Stages 1 and 2 keep a second copy of each rank's share of the weights, and a buffer for gradients in transit.
     """
@@ -343,7 +357,7 @@ def state_memory(config: Config, parameters: int, ranks: int) -> dict[str, float
 def activations(
     step: Step, model: ModelConfig, loss: LossConfig, dims: Mapping[str, int], ranks: int, precision: str
 ) -> dict[str, float]:
-    """Return the bytes that the forward pass of a micro-batch keeps for the backward one, and the loss's largest block.
+    """Return the bytes that a forward pass keeps for the backward one, and the loss's largest block.
 
     Per distinct item its features before and after dropout, and the outputs of all experts; the items of all ranks; per
     token and layer 16 d-wide and 3 inner-wide tensors and two copies of the attention weights; 1.5 blocks of logits. In
@@ -367,12 +381,18 @@ def activations(
 
 
 def gathered_width(work: Work, model: ModelConfig) -> int:
-    """Return the numbers per item that ranks exchange: its embedding, and its text where images are aligned with texts."""
+    """Return the numbers per item that ranks exchange.
+
+    These are its embedding, and its text where images are aligned with texts.
+    """
     return 2 * model.dim + 2 if work.aligned else model.dim
 
 
 def cached_feature_bytes(data: Workload, loss: LossConfig, ranks: int, machine: Machine) -> float:
-    """Return the bytes of features cached between steps (`antdist.training.feed.Feed.cached_features`); 0 if none are."""
+    """Return the bytes of features cached between steps (`antdist.training.feed.Feed.cached_features`).
+
+    It is 0 if none are.
+    """
     row = sum(FLOAT * width + 1 for width in data.dims.values()) + 8
     same_items = loss.negatives == "catalogue"
     held = row * (data.items / ranks if same_items else data.items)
@@ -405,7 +425,10 @@ def estimate_memory(config: Config, data: Workload, step: Step, ranks: int, mach
 
 @dataclass(frozen=True)
 class Plan:
-    """The costs of a run. `seconds` are those of a step by resource; compute and interconnect alternate, reading overlaps."""
+    """The costs of a run.
+
+    `seconds` are those of a step by resource. Compute and interconnect alternate, reading overlaps.
+    """
 
     data: Workload
     ranks: int
@@ -451,7 +474,10 @@ def compute_seconds(config: Config, data: Workload, step: Step, ranks: int, mach
 
 
 def exchanged_bytes(config: Config, step: Step, parameters: int, ranks: int) -> dict[str, float]:
-    """Return the bytes that a rank sends in a step: items' rows and their gradients, and gradients of the weights."""
+    """Return the bytes that a rank sends in a step.
+
+    It sends items' rows and their gradients, and gradients of the weights.
+    """
     model, training = config.model, config.training
     low = FLOAT if training.precision == "fp32" else FLOAT // 2
     others = (ranks - 1) / ranks

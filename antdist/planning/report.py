@@ -1,4 +1,4 @@
-"""`antdist plan`: the costs of a run before anything runs, from its configuration and data (arithmetic: `costs.py`)."""
+"""`antdist plan`: the costs of a run, from its configuration and data (arithmetic: `costs.py`)."""
 
 from __future__ import annotations
 
@@ -73,7 +73,9 @@ def plan_run(
     kind: str = "h100",
     calibration: Calibration | None = None,
 ) -> PlanReport:
-    """Plan the configuration's data, if it names any; for a pre-training also the paper's data and ten billion interactions.
+    """Plan the configuration's data, if it names any.
+
+    For a pre-training also the paper's data and ten billion interactions.
 
     Args:
         gpus: one per worker; 0: none; None: as configured.
@@ -164,7 +166,10 @@ def workload_of_size(
 
 
 def _own_data(config: Config, names: list[str]) -> Workload:
-    """Read the figures of prepared domains from manifests, first shards, popularity and tables. Raises UserError."""
+    """Read the figures of prepared domains from manifests, first shards, popularity and tables.
+
+    Raises UserError.
+    """
     from antdist.data.stream.order import quotas
     from antdist.runs.inputs import open_domains
 
@@ -198,7 +203,7 @@ def _own_data(config: Config, names: list[str]) -> Workload:
 
 
 def _lengths(domains: list[Domain], users: list[float]) -> FloatArray:
-    """Sample users' lengths from each domain's first shard with users, in proportion to its users in an epoch."""
+    """Sample users' lengths from the domains' first shards, in proportion to their users in an epoch."""
     chosen = []
     for domain, share in zip(domains, users, strict=True):
         first = next(number for number, shard in enumerate(domain.manifest.sequence_shards) if shard.users)
@@ -209,7 +214,7 @@ def _lengths(domains: list[Domain], users: list[float]) -> FloatArray:
 
 
 def _features(config: Config, domains: list[Domain]) -> tuple[dict[str, int], float]:
-    """Return the widths of the feature tables (the paper's where there is none yet), and the bytes of a row on disk."""
+    """Return the tables' widths (the paper's where there is none), and the bytes of a row on disk."""
     from antdist.features.catalogue import open_optional_table
 
     dims: dict[str, int] = {}
