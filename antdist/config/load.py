@@ -1,4 +1,4 @@
-"""From a YAML file and dotted overrides to a checked configuration; every mistake names its key and the nearest known one."""
+"""Load a YAML file and dotted overrides into a checked configuration; errors name the key and the nearest known one."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ FLOAT = re.compile(r"[-+]?([0-9]+(\.[0-9]*)?|\.[0-9]+)[eE][-+]?[0-9]+$")
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML as people mean it: 1e-3 is a number (YAML 1.1 takes it for text), and a key that stands twice is a mistake."""
+    """Read 1e-3 as a number, which YAML 1.1 reads as text, and refuse a duplicate key."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         keys = set()
@@ -32,7 +32,7 @@ class _Loader(yaml.SafeLoader):
 
 
 class _Dumper(yaml.SafeDumper):
-    """Quotes what `_Loader` would take for a number."""
+    """Quote text that `_Loader` would read as a number."""
 
 
 for _kind in (_Loader, _Dumper):
@@ -63,11 +63,11 @@ def check_config(kind: type[Config], tree: dict[str, Any], where: str = "configu
     try:
         return kind.model_validate(tree)
     except ValidationError as error:
-        raise _told(kind, error, where) from None
+        raise _to_user_error(kind, error, where) from None
 
 
 def dump_config(config: BaseModel, *, defaults: bool = True) -> str:
-    """The resolved configuration as YAML that `load_config` reads back; without `defaults` what the user has set."""
+    """Return the resolved configuration as YAML; without `defaults`, only the keys that were set."""
     return to_yaml(config.model_dump(by_alias=True, exclude_unset=not defaults))
 
 
@@ -89,7 +89,7 @@ def read_tree(file: Path, remedy: str = "give --config the path of a YAML file")
 
 
 def _parse(text: str) -> Any:
-    """YAML to plain values. Raises yaml.YAMLError, also for what PyYAML's constructors stumble over (`!!int x`)."""
+    """Parse YAML to plain values. Raises yaml.YAMLError, also where PyYAML's constructors fail (`!!int x`)."""
     try:
         return yaml.load(text, _Loader)  # noqa: S506  a SafeLoader
     except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError) as error:
@@ -118,9 +118,9 @@ def _set(tree: dict[str, Any], override: str) -> None:
     node[last] = value
 
 
-def _told(kind: type[BaseModel], error: ValidationError, where: str) -> UserError:
+def _to_user_error(kind: type[BaseModel], error: ValidationError, where: str) -> UserError:
     first = error.errors()[0]
-    path = [str(part) for part in first["loc"] if "[" not in str(part)]  # keys; not which of a key's types was tried
+    path = [str(part) for part in first["loc"] if "[" not in str(part)]  # the keys, without the member of a union
     key = ".".join(path)
     if first["type"] == "extra_forbidden":
         known = known_keys(kind)
@@ -145,7 +145,7 @@ def _told(kind: type[BaseModel], error: ValidationError, where: str) -> UserErro
 
 
 def known_keys(kind: type[BaseModel], prefix: str = "") -> list[str]:
-    """All dotted keys of a configuration class."""
+    """Return all dotted keys of a configuration class."""
     keys: list[str] = []
     for name, entry in kind.model_fields.items():
         key = prefix + (entry.alias or name)
@@ -156,7 +156,7 @@ def known_keys(kind: type[BaseModel], prefix: str = "") -> list[str]:
 
 
 def names_target(file: Path | None, overrides: Sequence[str]) -> bool:
-    """Whether a configuration is one of re-learning: it names a target or a strategy. Raises UserError as `load_config`."""
+    """Return whether a configuration names a target or a strategy. Raises UserError as `load_config`."""
     tree = read_tree(file) if file is not None else {}
     for override in overrides:
         _set(tree, override)
@@ -164,7 +164,7 @@ def names_target(file: Path | None, overrides: Sequence[str]) -> bool:
 
 
 def is_relearn(tree: dict[str, Any]) -> bool:
-    """Whether the keys of a configuration are those of re-learning."""
+    """Return whether the keys of a configuration are those of re-learning."""
     return not tree.keys().isdisjoint({"target", "strategy", "from", "seeds"})
 
 

@@ -54,12 +54,12 @@ class ModelConfig(Component):
     """The recommender (spec, sections 3 and 4). Feature dimensions are not here: they come from the feature tables."""
 
     modalities: Annotated[list[Modality], ARCHITECTURE] = Field(
-        ["text", "image", "price"], description="what the item tower reads; leave one out to ablate it"
+        ["text", "image", "price"], description="inputs of the item tower; leave one out to ablate it"
     )
     dim: Annotated[Positive, ARCHITECTURE.defining("theta", "positions", "phi")] = Field(
         256, description="width of item and user embeddings"
     )
-    experts: Annotated[Positive, ARCHITECTURE.defining("theta")] = Field(8, description="experts a modality")
+    experts: Annotated[Positive, ARCHITECTURE.defining("theta")] = Field(8, description="experts per modality")
     mixture: Annotated[bool, ARCHITECTURE.defining("theta")] = Field(
         True, description="false: one linear layer with bias a modality (ablation without MoE)"
     )
@@ -164,7 +164,7 @@ class ScheduleConfig(Component):
 
 
 class HangConfig(Component):
-    """How long a rank may make no progress before it ends, for Ray to start the workers again from the last checkpoint."""
+    """Limits on a rank without progress; beyond them it exits, and Ray restarts the workers from the last checkpoint."""
 
     start_minutes: Annotated[float, Field(gt=0), OPERATION] = Field(
         30.0, description="from the resume to the end of the first step"
@@ -276,12 +276,12 @@ class DataConfig(Component):
         "null: in the folder for temporary files (TMPDIR)",
     )
     cache_gb: Annotated[float, Field(gt=0), OPERATION] = Field(
-        50.0, description="the most that lies in it, in 10^9 bytes"
+        50.0, description="largest size of the cache, in 10^9 bytes"
     )
 
 
 class RayConfig(Component):
-    """What Ray Train is asked for."""
+    """Workers and resources that Ray Train provides, and where runs are stored."""
 
     workers: Annotated[Positive, OPERATION] = Field(1, description="Ray Train workers, one process each")
     min_workers: Annotated[Positive | None, OPERATION] = Field(
@@ -294,12 +294,12 @@ class RayConfig(Component):
     )
     placement: Annotated[Literal["PACK", "SPREAD", "STRICT_SPREAD"], OPERATION] = Field(
         "PACK",
-        description="how Ray places the workers: on few nodes, on many, or each on a node of its own. With `min_workers` not the "
+        description="how Ray places the workers: on few nodes, on many, or each on its own node. With `min_workers` not the "
         "last: a worker that asks for all CPUs or GPUs of a node has it to itself",
     )
     wait_minutes: Annotated[Annotated[float, Field(gt=0)] | None, OPERATION] = Field(
         60.0,
-        description="for nodes that the cluster lacks, at the start and after losses; then the command ends. null: for ever",
+        description="how long to wait for nodes that the cluster lacks, at the start and after losses; null: forever",
     )
     address: Annotated[str | None, OPERATION] = Field(
         None, description="null: RAY_ADDRESS, else a local Ray started by the command"
@@ -345,8 +345,8 @@ class TrackingConfig(Component):
     )
     offline_ok: Annotated[bool, OPERATION] = Field(
         False,
-        description="true: a run starts though the store is away; its records wait on disk until the store is back, at the "
-        "latest until the same command is run again. What `from` or `resume` names in the registry must have been looked up "
+        description="true: a run starts though the store is unreachable; its records wait on disk until it is reachable, at the "
+        "latest until the same command is run again. What `from` or `resume` names in the registry must have been resolved "
         "by this run once",
     )
 
