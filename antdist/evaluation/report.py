@@ -25,6 +25,18 @@ class Row:
     deviations: dict[str, float] | None  # over seeds (n - 1); None for a single seed
     verdict: Verdict | None
 
+    def record(self) -> dict[str, Any]:
+        """Return the row flat, for a data frame: metrics, deviations (`Recall@10 std`), and the comparison to scratch."""
+        comparison = self.verdict.comparison if self.verdict is not None else None
+        return {
+            "strategy": self.strategy,
+            **self.means,
+            **{f"{metric} std": value for metric, value in (self.deviations or {}).items()},
+            "transfer": None if self.verdict is None else self.verdict.transfer,
+            "difference": None if comparison is None else comparison.difference,
+            "p_value": None if comparison is None else comparison.p_value,
+        }
+
 
 def results_row(strategy: str, run: Run, verdict: Verdict | None = None) -> Row:
     """Average each metric over users; then compute mean and deviation over seeds."""

@@ -142,7 +142,7 @@ class FanoutResult(Report):
         }
 
     def records(self) -> list[dict[str, Any]]:
-        return [{"target": target, **asdict(row)} for target, rows in self.rows().items() for row in rows]
+        return [{"target": target, **row.record()} for target, rows in self.rows().items() for row in rows]
 
 
 def _describe_champion(verdict: dict[str, Any]) -> tuple[str, str]:

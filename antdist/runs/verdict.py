@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import ClassVar
+from typing import Any
 
 from pydantic import Field
 
@@ -30,7 +30,6 @@ class Judgement(Record, Report):
     `rows` are the table of test results. `verdicts` are those on validation, which decide on the choice.
     """
 
-    table_key: ClassVar[str] = "test"
     __repr__ = Report.__repr__
 
     target: str
@@ -46,6 +45,9 @@ class Judgement(Record, Report):
             results_table(self.rows, {str(strategy): v for strategy, v in self.verdicts.items()}),
             *self.notes,
         ]
+
+    def records(self) -> list[dict[str, Any]]:
+        return [row.record() for row in self.rows]
 
 
 class AdaptedModel(Judgement):
