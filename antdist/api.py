@@ -101,6 +101,7 @@ def featurize(domains: str | Path | Sequence[str | Path], **options: Any) -> Fea
     from antdist.features.featurize import featurize_domains
 
     named = [domains] if isinstance(domains, str | Path) else domains
+    _check(bool(named), "no domain is named", "featurize", "name prepared domains")
     return featurize_domains([_open(domain) for domain in named], **options)
 
 
@@ -125,14 +126,37 @@ def adapt_config(
     return _resolve(RelearnConfig, config, overrides)
 
 
-def validate(config: Configuration) -> CheckReport:
-    """Check all that can be checked before a run: configuration, data, features, sizes, memory, tracking store."""
+def run_config(
+    config: Configuration | Mapping[str, Any] | str | Path | None = None, overrides: Sequence[str] = ()
+) -> Configuration:
+    """Resolve and check the configuration of an adaptation if it names a target or a strategy, else of a pre-training."""
+    from antdist.config.load import is_relearn, names_target
+    from antdist.config.schema import PretrainConfig, RelearnConfig
+
+    if isinstance(config, PretrainConfig | RelearnConfig):
+        return _resolve(type(config), config, overrides)
+    if isinstance(config, Mapping):
+        adapts = is_relearn(dict(config)) or names_target(None, overrides)
+    else:
+        adapts = names_target(None if config is None else Path(config), overrides)
+    return _resolve(RelearnConfig if adapts else PretrainConfig, config, overrides)
+
+
+def validate(
+    config: Configuration | Mapping[str, Any] | str | Path | None = None, overrides: Sequence[str] = ()
+) -> CheckReport:
+    """Check all that can be checked before a run: configuration, data, features, sizes, memory, tracking store.
+
+    Raises:
+        UserError: the first thing that would stop the run.
+    """
     from antdist.config.schema import RelearnConfig
     from antdist.runs.checks import check_pretrain, check_relearn
 
-    if isinstance(config, RelearnConfig):
-        return check_relearn(config).report
-    return check_pretrain(config).report
+    resolved = run_config(config, overrides)
+    if isinstance(resolved, RelearnConfig):
+        return check_relearn(resolved).report
+    return check_pretrain(resolved).report
 
 
 def pretrain(
@@ -188,13 +212,20 @@ def adapt(
     """
     from antdist.runs.adapt import judge_trials, relearn, train_trial
 
+    _check(only in (None, "trial", "verdict"), f"only is {only!r}", "adapt", "give trial, verdict, or leave it out")
     resolved = adapt_config(config, overrides)
     if only == "trial":
         return train_trial(resolved)
     return judge_trials(resolved) if only == "verdict" else relearn(resolved)
 
 
-def plan(config: Configuration, *, calibration: str | Path | None = None, **machine: Any) -> PlanReport:
+def plan(
+    config: Configuration | Mapping[str, Any] | str | Path | None = None,
+    overrides: Sequence[str] = (),
+    *,
+    calibration: str | Path | None = None,
+    **machine: Any,
+) -> PlanReport:
     """Estimate what a run needs: memory a rank, step time, storage, checkpoints, hours, and what limits it first.
 
     Args:
@@ -205,11 +236,11 @@ def plan(config: Configuration, *, calibration: str | Path | None = None, **mach
     from antdist.planning.report import plan_run
 
     measured = None if calibration is None else read_calibration(Path(calibration))
-    return plan_run(config, calibration=measured, **machine)
+    return plan_run(run_config(config, overrides), calibration=measured, **machine)
 
 
 def calibrate() -> Calibration:
-    """Measure this machine for `plan`: half a minute, with the threads that torch is set to."""
+    """Measure this machine for `plan`: in about a minute, with the threads that torch is set to."""
     from antdist.planning.calibration import calibrate
 
     return calibrate()
@@ -239,6 +270,7 @@ def fanout(
     from antdist.jobs.fanout import ALL, fanout, make_request, read_targets
     from antdist.jobs.submission import package_root
 
+    _check(parallel >= 1, f"parallel is {parallel}", "fanout", "allow at least one job at a time")
     named = targets if isinstance(targets, str) else ",".join(targets)
     wanted = make_request(adapt_config(config, overrides), None if named.strip() == ALL else read_targets(named))
     return fanout(wanted, address, code=code or package_root(), parallel=parallel, dry_run=dry_run)
@@ -294,8 +326,10 @@ def recommend(
     """
     from antdist.serving.apply import open_model, recommend_items
 
-    if (user is None) == (history is None):
-        raise UserError("give either a user or a history", where="recommend")
+    _check(
+        (user is None) != (history is None), "it takes either a user or a history", "recommend", "give one of the two"
+    )
+    _check(n >= 1, f"n is {n}", "recommend", "ask for at least one item")
     opened = open_model(str(model), domain, Path(storage), tracking_uri)
     return recommend_items(opened, user=user, history=history, n=n)
 
@@ -311,6 +345,7 @@ def evaluate(
     """Rank the whole catalogue of a prepared domain for the users of a split (docs/spec/ant.md, section 7)."""
     from antdist.serving.apply import Evaluation, evaluate_model, open_model
 
+    _check(split in ("validation", "test"), f"no split {split!r}", "evaluate", "give validation or test")
     figures = evaluate_model(open_model(str(model), domain, Path(storage), tracking_uri), split)
     return Evaluation(str(model), str(domain), split, figures)
 
@@ -366,6 +401,7 @@ def prune(
     from antdist.tracking.overview import registry_uri
     from antdist.tracking.pruning import prune
 
+    _check(keep >= 1, f"keep is {keep}", "prune", "keep at least one version of each name")
     return prune(registry_uri(Path(storage), tracking_uri), pattern=name, keep=keep, dry_run=dry_run)
 
 
@@ -393,12 +429,24 @@ def _resolve(kind: type[Any], config: Any, overrides: Sequence[str]) -> Any:
     """Build a configuration of `kind` from what a caller may give for one."""
     from antdist.config.load import load_config, resolve_config
 
-    if isinstance(config, kind) and not overrides:
-        return config
     if config is None or isinstance(config, str | Path):
         return load_config(kind, None if config is None else Path(config), overrides)
-    tree = dict(config) if isinstance(config, Mapping) else config.model_dump(by_alias=True, exclude_unset=True)
-    return resolve_config(kind, tree, overrides)
+    if isinstance(config, kind):
+        if not overrides:
+            return config
+        config = config.model_dump(by_alias=True, exclude_unset=True)
+    if not isinstance(config, Mapping):
+        raise UserError(
+            f"{type(config).__name__} is not a configuration",
+            where="config",
+            remedy=f"give a {kind.__name__}, a dictionary, or the path of a YAML file",
+        )
+    return resolve_config(kind, dict(config), overrides)
+
+
+def _check(condition: bool, what: str, where: str, remedy: str) -> None:
+    if not condition:
+        raise UserError(what, where=where, remedy=remedy)
 
 
 __all__ = [
@@ -421,6 +469,7 @@ __all__ = [
     "promote",
     "prune",
     "recommend",
+    "run_config",
     "score",
     "synth",
     "validate",

@@ -93,6 +93,33 @@ def test_configurations_are_objects_dictionaries_files_or_overrides(tmp_path: Pa
         antdist.adapt_config({"training": {"epoch": 1}})
 
 
+def test_a_configuration_of_another_kind_is_refused() -> None:
+    assert isinstance(antdist.run_config({"target": "food"}), antdist.RelearnConfig)
+    assert isinstance(antdist.run_config({}, ["strategy=scratch"]), antdist.RelearnConfig)
+    assert isinstance(antdist.run_config(), antdist.PretrainConfig)
+    with pytest.raises(
+        UserError, match=r"^config: RelearnConfig is not a configuration. Give a PretrainConfig, a dict"
+    ):
+        antdist.pretrain(antdist.RelearnConfig())  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: antdist.adapt({}, only="verdit"), r"^adapt: only is 'verdit'\. Give trial, verdict"),  # type: ignore[call-overload]
+        (lambda: antdist.evaluate("m", "d", "Test"), r"^evaluate: no split 'Test'\. Give validation or test"),  # type: ignore[arg-type]
+        (lambda: antdist.fanout({}, parallel=0), r"^fanout: parallel is 0\. Allow at least one job"),
+        (lambda: antdist.prune(keep=0), r"^prune: keep is 0\. Keep at least one version"),
+        (lambda: antdist.recommend("m", "d", user="u", n=0), r"^recommend: n is 0\. Ask for at least one item"),
+        (lambda: antdist.recommend("m", "d"), r"^recommend: it takes either a user or a history"),
+        (lambda: antdist.featurize([]), r"^featurize: no domain is named\. Name prepared domains"),
+    ],
+)
+def test_values_that_make_no_sense_are_refused(call: Any, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        call()
+
+
 class TestLoadedModel:
     def test_recommends_what_the_command_line_ranks(self, data: Path, target: antdist.LoadedModel) -> None:
         from antdist.data.domain import open_domain

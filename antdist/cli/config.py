@@ -8,7 +8,8 @@ from pathlib import Path
 
 import click
 
-from antdist.cli.options import config_options, load_run, print_table, registry_options
+from antdist import api
+from antdist.cli.options import config_options, print_table, registry_options
 from antdist.errors import redact
 
 
@@ -38,7 +39,7 @@ def show(config_file: Path | None, overrides: Sequence[str]) -> None:
     """
     from antdist.config.describe import annotated_yaml
 
-    for line in annotated_yaml(load_run(config_file, overrides)):
+    for line in annotated_yaml(api.run_config(config_file, overrides)):
         click.echo(redact(line))
 
 
@@ -65,7 +66,7 @@ def diff(
     from antdist.config.describe import complete, difference_rows, read_other, tree_of
     from antdist.config.load import parse_tree
 
-    here = load_run(config_file, overrides)
+    here = api.run_config(config_file, overrides)
     kind = type(here)
     if run is None:
         there, source = tree_of(kind()), "default"

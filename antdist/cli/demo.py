@@ -14,6 +14,7 @@ from pathlib import Path
 from antdist import api
 from antdist.data.domain import open_domain
 from antdist.errors import UserError
+from antdist.io.logs import setup_logging
 from antdist.report import Report
 
 OUT = Path("demo-out")
@@ -83,6 +84,7 @@ def _print(report: Report) -> None:
 
 
 if __name__ == "__main__":
+    setup_logging()
     try:
         main(sys.argv[1:])
     except UserError as error:

@@ -13,7 +13,7 @@ import click
 from antdist.errors import UserError
 
 if TYPE_CHECKING:
-    from antdist.config.schema import PretrainConfig, RelearnConfig
+    pass
 
 WIDE = 10_000  # columns where nothing wraps
 STANDARD_OUTPUT = Path("-")
@@ -103,17 +103,6 @@ def config_options(command: Command) -> Command:
         type=click.Path(path_type=Path),
         help="YAML file, such as those in configs/. Default: the built-in defaults.",
     )(command)
-
-
-def load_run(config_file: Path | None, overrides: Sequence[str]) -> PretrainConfig | RelearnConfig:
-    """Load the configuration of a re-learning if it names a target or a strategy, else of a pre-training."""
-    from antdist.config.load import load_config, names_target
-    from antdist.config.schema import PretrainConfig, RelearnConfig
-
-    kind: type[PretrainConfig | RelearnConfig] = PretrainConfig
-    if names_target(config_file, overrides):
-        kind = RelearnConfig
-    return load_config(kind, config_file, overrides)
 
 
 def registry_options(command: Command) -> Command:

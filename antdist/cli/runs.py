@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 from antdist import api
-from antdist.cli.options import config_options, json_option, load_run, print_report
+from antdist.cli.options import config_options, json_option, print_report
 from antdist.io.logs import get_logger
 
 log = get_logger(__name__)
@@ -28,7 +28,7 @@ def validate(config_file: Path | None, overrides: Sequence[str], json_file: Path
     Example:
       antdist validate --config configs/pretrain.yaml data.root=data 'data.domains=[books, music]'
     """
-    config = load_run(config_file, overrides)
+    config = api.run_config(config_file, overrides)
     log.info("checking configuration, data and tracking store")
     print_report(api.validate(config), json_file)
 
@@ -78,7 +78,7 @@ def plan(
         log.info("measuring this machine")
         print_report(api.calibrate(), json_file)
         return
-    config = load_run(config_file, overrides)
+    config = api.run_config(config_file, overrides)
     print_report(api.plan(config, calibration=calibration, **machine), json_file)
 
 

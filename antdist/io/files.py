@@ -27,8 +27,8 @@ def write_atomically(path: Path, *, sync: Sync = "file", suffix: str = ".partial
 
     When the block ends, the file replaces `path`, so that nobody reads half of it.
 
-    If the block fails, the temporary file is removed and `path` is as before. A killed process leaves it behind; the next
-    one overwrites it.
+    If the block fails, the temporary file is removed and `path` is as before. A killed process leaves it behind: the next one
+    overwrites it, unless its `suffix` is of another process.
 
     Args:
         suffix: of the temporary name; `writer_suffix()` where several processes may write the same file at once.
@@ -40,7 +40,8 @@ def write_atomically(path: Path, *, sync: Sync = "file", suffix: str = ".partial
             flush_to_disk(temporary)
         temporary.replace(path)
     except BaseException:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # the block's error counts
+            temporary.unlink(missing_ok=True)
         raise
     if sync == "folder":
         flush_to_disk(path.parent)

@@ -46,10 +46,21 @@ def setup_logging() -> None:
     PACKAGE.propagate = False  # a handler of another package on the root logger would print each line a second time
 
 
+class LogFile(logging.FileHandler):
+    """A run's log. If it cannot be written, as on a full disk, one line says so and the run goes on without it."""
+
+    failed = False
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        if not self.failed:
+            self.failed = True
+            print(f"{self.baseFilename}: the log cannot be written ({sys.exc_info()[1]})", file=sys.stderr, flush=True)
+
+
 @contextlib.contextmanager
 def log_to_file(path: Path) -> Iterator[None]:
     """Within the block, append every message to `path`, too."""
-    handler = logging.FileHandler(path, encoding="utf-8")
+    handler = LogFile(path, encoding="utf-8")
     PACKAGE.addHandler(handler)
     try:
         yield

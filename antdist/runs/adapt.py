@@ -183,7 +183,7 @@ def _run_workers(context: AdaptContext, control: RunFolder, folders: Sequence[Ru
     if config.parent is not None and start is not None:
         with lock_files(context.folder):
             parent = ResolvedModel(fetch_source(config.parent, start, context.folder), start.uri)
-    settings = AdaptSettings(with_absolute_paths(config), context.store, control, parent)
+    settings = AdaptSettings(with_absolute_paths(config), context.store, control, parent, context.domain.fingerprint)
     name = "-".join(control.path.relative_to(context.folder.path.parents[1]).parts)
     control.preemption_file.unlink(missing_ok=True)
     with (

@@ -55,7 +55,7 @@ def refuse_other_config(
             raise UserError(
                 f"a run of this name exists with another configuration: {'; '.join(refused[:5])}",
                 where=where,
-                remedy="choose another name=..., undo the change to go on with that run, or remove its folder",
+                remedy="choose another name=..., undo the change to continue that run, or remove its folder",
             )
         if where == next(iter(recorded)) and not quiet:
             logger.info(

@@ -20,7 +20,7 @@ from antdist.runs.continuing import with_origin
 from antdist.runs.folder import RunFolder
 from antdist.runs.follow import follow
 from antdist.runs.locks import lock_run
-from antdist.runs.mlflow_runs import end_failed_runs, finish_tracked, restore_record
+from antdist.runs.mlflow_runs import end_failed_runs, restore_record
 from antdist.runs.parent import fetch_source
 from antdist.runs.records import PretrainResult, RunRecord
 from antdist.runs.workers.pretrain import PretrainSettings, pretrain_worker
@@ -165,7 +165,7 @@ def _register(context: PretrainContext, record: RunRecord, result: PretrainResul
         training_state=collect_training_state(folder),
         tags=record.tags,
     )
-    finish_tracked(tracked, "FINISHED")
+    tracked.finish("FINISHED")
     return PretrainedModel(
         folder=folder.path,
         model=version.uri,

@@ -47,4 +47,4 @@ class Progress:
             self.finished = "all epochs done"
         elif config.patience is not None and self.worse >= config.patience:
             validations = f"{self.worse} validation{'s' if self.worse > 1 else ''}"
-            self.finished = f"no better {SELECTION_METRIC} in {validations}"
+            self.finished = f"no better validation {SELECTION_METRIC} in {validations}"

@@ -313,7 +313,7 @@ class Trainer:
                 if len(entry) > 2:  # validated
                     shown = ", ".join(f"{name} {entry[name]:.4f}" for name in SHOWN_METRICS)
                     logger.info(f"{self.name}: epoch {progress.epoch}/{self.config.epochs}: {shown}")
-                self.log_metrics(entry, progress.step)
+                self.log_metrics(dict(entry), progress.step)
 
     def validate(self) -> Metrics:
         """Evaluate on the validation users, and note whether the weights are the best so far. Collective."""

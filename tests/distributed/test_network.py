@@ -170,7 +170,7 @@ def test_a_network_run_survives_killed_and_cut_off_machines(
     seen["stopped"] = time.monotonic() - start
     with capsys.disabled():
         print("\n" + ", ".join(f"{what}: {value:.0f}" for what, value in seen.items()))
-    assert re.search(r"said last: run: stopped after step \d+; run the same command", stopped.stdout), (
+    assert re.search(r"last line of its log: run: stopped after step \d+; run the same command", stopped.stdout), (
         stopped.stdout + stopped.stderr
     )
     assert seen["stopped"] < 120  # Ray would wait ten minutes for a child that nobody lays to rest

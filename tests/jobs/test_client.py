@@ -103,7 +103,7 @@ def test_a_job_is_submitted_listed_stopped_and_resumed(head: Head, world: Path) 
     stopped = antdist(head, "stop", job)
     assert stopped.returncode == 0, stopped.stderr
     found = re.search(
-        rf"{job}: stopped\nthe last line of its log: shop: stopped after step (\d+); run the same command",
+        rf"{job}: stopped\nlast line of its log: shop: stopped after step (\d+); run the same command",
         stopped.stdout,
     )
     assert found, stopped.stdout

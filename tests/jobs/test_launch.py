@@ -49,7 +49,7 @@ def test_both_jobs_run_on_the_head_that_they_were_submitted_to(
         f"data.domains=[{','.join(AUXILIARY)}]", *places, *SMALL,
     )  # fmt: skip
     assert first.succeeded, first.logs
-    assert "epoch 2 of 2" in first.logs and "registered models:/demo/1" in first.logs
+    assert "epoch 2/2" in first.logs and "registered models:/demo/1" in first.logs
     parent = resolve("models:/demo@champion", uri)
     assert read_card(parent.folder).domains == AUXILIARY
 
@@ -83,7 +83,7 @@ def test_scoring_runs_on_the_head_that_it_was_submitted_to(head: Head, tmp_path:
     again = head.submit(
         "python", "launch/score.py", f"{tmp_path}/model", str(domain.folder), "--out", f"{tmp_path}/out", "--top", "4"
     )
-    assert not again.succeeded and "holds what was made from other inputs: n was 3, here it is 4" in again.logs
+    assert not again.succeeded and "holds scores of other inputs: n was 3, now it is 4" in again.logs
 
 
 def test_a_user_error_fails_the_job_with_one_line(head: Head) -> None:

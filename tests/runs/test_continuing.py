@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ import torch
 from safetensors.torch import load_file
 
 from antdist.config.load import check_config
-from antdist.config.schema import PretrainConfig
+from antdist.config.schema import PretrainConfig, RelearnConfig
 from antdist.data.domain import open_domain
 from antdist.data.ingest.append import append_to_domain
 from antdist.data.ingest.prepare import prepare_domain
@@ -32,6 +33,7 @@ from antdist.runs.pretrain import collect_training_state, pretrain
 from antdist.runs.workers import pretrain as pretraining
 from antdist.runs.workers.common import learn
 from antdist.runs.workers.pretrain import PretrainSettings
+from antdist.runs.workers.trial import AdaptSettings, open_inputs
 from antdist.tracking.overview import load_overview
 from antdist.tracking.resolve import ResolvedModel, resolve
 from antdist.tracking.store import connect
@@ -256,3 +258,14 @@ def test_continue_through_ray_and_registry_with_lineage(tmp_path: Path, monkeypa
     then, now = load_latest(was.folder / "checkpoints"), load_latest(done.folder / "checkpoints")
     assert then is not None and now is not None and now.state.updates > then.state.updates
     assert np.isfinite([entry["loss"] for entry in done.history]).all()
+
+
+def test_workers_adapt_to_the_target_as_the_driver_opened_it(tmp_path: Path) -> None:
+    prepare_domain(source(tmp_path / "a", "a", range(20), 0, 9), domain="a", out=tmp_path / "data", block_users=8)
+    before = open_domain(tmp_path / "data/a").fingerprint
+    append_to_domain(source(tmp_path / "more", "a", range(20, 25), 9, 6), domain="a", out=tmp_path / "data")
+    config = check_config(RelearnConfig, {"target": "a", "data": {"root": str(tmp_path / "data")}})
+    settings = AdaptSettings(config, "", RunFolder(tmp_path / "run"), None, before)
+    assert open_inputs(settings).domain.fingerprint == before
+    with pytest.raises(UserError, match=r"prepared anew since the command started.*was 0123.*another name"):
+        open_inputs(replace(settings, fingerprint="0123"))

@@ -45,7 +45,8 @@ def train(job: str, data: Path, runs: Path) -> tuple[str, float]:
             pretraining.train_model(settings, world, RunFolder(runs), None)
         else:
             config = check_config(RelearnConfig, {**common, "target": "aa", "strategy": "scratch"})
-            adapt_settings = adapting.AdaptSettings(config, "", RunFolder(runs), None)
+            opened = open_domain(data / f"rank{world.rank}" / "aa")
+            adapt_settings = adapting.AdaptSettings(config, "", RunFolder(runs), None, opened.fingerprint)
             trial = Trial("aa", "scratch", 0, RunFolder(runs))
             adapting.train_trial(adapt_settings, adapting.open_inputs(adapt_settings), trial, world, None)
     except (UserError, RuntimeError) as error:

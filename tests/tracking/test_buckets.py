@@ -83,7 +83,7 @@ def test_an_unavailable_s3_bucket_is_retried(
                 monkeypatch.setenv(name, value)
             forget_clients()
 
-    monkeypatch.setattr(store.time, "sleep", sleep)
+    monkeypatch.setattr("time.sleep", sleep)
     take_down(monkeypatch)
     version = register(uri, run_id, model(tmp_path / "model"), s3.name, LINEAGE)
     assert len(slept) == 2 and version.version == 1

@@ -123,18 +123,18 @@ def test_patience_stops_the_run_and_keeps_best_weights(data: Path, tmp_path: Pat
     done = run(data, tmp_path / "a", epochs=9, patience=2)
     progress = done["progress"]
     assert (progress.epoch, progress.best_epoch) == (3, 1)  # the metric is constant, so the first epoch wins
-    assert progress.finished == "no better Recall@10 in 2 validations"
+    assert progress.finished == "no better validation Recall@10 in 2 validations"
     kept = list((tmp_path / "a" / "best").iterdir())
     assert kept == [best_weights(tmp_path / "a", 1)]
 
 
 def test_resume_continues_with_more_epochs_or_patience(data: Path, tmp_path: Path) -> None:
     first = run(data, tmp_path / "a", epochs=9, patience=1)["progress"]
-    assert (first.epoch, first.finished) == (2, "no better Recall@10 in 1 validation")
+    assert (first.epoch, first.finished) == (2, "no better validation Recall@10 in 1 validation")
     again = run(data, tmp_path / "a", epochs=9, patience=1)
     assert again["progress"] == first and not again["curve"]
     patient = run(data, tmp_path / "a", epochs=9, patience=3)["progress"]
-    assert (patient.epoch, patient.finished) == (4, "no better Recall@10 in 3 validations")
+    assert (patient.epoch, patient.finished) == (4, "no better validation Recall@10 in 3 validations")
     longer = run(data, tmp_path / "b", epochs=2) and run(data, tmp_path / "b", epochs=3)
     assert (longer["progress"].epoch, longer["progress"].finished) == (3, "all epochs done")
 

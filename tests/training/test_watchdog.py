@@ -53,8 +53,8 @@ def test_stalled_rank_dumps_stacks_and_resume_is_exact(data: Path, tmp_path: Pat
     assert statuses(stalling) == [HUNG, HUNG]
     assert "rank 1 made no progress for 0.03 minutes (training.hang.step_minutes): exiting" in errors.read_text()
     stalled, waiting = ((folder / "hang" / f"rank-{rank}.txt").read_text() for rank in (1, 0))
-    assert "rank 1, phase step" in stalled and "in _happen" in stalled  # where the fault sleeps
-    assert re.search(r"trainer\.py\", line \d+ in step\n", waiting) and "in _happen" not in waiting
+    assert "rank 1, phase step" in stalled and "in _cause" in stalled  # where the fault sleeps
+    assert re.search(r"trainer\.py\", line \d+ in step\n", waiting) and "in _cause" not in waiting
     resumed = on_ranks(2, run_with, data, folder, options)[0]
     assert [step for step, _ in resumed["curve"]] == [step for step, _ in straight["curve"]][4:]
     for name, weight in straight["weights"].items():

@@ -7,10 +7,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from antdist.config.schema import RelearnConfig
-from antdist.data.domain import Sequences
+from antdist.data.domain import Sequences, rewind_domain
 from antdist.distributed.ray_session import set_up_worker
 from antdist.distributed.world import World, agree, current_world
-from antdist.errors import Preempted
+from antdist.errors import Preempted, UserError
 from antdist.evaluation.metrics import summary
 from antdist.evaluation.ranking import test_queries, validation_queries
 from antdist.evaluation.results import Run, RunKey, budget_digest, save_ranks
@@ -38,12 +38,14 @@ class AdaptSettings:
         store: the tracking store's URI.
         control: the folder that the driver follows: the run's, or that of the one trial it trains.
         parent: the pre-trained model, as copied to the run's folder.
+        fingerprint: of the target as the driver opened it, for which the result will be registered.
     """
 
     config: RelearnConfig = field(repr=False)
     store: str = field(repr=False)
     control: RunFolder
     parent: ResolvedModel | None
+    fingerprint: str
 
 
 def adapt_worker(settings: AdaptSettings) -> None:
@@ -65,8 +67,16 @@ def adapt_worker(settings: AdaptSettings) -> None:
 
 
 def open_inputs(settings: AdaptSettings) -> Target:
-    """Open the target and load the parent, once a worker."""
-    return Target(settings.config, open_target(settings.config), load_parent(settings.parent))
+    """Open the target as the driver did, and load the parent, once a worker. Raises UserError if the target was replaced."""
+    domain = rewind_domain(open_target(settings.config), settings.fingerprint)
+    if domain.fingerprint != settings.fingerprint:
+        raise UserError(
+            f"the domain was prepared anew since the command started (fingerprint {domain.fingerprint[:12]}, "
+            f"was {settings.fingerprint[:12]})",
+            where=domain.folder,
+            remedy="run the command again under another name=...",
+        )
+    return Target(settings.config, domain, load_parent(settings.parent))
 
 
 def run_trial(settings: AdaptSettings, target: Target, trial: Trial, world: World) -> None:
@@ -75,7 +85,8 @@ def run_trial(settings: AdaptSettings, target: Target, trial: Trial, world: Worl
     def work(tracked: TrackedRun | None) -> TrialResult | None:
         return train_trial(settings, target, trial, world, tracked)
 
-    locks_trial = world.leader and trial.folder.path != settings.control.path
+    # by the folders themselves, as a path may lead through other links on this node than on the driver's
+    locks_trial = world.leader and not trial.folder.path.samefile(settings.control.path)
     with lock_leader(trial.folder) if locks_trial else contextlib.nullcontext():
         track_result(trial.folder, settings.store, world, work, TrialResult, ends_run=True)
 

@@ -172,7 +172,7 @@ class Remote:
         parent, name = folder / CHECKPOINTS, checkpoint_name(step)
         there = f"{CHECKPOINTS}/{name}"
         parent.mkdir(parents=True, exist_ok=True)
-        for leftover in parent.glob(".fetching-*"):
+        for leftover in (*parent.glob(".fetching-*"), *parent.glob(".bringing-*")):  # the latter as of version 0.1.0
             shutil.rmtree(leftover)
         partial = parent / f".fetching-{name}"
         partial.mkdir()
