@@ -7,7 +7,7 @@ are imported on first use, so that the command line starts at once.
 import importlib
 from typing import TYPE_CHECKING, Any
 
-__version__ = "0.1.0"
+from antdist.version import __version__ as __version__
 
 if TYPE_CHECKING:
     from antdist.api import *  # noqa: F403

@@ -8,10 +8,10 @@ from typing import NoReturn
 
 import click
 
-from antdist import __version__
 from antdist.cli import config, data, jobs, registry, runs, use
 from antdist.errors import Preempted, UserError
 from antdist.io.logs import setup_logging
+from antdist.version import __version__
 
 EXIT_USER_ERROR = 2
 # the user resolves these outside antdist: permissions, a full or read-only disk

@@ -19,7 +19,6 @@ from typing import Any, TypeVar
 import click
 from click.core import ParameterSource
 
-import antdist
 from antdist.config.load import dump_config, load_config
 from antdist.config.schema import PretrainConfig, RayConfig, RelearnConfig, TrackingConfig
 from antdist.errors import UserError, redact
@@ -154,7 +153,7 @@ def stage_files(submission: Submission, folder: Path) -> bool:
 
 def package_root() -> str:
     """Return the folder that holds this package."""
-    return str(Path(antdist.__file__).resolve().parents[1])
+    return str(Path(__file__).resolve().parents[2])
 
 
 def resolve_config(config: Run, here: bool) -> Run:

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from antdist import __version__
+from antdist.version import __version__
 
 LIBRARIES = ("torch", "deepspeed", "ray", "transformers", "webdataset", "mlflow", "numpy")
 MAX_KEY = 250  # characters that MLflow accepts

@@ -50,5 +50,12 @@ def test_a_code_change_does_not_reinstall_dependencies(file: Path) -> None:
     text = file.read_text()
     before, install, after = text.partition("RUN PIP_NO_CACHE_DIR=1 make setup")
     copied = [source for line in before.splitlines() if line.startswith("COPY") for source in line.split()[1:-1]]
-    assert install and copied == ["Makefile", "setup.cfg", "pyproject.toml", "constraints.txt", "antdist/__init__.py"]
+    assert install and copied == [
+        "Makefile",
+        "setup.cfg",
+        "pyproject.toml",
+        "constraints.txt",
+        "antdist/__init__.py",
+        "antdist/version.py",
+    ]
     assert all(f"COPY {folder} {folder}" in after for folder in ("antdist", "launch", "configs"))
