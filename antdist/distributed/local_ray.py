@@ -8,7 +8,7 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from antdist.distributed.ray_compat import RAY_DATA_LOGGERS, listen_on_loopback
+from antdist.distributed.ray_compat import RAY_DATA_LOGGERS, hide_log_level_line, listen_on_loopback
 from antdist.io.logs import get_logger
 
 logger = get_logger(__name__)
@@ -31,7 +31,7 @@ def ray_data_session(workers: int, threads: int | None = None) -> Iterator[int]:
         local["num_cpus"] = workers * (threads or max(1, (os.cpu_count() or 1) // workers))
         cluster = bool(os.environ.get("RAY_ADDRESS"))
         logger.info("connecting to Ray" if cluster else "starting Ray on this machine")
-        with contextlib.nullcontext() if cluster else listen_on_loopback():
+        with contextlib.nullcontext() if cluster else listen_on_loopback(), hide_log_level_line():
             ray.init(log_to_driver=False, logging_level="error", **({} if cluster else local))
     for name in RAY_DATA_LOGGERS:
         logging.getLogger(name).setLevel(logging.ERROR)

@@ -11,6 +11,8 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
+import sys
+import tempfile
 from collections.abc import Iterator
 from typing import Any
 
@@ -21,6 +23,8 @@ JOB_CLIENT_LOGGERS = ("ray.dashboard.modules.job.sdk", "ray.dashboard.modules.da
 # How long Ray Train waits for a group of workers to start; read from the environment only.
 START_TIMEOUT_VARIABLE = "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"
 CLUSTER_VARIABLE = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"
+STANDARD_ERROR = 2
+LOG_LEVEL_LINE = b"Set ray log level from environment variable"
 
 
 @contextlib.contextmanager
@@ -45,6 +49,29 @@ def listen_on_loopback() -> Iterator[None]:
         os.environ.pop(CLUSTER_VARIABLE)
         if variable is not None:
             os.environ[CLUSTER_VARIABLE] = variable
+
+
+@contextlib.contextmanager
+def hide_log_level_line() -> Iterator[None]:
+    """Around `ray.init`: drop the line in which Ray's core announces its log level.
+
+    The core writes it to the file descriptor of standard error before any level holds, if RAY_BACKEND_LOG_LEVEL is set. So the
+    descriptor leads to a file within the block; all other lines are passed on when the block ends, also by an error.
+    """
+    sys.stderr.flush()
+    terminal = os.dup(STANDARD_ERROR)
+    with tempfile.TemporaryFile() as caught:
+        os.dup2(caught.fileno(), STANDARD_ERROR)
+        try:
+            yield
+        finally:
+            sys.stderr.flush()
+            os.dup2(terminal, STANDARD_ERROR)
+            os.close(terminal)
+            caught.seek(0)
+            for line in caught:
+                if LOG_LEVEL_LINE not in line:
+                    os.write(STANDARD_ERROR, line)
 
 
 @contextlib.contextmanager

@@ -23,6 +23,7 @@ from antdist.distributed.ray_compat import (
     START_TIMEOUT_VARIABLE,
     cancel_reservation,
     dashboard_address,
+    hide_log_level_line,
     listen_on_loopback,
     preemption_context,
     reservation_requester,
@@ -71,7 +72,8 @@ def ray_session(config: RayConfig) -> Iterator[None]:
     try:
         if address:
             check_listening(address)
-            ray.init(address=address, **QUIET)
+            with hide_log_level_line():
+                ray.init(address=address, **QUIET)
         else:
             _start_local(config, include_dashboard=False)
     except (OSError, ValueError, RuntimeError) as error:
@@ -132,7 +134,7 @@ def _start_local(config: RayConfig, **options: Any) -> None:
     import ray
 
     needed = config.fewest * config.cpus_per_worker
-    with listen_on_loopback():
+    with listen_on_loopback(), hide_log_level_line():
         ray.init("local", num_cpus=max(os.cpu_count() or 1, needed), **options, **QUIET)
 
 

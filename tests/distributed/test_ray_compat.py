@@ -5,6 +5,9 @@ from __future__ import annotations
 import ast
 import inspect
 import logging
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -119,3 +122,22 @@ def test_the_silenced_loggers_exist(name: str) -> None:
 def test_what_the_tests_take_from_ray_exists() -> None:
     assert ray_internals.drain_timeout_variable() == "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S"
     assert callable(ray_internals.create_package) and callable(ray_internals.list_actors)
+
+
+def test_only_the_log_level_line_is_hidden(capfd: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(RuntimeError), ray_compat.hide_log_level_line():
+        os.write(2, b"[1] " + ray_compat.LOG_LEVEL_LINE + b" RAY_BACKEND_LOG_LEVEL to 3\nkept\n")
+        print("kept too", file=sys.stderr)
+        raise RuntimeError
+    os.write(2, b"after\n")
+    assert sorted(capfd.readouterr().err.splitlines()) == ["after", "kept", "kept too"]
+
+
+@pytest.mark.ray
+def test_a_local_ray_starts_without_its_log_level_line() -> None:
+    code = (
+        "from antdist.config.schema import RayConfig; from antdist.distributed.ray_session import ray_session\n"
+        "with ray_session(RayConfig()): pass"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=PROJECT, check=True)
+    assert "log level" not in done.stderr, done.stderr

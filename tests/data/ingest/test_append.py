@@ -304,7 +304,7 @@ def test_append_killed_before_the_manifest_can_be_repeated(tmp_path: Path) -> No
     assert killed.returncode == -9
     assert open_domain(tmp_path / "d").fingerprint == old.fingerprint and verify_domain(tmp_path / "d").ok
     again = subprocess.run(command, capture_output=True, text=True, check=True)
-    assert "2 new users, 2 users with more interactions, 1 new items" in again.stdout
+    assert "2 new users, 2 users with more interactions, 1 new item" in again.stdout
     assert verify_domain(tmp_path / "d").ok
 
 
