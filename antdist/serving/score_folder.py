@@ -100,7 +100,7 @@ class ScoreFolder:
 
     def _put(self, path: Path, place: str) -> None:
         try:
-            with self._asking():
+            with self._storage_errors():
                 self._files.put_file(str(path), place)
         except FileNotFoundError as error:
             raise UserError(
@@ -122,7 +122,7 @@ class ScoreFolder:
     def read_json(self, name: str) -> dict[str, Any] | None:
         """Read a JSON object, or return None if there is no such file or it holds something else."""
         try:
-            with self._asking():
+            with self._storage_errors():
                 text = self._files.cat_file(str(self._root / name))
             content = json.loads(text)
         except (FileNotFoundError, NotADirectoryError, ValueError):
@@ -134,7 +134,7 @@ class ScoreFolder:
             path.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
     def remove(self, name: str) -> None:
-        with contextlib.suppress(FileNotFoundError), self._asking():
+        with contextlib.suppress(FileNotFoundError), self._storage_errors():
             self._files.rm_file(str(self._root / name))
 
     def remove_partial(self) -> None:
@@ -146,14 +146,14 @@ class ScoreFolder:
     def _sizes(self, folder: str = "") -> dict[str, int]:
         """List a folder's files with their current sizes in bytes, past fsspec's cache."""
         try:
-            with self._asking():
+            with self._storage_errors():
                 self._files.invalidate_cache()
                 entries = self._files.ls(str(self._root / folder), detail=True)
         except FileNotFoundError:
             return {}
         return {PurePosixPath(entry["name"]).name: entry["size"] for entry in entries}
 
-    def _asking(self) -> contextlib.AbstractContextManager[None]:
+    def _storage_errors(self) -> contextlib.AbstractContextManager[None]:
         return contextlib.nullcontext() if self.is_local else translate_storage_errors(self.place)
 
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from antdist.errors import UserError
 from antdist.io.files import file_sha256
-from antdist.tracking.store import connect, patiently, redact, transfer_artifacts
+from antdist.tracking.store import connect, redact, retry_unavailable, transfer_artifacts
 from antdist.tracking.tags import clean_key
 
 if TYPE_CHECKING:
@@ -102,7 +102,9 @@ def register(
         state_digest = folder_digest(training_state)
         wanted.update(training_state=f"{TRAINING_STATE}/{state_digest[:12]}", training_state_digest=state_digest)
     aliases = list(aliases)
-    return patiently(lambda: _register(uri, run_id, folder, name, wanted, promote, training_state, aliases), uri)
+    return retry_unavailable(
+        lambda: _register(uri, run_id, folder, name, wanted, promote, training_state, aliases), uri
+    )
 
 
 def _register(

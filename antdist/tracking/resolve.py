@@ -22,7 +22,7 @@ from antdist.tracking.store import (
     StoreUnavailable,
     connect,
     is_refusal,
-    patiently,
+    retry_unavailable,
     transfer_artifacts,
     translate_errors,
 )
@@ -243,7 +243,7 @@ def _fetch(uri: str, source: str, digest: str | None, name: str, cache: Path | N
         return _check_digest(Path(url2pathname(urlsplit(source).path)), digest, name)
     cache.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=cache, prefix="fetching-") as temporary:
-        arrived = patiently(lambda: _download(uri, source, Path(temporary), name), uri, DOWNLOAD_ATTEMPTS)
+        arrived = retry_unavailable(lambda: _download(uri, source, Path(temporary), name), uri, DOWNLOAD_ATTEMPTS)
         _check_digest(arrived, digest, name)
         kept = cache / (digest or folder_digest(arrived))
         if kept.is_dir() and not _has_digest(kept, kept.name):

@@ -32,8 +32,8 @@ from antdist.tracking.store import (
     check_reachable,
     connect,
     is_refusal,
-    patiently,
     redact,
+    retry_unavailable,
     transfer_artifacts,
     translate_errors,
 )
@@ -110,7 +110,7 @@ def resolve_run_id(uri: str, run_id: str, folder: Path) -> str:
     Raises:
         UserError: the store stays unavailable.
     """
-    return patiently(lambda: _resolve_run_id(uri, run_id, folder), uri)
+    return retry_unavailable(lambda: _resolve_run_id(uri, run_id, folder), uri)
 
 
 def _resolve_run_id(uri: str, run_id: str, folder: Path) -> str:

@@ -255,7 +255,7 @@ def _count_transfer(change: int) -> None:
         os.environ[TIMEOUT] = str(max(FILE_SECONDS, int(_usual_timeout))) if _transfers else _usual_timeout
 
 
-def patiently(work: Callable[[], T], uri: str, trials: int | None = None) -> T:
+def retry_unavailable(work: Callable[[], T], uri: str, trials: int | None = None) -> T:
     """Call `work`, and again for about two minutes, or `trials` times, while the store is unavailable.
 
     Args:

@@ -20,7 +20,7 @@ from antdist.tracking import outbox as outbox_module
 from antdist.tracking import run as run_module
 from antdist.tracking import store
 from antdist.tracking.run import TrackedRun, resolve_run_id, start_run
-from antdist.tracking.store import connect, patiently
+from antdist.tracking.store import connect, retry_unavailable
 from tests.ranks import free_port
 from tests.tracking.server import FakeServer, listening
 
@@ -202,7 +202,7 @@ def test_retry_until_the_store_answers(failing: int) -> None:
             raise MlflowException("API request to http://me:hidden@host failed")
         return "done"
 
-    assert patiently(work, "http://host") == "done"
+    assert retry_unavailable(work, "http://host") == "done"
     assert len(calls) == failing + 1
 
 
@@ -217,7 +217,7 @@ def test_retry_ends_and_never_repeats_a_refused_request() -> None:
             raise error
 
         with pytest.raises(UserError, match="refused or failed"):
-            patiently(work, "http://host")
+            retry_unavailable(work, "http://host")
         return len(calls)
 
     assert trials(MlflowException("API request to http://host failed")) == len(store.WAITS) + 1
