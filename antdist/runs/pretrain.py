@@ -61,7 +61,8 @@ class PretrainedModel(Report):
         ]
 
     def to_json(self) -> dict[str, Any]:
-        return {**vars(self), "folder": str(self.folder), "tracking_uri": redact(self.tracking_uri)}
+        content = {name: value for name, value in vars(self).items() if name != "step"}  # `history` and the run have it
+        return {**content, "folder": str(self.folder), "tracking_uri": redact(self.tracking_uri)}
 
 
 def pretrain(config: PretrainConfig) -> PretrainedModel:
