@@ -13,6 +13,9 @@ import pytest
 
 import antdist
 from antdist.errors import UserError
+from antdist.evaluation.metrics import METRICS
+from antdist.evaluation.report import Row
+from antdist.runs.verdict import Judgement
 
 SIZES = {
     "domains": ["books", "food"],
@@ -72,6 +75,13 @@ def test_reports_are_readable_and_become_frames(data: Path) -> None:
     assert report.ok and repr(report) == "\n".join(report.lines())
     frame = antdist.featurize(data / "food", text="hashed", text_dim=8, workers=0, projection=None).to_frame()
     assert frame["modality"].tolist() == ["text"]
+
+
+def test_a_judgement_prints_as_the_command_line_shows_it(tmp_path: Path) -> None:
+    row = Row("scratch", dict.fromkeys(METRICS, 0.25), None, None)
+    judgement = Judgement(target="food", seeds=[0], rows=[row], verdicts={}, notes=["a note"], folder=tmp_path)
+    assert str(judgement) == repr(judgement) == "\n".join(judgement.lines())
+    assert judgement.to_frame()["Recall@10"].tolist() == [0.25]
 
 
 def test_prepare_refuses_options_that_append_does_not_take(data: Path) -> None:

@@ -30,7 +30,7 @@ class Judgement(Record, Report):
     `rows` are the table of test results. `verdicts` are those on validation, which decide on the choice.
     """
 
-    __repr__ = Report.__repr__
+    __repr__ = __str__ = Report.__repr__  # before pydantic's
 
     target: str
     seeds: list[int]
