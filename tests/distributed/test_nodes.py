@@ -112,7 +112,7 @@ def swap_at(stalled: Path, steps: list[int], cluster: Any) -> None:
         until((stalled / str(steps[1])).exists, 500)
     else:
         until(lambda: sum(node["Alive"] for node in ray.nodes()) == 2, 100)
-        time.sleep(session.CHECK_SECONDS + 2)  # so that it is told
+        time.sleep(session.CHECK_SECONDS + 2)  # so that the lack is logged
     cluster.add_node(**NODE)
 
 
